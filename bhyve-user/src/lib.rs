@@ -1,0 +1,2 @@
+//! The `bhyve` library.
+#![forbid(unsafe_code)]

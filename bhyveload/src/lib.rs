@@ -1,0 +1,2 @@
+//! Kernel loading without a BIOS.
+#![forbid(unsafe_code)]

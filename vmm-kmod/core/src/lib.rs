@@ -1,0 +1,25 @@
+//! The portable half of the kernel piece: everything that needs neither the
+//! CPU's virtualization instructions nor a particular host kernel.
+//!
+//! State machines here are "sans-IO": they are handed the time and a sink for
+//! interrupts, own no lock and start no timer, so the same code runs under
+//! `cargo test`. `vmm-hw` drives the CPU, `vmm-kmod` owns locks and timers.
+#![no_std]
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic
+    )
+)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod cpu;
+pub mod host;
+pub mod time;

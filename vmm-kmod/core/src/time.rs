@@ -1,0 +1,88 @@
+//! Time inside the kernel piece is the host's TSC; devices tick at exact
+//! ratios of it, so that every clock a guest can compare agrees.
+
+/// PC timers' crystal: the 8254's input, Hz.
+pub const PIT_HZ: u64 = 1_193_182;
+/// The ACPI PM timer, Hz (ACPI 6.5 §4.8.3.3).
+pub const PMTMR_HZ: u64 = 3_579_545;
+
+/// `a / b` as a 64.64 fixed-point number, to convert ticks of one clock into
+/// ticks of another without a division.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ratio {
+    int: u64,
+    frac: u64,
+}
+
+impl Ratio {
+    /// `num / den`; `den` of 0 counts as 1. Called when a VM is made, so the
+    /// division may be slow.
+    pub fn new(num: u64, den: u64) -> Self {
+        let den = den.max(1);
+        let int = num / den;
+        let rem = num % den;
+        let frac = ((u128::from(rem) << 64) / u128::from(den)) as u64;
+        Ratio { int, frac }
+    }
+
+    /// `ticks * num / den`, rounded down, modulo 2^64.
+    pub fn apply(&self, ticks: u64) -> u64 {
+        let frac = ((u128::from(ticks) * u128::from(self.frac)) >> 64) as u64;
+        ticks.wrapping_mul(self.int).wrapping_add(frac)
+    }
+
+    /// The same rounded up: the first tick of the target clock at or after.
+    pub fn apply_up(&self, ticks: u64) -> u64 {
+        self.apply(ticks).wrapping_add(1)
+    }
+}
+
+/// How the host's TSC relates to the other clocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Clock {
+    /// TSC frequency, Hz.
+    pub tsc_hz: u64,
+    /// TSC ticks to nanoseconds.
+    pub to_ns: Ratio,
+    /// Nanoseconds to TSC ticks.
+    pub from_ns: Ratio,
+}
+
+impl Clock {
+    /// A clock for a TSC of the given frequency, Hz.
+    pub fn new(tsc_hz: u64) -> Self {
+        Clock {
+            tsc_hz,
+            to_ns: Ratio::new(1_000_000_000, tsc_hz),
+            from_ns: Ratio::new(tsc_hz, 1_000_000_000),
+        }
+    }
+
+    /// TSC ticks to ticks of a clock of `hz`, and back.
+    pub fn ratios(&self, hz: u64) -> (Ratio, Ratio) {
+        (Ratio::new(hz, self.tsc_hz), Ratio::new(self.tsc_hz, hz))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_second_of_tsc_is_one_second_of_every_clock() {
+        for hz in [50_000_000, 1_000_000_000, 2_399_999_871, 4_700_000_000] {
+            let c = Clock::new(hz);
+            let (to, back) = c.ratios(PIT_HZ);
+            assert!(to.apply(hz).abs_diff(PIT_HZ) <= 1);
+            assert!(c.to_ns.apply(hz).abs_diff(1_000_000_000) <= 1);
+            assert!(back.apply_up(PIT_HZ).abs_diff(hz) <= 2);
+        }
+    }
+
+    #[test]
+    fn a_year_of_ticks_does_not_drift() {
+        let c = Clock::new(2_399_999_871);
+        let year = 2_399_999_871 * 31_536_000;
+        assert!(c.to_ns.apply(year).abs_diff(31_536_000 * 1_000_000_000) <= 2);
+    }
+}
