@@ -21,5 +21,6 @@ extern crate alloc;
 extern crate std;
 
 pub mod cpu;
+pub mod cpuid;
 pub mod host;
 pub mod time;
