@@ -1,0 +1,141 @@
+/*
+ * The boundary between the Rust of vmm-kmod and the C shim of a host kernel.
+ *
+ * A host implements every vmm_host_* function and calls the vmm_rust_* ones.
+ * All types are plain; errors are positive errno values of the host. Unless
+ * said otherwise a function may be called from process context only.
+ */
+#ifndef VMM_HOST_H
+#define VMM_HOST_H
+
+#ifdef __linux__
+#include <linux/types.h>
+#else
+#include <sys/types.h>
+#endif
+
+/* What the host tells once, at load. */
+struct vmm_host_info {
+	uint64_t tsc_hz;          /* TSC frequency, Hz; 0 = unusable */
+	uint64_t direct_map;      /* virtual address of physical address 0 */
+	uint64_t thread_flags;    /* bits of *vmm_host_thread_flags() that end the inner loop */
+	uint32_t max_cpus;        /* CPU slots */
+	uint32_t tsc_invariant;   /* the TSC never stops nor changes its rate */
+};
+
+/* ---- memory --------------------------------------------------------- */
+/* Zeroed, NULL when out of memory. May sleep when the context allows it. */
+void *vmm_host_alloc(size_t size, size_t align);
+void vmm_host_free(void *p, size_t size, size_t align);
+/* 1 << order zeroed contiguous pages; virtual address, physical in *pa. */
+void *vmm_host_alloc_pages(unsigned int order, uint64_t *pa);
+void vmm_host_free_pages(void *va, unsigned int order);
+
+/*
+ * Guest memory: a segment's pages are allocated at first use, in the largest
+ * pieces the host gives. page() returns the physical address of the 4 KiB
+ * page at off and, in *order, that of the naturally aligned run of contiguous
+ * pages around it (segment offset and physical address equally aligned).
+ */
+struct vmm_memseg;
+struct vmm_memseg *vmm_host_memseg_create(uint64_t len);
+void vmm_host_memseg_destroy(struct vmm_memseg *seg);
+int vmm_host_memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
+    unsigned int *order);
+/* Like page(), but ENOENT where nothing has been allocated yet. */
+int vmm_host_memseg_peek(struct vmm_memseg *seg, uint64_t off, uint64_t *pa);
+/* Bytes allocated so far. */
+uint64_t vmm_host_memseg_resident(struct vmm_memseg *seg);
+
+int vmm_host_copyin(uint64_t user, void *kernel, size_t len);
+int vmm_host_copyout(const void *kernel, uint64_t user, size_t len);
+
+/* ---- CPUs ------------------------------------------------------------ */
+uint32_t vmm_host_cpu(void);
+/* fn(arg) on that CPU, or on all, interrupts off; waits. False: offline. */
+int vmm_host_run_on_cpu(uint32_t cpu, void (*fn)(void *), void *arg);
+void vmm_host_run_on_all(void (*fn)(void *), void *arg);
+/* Makes that CPU leave guest mode. Any context. */
+void vmm_host_kick_cpu(uint32_t cpu);
+/* Any context. */
+unsigned long vmm_host_irq_save(void);
+void vmm_host_irq_restore(unsigned long flags);
+
+/*
+ * guest_begin: no preemption, host FPU state saved, interrupts off;
+ * guest_end undoes it. irq_window: takes pending interrupts between two VM
+ * entries, preemption still off.
+ */
+void vmm_host_guest_begin(void);
+void vmm_host_guest_end(void);
+void vmm_host_irq_window(void);
+
+/* ---- threads, time ---------------------------------------------------- */
+/* Flags of the calling thread, volatile; see vmm_host_info.thread_flags. */
+const volatile unsigned long *vmm_host_thread_flags(void);
+/* Gives way to other threads; non-zero when a signal waits for this one. */
+int vmm_host_yield(void);
+/* The thread's debug registers are in use (by a debugger): reload them. */
+void vmm_host_restore_debug_regs(void);
+
+struct vmm_mutex;
+struct vmm_mutex *vmm_host_mutex_create(void);
+void vmm_host_mutex_destroy(struct vmm_mutex *m);
+void vmm_host_mutex_lock(struct vmm_mutex *m);
+int vmm_host_mutex_trylock(struct vmm_mutex *m);
+void vmm_host_mutex_unlock(struct vmm_mutex *m);
+
+/* A place for one thread to sleep; wake() works from any context. */
+struct vmm_sleeper;
+struct vmm_sleeper *vmm_host_sleeper_create(void);
+void vmm_host_sleeper_destroy(struct vmm_sleeper *s);
+/* Call before looking for a reason not to sleep. */
+void vmm_host_sleep_prepare(struct vmm_sleeper *s);
+/* Until woken since prepare(), ns have passed (UINT64_MAX: never), or a
+ * signal; non-zero for a signal. */
+int vmm_host_sleep(struct vmm_sleeper *s, uint64_t ns);
+void vmm_host_wake(struct vmm_sleeper *s);
+
+/* A one-shot timer that calls vmm_rust_timer(arg) in interrupt context. */
+struct vmm_timer;
+struct vmm_timer *vmm_host_timer_create(void *arg);
+/* Cancels and waits for a running callback. */
+void vmm_host_timer_destroy(struct vmm_timer *t);
+/* (Re)arms; any context. */
+void vmm_host_timer_arm(struct vmm_timer *t, uint64_t ns);
+void vmm_host_timer_disarm(struct vmm_timer *t);
+
+/* Seconds since 1970-01-01 UTC. */
+int64_t vmm_host_wallclock(void);
+
+/* ---- device nodes and log --------------------------------------------- */
+/* /dev/vmm/NAME for a VM; /dev/vmm.io/NAME.SEG with segid >= 0. */
+struct vmm_node;
+int vmm_host_node_create(const char *name, void *vm, int segid,
+    struct vmm_node **node);
+/* No open() that starts later finds the VM. */
+void vmm_host_node_destroy(struct vmm_node *node);
+/* level: 0 error, 1 warning, 2 info, 3 debug. Any context. */
+void vmm_host_log(int level, const char *msg, size_t len);
+void vmm_host_panic(const char *msg, size_t len) __attribute__((noreturn));
+
+/* ---- what the Rust side offers ---------------------------------------- */
+int vmm_rust_init(const struct vmm_host_info *info);
+void vmm_rust_exit(void);
+/* On the CPU itself, interrupts off. */
+int vmm_rust_cpu_online(void);
+void vmm_rust_cpu_offline(void);
+void vmm_rust_timer(void *arg);
+/* A reference for an open file. */
+void vmm_rust_vm_get(void *vm);
+void vmm_rust_vm_put(void *vm);
+/* data: the request's structure, copied in; copied out again if the request
+ * says so and the result is 0. */
+int vmm_rust_ctl_ioctl(uint32_t cmd, void *data, size_t len);
+int vmm_rust_vm_ioctl(void *vm, uint32_t cmd, void *data, size_t len);
+/* The guest page at gpa (segid < 0) or at an offset of a segment. */
+int vmm_rust_vm_page(void *vm, int segid, uint64_t off, uint64_t *pa);
+/* Whether [off, off+len) can be mapped. */
+int vmm_rust_vm_mmap_ok(void *vm, int segid, uint64_t off, uint64_t len);
+
+#endif

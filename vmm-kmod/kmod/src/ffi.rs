@@ -1,0 +1,90 @@
+//! `host.h`, as Rust sees it. The functions' contracts are documented there.
+#![allow(missing_docs)]
+
+use core::ffi::{c_char, c_int, c_uint, c_ulong, c_void};
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HostInfo {
+    pub tsc_hz: u64,
+    pub direct_map: u64,
+    pub thread_flags: u64,
+    pub max_cpus: u32,
+    pub tsc_invariant: u32,
+}
+
+macro_rules! opaque {
+    ($($name:ident),*) => { $(
+        #[repr(C)]
+        pub struct $name { _private: [u8; 0] }
+    )* };
+}
+opaque!(Memseg, HostMutex, Sleeper, Timer, Node);
+
+unsafe extern "C" {
+    pub fn vmm_host_alloc(size: usize, align: usize) -> *mut c_void;
+    pub fn vmm_host_free(p: *mut c_void, size: usize, align: usize);
+    pub fn vmm_host_alloc_pages(order: c_uint, pa: *mut u64) -> *mut c_void;
+    pub fn vmm_host_free_pages(va: *mut c_void, order: c_uint);
+
+    pub fn vmm_host_memseg_create(len: u64) -> *mut Memseg;
+    pub fn vmm_host_memseg_destroy(seg: *mut Memseg);
+    pub fn vmm_host_memseg_page(
+        seg: *mut Memseg,
+        off: u64,
+        pa: *mut u64,
+        order: *mut c_uint,
+    ) -> c_int;
+    pub fn vmm_host_memseg_peek(seg: *mut Memseg, off: u64, pa: *mut u64) -> c_int;
+    pub fn vmm_host_memseg_resident(seg: *mut Memseg) -> u64;
+
+    pub fn vmm_host_copyin(user: u64, kernel: *mut c_void, len: usize) -> c_int;
+    pub fn vmm_host_copyout(kernel: *const c_void, user: u64, len: usize) -> c_int;
+
+    pub fn vmm_host_cpu() -> u32;
+    pub fn vmm_host_run_on_cpu(
+        cpu: u32,
+        f: extern "C" fn(*mut c_void),
+        arg: *mut c_void,
+    ) -> c_int;
+    pub fn vmm_host_run_on_all(f: extern "C" fn(*mut c_void), arg: *mut c_void);
+    pub fn vmm_host_kick_cpu(cpu: u32);
+    pub fn vmm_host_irq_save() -> c_ulong;
+    pub fn vmm_host_irq_restore(flags: c_ulong);
+    pub fn vmm_host_guest_begin();
+    pub fn vmm_host_guest_end();
+    pub fn vmm_host_irq_window();
+
+    pub fn vmm_host_thread_flags() -> *const c_ulong;
+    pub fn vmm_host_yield() -> c_int;
+    pub fn vmm_host_restore_debug_regs();
+
+    pub fn vmm_host_mutex_create() -> *mut HostMutex;
+    pub fn vmm_host_mutex_destroy(m: *mut HostMutex);
+    pub fn vmm_host_mutex_lock(m: *mut HostMutex);
+    pub fn vmm_host_mutex_trylock(m: *mut HostMutex) -> c_int;
+    pub fn vmm_host_mutex_unlock(m: *mut HostMutex);
+
+    pub fn vmm_host_sleeper_create() -> *mut Sleeper;
+    pub fn vmm_host_sleeper_destroy(s: *mut Sleeper);
+    pub fn vmm_host_sleep_prepare(s: *mut Sleeper);
+    pub fn vmm_host_sleep(s: *mut Sleeper, ns: u64) -> c_int;
+    pub fn vmm_host_wake(s: *mut Sleeper);
+
+    pub fn vmm_host_timer_create(arg: *mut c_void) -> *mut Timer;
+    pub fn vmm_host_timer_destroy(t: *mut Timer);
+    pub fn vmm_host_timer_arm(t: *mut Timer, ns: u64);
+    pub fn vmm_host_timer_disarm(t: *mut Timer);
+
+    pub fn vmm_host_wallclock() -> i64;
+
+    pub fn vmm_host_node_create(
+        name: *const c_char,
+        vm: *mut c_void,
+        segid: c_int,
+        node: *mut *mut Node,
+    ) -> c_int;
+    pub fn vmm_host_node_destroy(node: *mut Node);
+    pub fn vmm_host_log(level: c_int, msg: *const u8, len: usize);
+    pub fn vmm_host_panic(msg: *const u8, len: usize) -> !;
+}

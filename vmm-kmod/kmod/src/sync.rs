@@ -1,0 +1,261 @@
+//! Locks, sleepers and timers over the host's.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::cell::UnsafeCell;
+use core::ops::{Deref, DerefMut};
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use crate::ffi;
+
+/// The host is out of memory.
+#[derive(Clone, Copy, Debug)]
+pub struct NoMemory;
+
+/// `Box::new` that returns an error instead of ending the kernel.
+pub fn try_box<T>(value: T) -> Result<Box<T>, NoMemory> {
+    let layout = core::alloc::Layout::new::<T>();
+    if layout.size() == 0 {
+        return Ok(Box::new(value));
+    }
+    // SAFETY: the layout has a size; the result is checked for NULL.
+    let p = unsafe { alloc::alloc::alloc(layout) }.cast::<T>();
+    let p = NonNull::new(p).ok_or(NoMemory)?;
+    // SAFETY: `p` is fresh memory of T's layout from the global allocator,
+    // which is what a Box owns.
+    unsafe {
+        p.as_ptr().write(value);
+        Ok(Box::from_raw(p.as_ptr()))
+    }
+}
+
+/// A zero-filled `T` on the heap, never on the stack.
+///
+/// # Safety
+/// All zeroes must be a valid `T`.
+pub unsafe fn try_box_zeroed<T>() -> Result<Box<T>, NoMemory> {
+    let layout = core::alloc::Layout::new::<T>();
+    // SAFETY: every caller's T has a size; the result is checked for NULL.
+    let p = NonNull::new(unsafe { alloc::alloc::alloc_zeroed(layout) }.cast::<T>())
+        .ok_or(NoMemory)?;
+    // SAFETY: fresh memory of T's layout, valid by the caller's word.
+    Ok(unsafe { Box::from_raw(p.as_ptr()) })
+}
+
+/// `n` items on the heap.
+pub fn try_slice<T>(n: usize, mut f: impl FnMut(usize) -> T) -> Result<Box<[T]>, NoMemory> {
+    let mut v = Vec::new();
+    v.try_reserve_exact(n).map_err(|_| NoMemory)?;
+    for i in 0..n {
+        v.push(f(i));
+    }
+    Ok(v.into_boxed_slice())
+}
+
+/// A lock that is held for a few hundred instructions at most, with
+/// interrupts off; timer callbacks may take it.
+pub struct SpinLock<T> {
+    locked: AtomicBool,
+    value: UnsafeCell<T>,
+}
+
+// SAFETY: the lock gives one thread at a time access to T.
+unsafe impl<T: Send> Sync for SpinLock<T> {}
+// SAFETY: owning the lock is owning T.
+unsafe impl<T: Send> Send for SpinLock<T> {}
+
+impl<T> SpinLock<T> {
+    /// An unlocked lock.
+    pub const fn new(value: T) -> Self {
+        SpinLock { locked: AtomicBool::new(false), value: UnsafeCell::new(value) }
+    }
+
+    /// Takes the lock, turning interrupts off.
+    pub fn lock(&self) -> SpinGuard<'_, T> {
+        // SAFETY: paired with the restore in the guard's drop.
+        let flags = unsafe { ffi::vmm_host_irq_save() };
+        while self
+            .locked
+            .compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed)
+            .is_err()
+        {
+            core::hint::spin_loop();
+        }
+        SpinGuard { lock: self, flags }
+    }
+}
+
+/// Holds a [`SpinLock`].
+pub struct SpinGuard<'a, T> {
+    lock: &'a SpinLock<T>,
+    flags: core::ffi::c_ulong,
+}
+
+impl<T> Deref for SpinGuard<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        // SAFETY: the lock is held.
+        unsafe { &*self.lock.value.get() }
+    }
+}
+
+impl<T> DerefMut for SpinGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: the lock is held.
+        unsafe { &mut *self.lock.value.get() }
+    }
+}
+
+impl<T> Drop for SpinGuard<'_, T> {
+    fn drop(&mut self) {
+        self.lock.locked.store(false, Ordering::Release);
+        // SAFETY: `flags` came from the matching save.
+        unsafe { ffi::vmm_host_irq_restore(self.flags) }
+    }
+}
+
+/// A lock whose holder may sleep.
+pub struct Mutex<T> {
+    raw: NonNull<ffi::HostMutex>,
+    value: UnsafeCell<T>,
+}
+
+// SAFETY: the lock gives one thread at a time access to T.
+unsafe impl<T: Send> Sync for Mutex<T> {}
+// SAFETY: owning the lock is owning T.
+unsafe impl<T: Send> Send for Mutex<T> {}
+
+impl<T> Mutex<T> {
+    /// An unlocked mutex.
+    pub fn new(value: T) -> Result<Self, NoMemory> {
+        // SAFETY: no preconditions.
+        let raw = NonNull::new(unsafe { ffi::vmm_host_mutex_create() }).ok_or(NoMemory)?;
+        Ok(Mutex { raw, value: UnsafeCell::new(value) })
+    }
+
+    /// Takes the lock, sleeping until it is free.
+    pub fn lock(&self) -> MutexGuard<'_, T> {
+        // SAFETY: `raw` lives as long as self; callers are in process context.
+        unsafe { ffi::vmm_host_mutex_lock(self.raw.as_ptr()) };
+        MutexGuard { lock: self }
+    }
+
+    /// Takes the lock if it is free.
+    pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+        // SAFETY: as for `lock`.
+        let got = unsafe { ffi::vmm_host_mutex_trylock(self.raw.as_ptr()) } != 0;
+        got.then_some(MutexGuard { lock: self })
+    }
+}
+
+impl<T> Drop for Mutex<T> {
+    fn drop(&mut self) {
+        // SAFETY: nobody holds or waits for a mutex that is being dropped.
+        unsafe { ffi::vmm_host_mutex_destroy(self.raw.as_ptr()) }
+    }
+}
+
+/// Holds a [`Mutex`].
+pub struct MutexGuard<'a, T> {
+    lock: &'a Mutex<T>,
+}
+
+impl<T> Deref for MutexGuard<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        // SAFETY: the lock is held.
+        unsafe { &*self.lock.value.get() }
+    }
+}
+
+impl<T> DerefMut for MutexGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: the lock is held.
+        unsafe { &mut *self.lock.value.get() }
+    }
+}
+
+impl<T> Drop for MutexGuard<'_, T> {
+    fn drop(&mut self) {
+        // SAFETY: this thread holds the lock.
+        unsafe { ffi::vmm_host_mutex_unlock(self.lock.raw.as_ptr()) }
+    }
+}
+
+/// A place for one thread to sleep.
+pub struct Sleeper(NonNull<ffi::Sleeper>);
+
+// SAFETY: the host's sleeper is made to be woken from anywhere.
+unsafe impl Sync for Sleeper {}
+// SAFETY: it is not tied to a thread.
+unsafe impl Send for Sleeper {}
+
+impl Sleeper {
+    /// A sleeper with nobody asleep.
+    pub fn new() -> Result<Self, NoMemory> {
+        // SAFETY: no preconditions.
+        NonNull::new(unsafe { ffi::vmm_host_sleeper_create() }).map(Sleeper).ok_or(NoMemory)
+    }
+
+    /// To be called before looking for reasons not to sleep.
+    pub fn prepare(&self) {
+        // SAFETY: the sleeper lives as long as self.
+        unsafe { ffi::vmm_host_sleep_prepare(self.0.as_ptr()) }
+    }
+
+    /// Sleeps until woken, `ns` nanoseconds have passed (`u64::MAX`: never),
+    /// or a signal came (true).
+    pub fn sleep(&self, ns: u64) -> bool {
+        // SAFETY: process context; the sleeper lives as long as self.
+        unsafe { ffi::vmm_host_sleep(self.0.as_ptr(), ns) != 0 }
+    }
+
+    /// Ends the sleep; works in any context.
+    pub fn wake(&self) {
+        // SAFETY: the sleeper lives as long as self.
+        unsafe { ffi::vmm_host_wake(self.0.as_ptr()) }
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        // SAFETY: nobody sleeps on a sleeper that is being dropped.
+        unsafe { ffi::vmm_host_sleeper_destroy(self.0.as_ptr()) }
+    }
+}
+
+/// A one-shot timer that ends in `vmm_rust_timer`.
+pub struct Timer(NonNull<ffi::Timer>);
+
+// SAFETY: arming and disarming work from any context.
+unsafe impl Sync for Timer {}
+// SAFETY: it is not tied to a thread.
+unsafe impl Send for Timer {}
+
+impl Timer {
+    /// A timer whose callback gets `target`, which must outlive it.
+    pub fn new(target: *mut core::ffi::c_void) -> Result<Self, NoMemory> {
+        // SAFETY: no preconditions until the timer is armed.
+        NonNull::new(unsafe { ffi::vmm_host_timer_create(target) }).map(Timer).ok_or(NoMemory)
+    }
+
+    /// Fires once after `ns` nanoseconds; replaces an earlier setting.
+    pub fn arm(&self, ns: u64) {
+        // SAFETY: the timer lives as long as self.
+        unsafe { ffi::vmm_host_timer_arm(self.0.as_ptr(), ns) }
+    }
+
+    /// Stops the timer; a callback that has begun may still run.
+    pub fn disarm(&self) {
+        // SAFETY: the timer lives as long as self.
+        unsafe { ffi::vmm_host_timer_disarm(self.0.as_ptr()) }
+    }
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        // SAFETY: waits for a callback in progress.
+        unsafe { ffi::vmm_host_timer_destroy(self.0.as_ptr()) }
+    }
+}

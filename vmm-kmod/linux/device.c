@@ -1,0 +1,277 @@
+/* /dev/vmmctl, /dev/vmm/NAME, /dev/vmm.io/NAME.SEGMENT. */
+#include <linux/cdev.h>
+#include <linux/device.h>
+#include <linux/fs.h>
+#include <linux/idr.h>
+#include <linux/kernel.h>
+#include <linux/miscdevice.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+#include <linux/version.h>
+
+#include "shim.h"
+
+#define MAX_NODES 65536
+/* Requests up to this size are copied to the stack. */
+#define SMALL_REQUEST 256
+
+/* FreeBSD's request encoding (sys/ioccom.h). */
+#define REQ_LEN(cmd) (((cmd) >> 16) & 0x1fff)
+#define REQ_OUT 0x40000000u
+#define REQ_IN 0x80000000u
+
+struct vmm_node {
+	void *vm;
+	int segid;
+	int minor;
+};
+
+struct open_vm {
+	void *vm;
+	int segid;
+};
+
+static struct class *vmm_class;
+static struct cdev vmm_cdev;
+static dev_t vmm_devt;
+static DEFINE_IDR(nodes);
+static DEFINE_MUTEX(nodes_lock);
+
+static long request(void *vm, unsigned int cmd, unsigned long arg)
+{
+	uint8_t small[SMALL_REQUEST] __aligned(16);
+	size_t len = REQ_LEN(cmd);
+	void *data = small;
+	int error = 0;
+
+	if (len > sizeof(small)) {
+		data = kmalloc(len, GFP_KERNEL_ACCOUNT);
+		if (data == NULL)
+			return -ENOMEM;
+	}
+	if (cmd & REQ_IN) {
+		if (copy_from_user(data, (void __user *)arg, len) != 0)
+			error = EFAULT;
+	} else {
+		memset(data, 0, len);
+	}
+	if (error == 0)
+		error = vm != NULL ? vmm_rust_vm_ioctl(vm, cmd, data, len) :
+		    vmm_rust_ctl_ioctl(cmd, data, len);
+	if (error == 0 && (cmd & REQ_OUT) != 0 &&
+	    copy_to_user((void __user *)arg, data, len) != 0)
+		error = EFAULT;
+	if (data != small)
+		kfree(data);
+	return -error;
+}
+
+static int vm_open(struct inode *inode, struct file *file)
+{
+	struct open_vm *open = kzalloc(sizeof(*open), GFP_KERNEL_ACCOUNT);
+	struct vmm_node *node;
+
+	if (open == NULL)
+		return -ENOMEM;
+	mutex_lock(&nodes_lock);
+	node = idr_find(&nodes, iminor(inode));
+	if (node != NULL) {
+		open->vm = node->vm;
+		open->segid = node->segid;
+		vmm_rust_vm_get(node->vm);
+	}
+	mutex_unlock(&nodes_lock);
+	if (node == NULL) {
+		kfree(open);
+		return -ENXIO;
+	}
+	file->private_data = open;
+	return 0;
+}
+
+static int vm_release(struct inode *inode, struct file *file)
+{
+	struct open_vm *open = file->private_data;
+
+	vmm_rust_vm_put(open->vm);
+	kfree(open);
+	return 0;
+}
+
+static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	struct open_vm *open = file->private_data;
+
+	if (open->segid >= 0)
+		return -ENOTTY;
+	return request(open->vm, cmd, arg);
+}
+
+static vm_fault_t vm_fault(struct vm_fault *vmf)
+{
+	struct open_vm *open = vmf->vma->vm_file->private_data;
+	struct page *page;
+	uint64_t pa;
+	int error;
+
+	error = vmm_rust_vm_page(open->vm, open->segid,
+	    (uint64_t)vmf->pgoff << PAGE_SHIFT, &pa);
+	if (error != 0)
+		return error == ENOMEM ? VM_FAULT_OOM : VM_FAULT_SIGBUS;
+	page = pfn_to_page(PHYS_PFN(pa));
+	get_page(page);
+	vmf->page = page;
+	return 0;
+}
+
+static const struct vm_operations_struct vm_vmops = {
+	.fault = vm_fault,
+};
+
+static int vm_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	struct open_vm *open = file->private_data;
+	int error;
+
+	if ((vma->vm_flags & VM_SHARED) == 0)
+		return -EINVAL;
+	error = vmm_rust_vm_mmap_ok(open->vm, open->segid,
+	    (uint64_t)vma->vm_pgoff << PAGE_SHIFT,
+	    vma->vm_end - vma->vm_start);
+	if (error != 0)
+		return -error;
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 3, 0)
+	vm_flags_set(vma, VM_DONTEXPAND | VM_DONTDUMP);
+#else
+	vma->vm_flags |= VM_DONTEXPAND | VM_DONTDUMP;
+#endif
+	vma->vm_ops = &vm_vmops;
+	return 0;
+}
+
+static const struct file_operations vm_fops = {
+	.owner = THIS_MODULE,
+	.open = vm_open,
+	.release = vm_release,
+	.unlocked_ioctl = vm_ioctl,
+	.mmap = vm_mmap,
+	.llseek = noop_llseek,
+};
+
+static long ctl_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	return request(NULL, cmd, arg);
+}
+
+static const struct file_operations ctl_fops = {
+	.owner = THIS_MODULE,
+	.unlocked_ioctl = ctl_ioctl,
+	.llseek = noop_llseek,
+};
+
+static struct miscdevice ctl_device = {
+	.minor = MISC_DYNAMIC_MINOR,
+	.name = "vmmctl",
+	.mode = 0600,
+	.fops = &ctl_fops,
+};
+
+int vmm_host_node_create(const char *name, void *vm, int segid,
+    struct vmm_node **nodep)
+{
+	const char *dir = segid < 0 ? "vmm" : "vmm.io";
+	struct vmm_node *node = kzalloc(sizeof(*node), GFP_KERNEL_ACCOUNT);
+	struct device *dev;
+
+	if (node == NULL)
+		return ENOMEM;
+	node->vm = vm;
+	node->segid = segid;
+	mutex_lock(&nodes_lock);
+	node->minor = idr_alloc(&nodes, node, 0, MAX_NODES, GFP_KERNEL);
+	mutex_unlock(&nodes_lock);
+	if (node->minor < 0) {
+		kfree(node);
+		return ENOMEM;
+	}
+	/* devtmpfs turns '!' into a directory separator. */
+	dev = device_create(vmm_class, NULL, MKDEV(MAJOR(vmm_devt), node->minor),
+	    NULL, "%s!%s", dir, name);
+	if (IS_ERR(dev)) {
+		mutex_lock(&nodes_lock);
+		idr_remove(&nodes, node->minor);
+		mutex_unlock(&nodes_lock);
+		kfree(node);
+		return -PTR_ERR(dev);
+	}
+	/* rmmod is refused while there are VMs. */
+	__module_get(THIS_MODULE);
+	*nodep = node;
+	return 0;
+}
+
+void vmm_host_node_destroy(struct vmm_node *node)
+{
+	device_destroy(vmm_class, MKDEV(MAJOR(vmm_devt), node->minor));
+	mutex_lock(&nodes_lock);
+	idr_remove(&nodes, node->minor);
+	mutex_unlock(&nodes_lock);
+	kfree(node);
+	module_put(THIS_MODULE);
+}
+
+static char *vmm_devnode(
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0)
+    const
+#endif
+    struct device *dev, umode_t *mode)
+{
+	if (mode != NULL)
+		*mode = 0600;
+	return NULL;
+}
+
+int vmm_device_init(void)
+{
+	int error;
+
+	error = alloc_chrdev_region(&vmm_devt, 0, MAX_NODES, "vmm");
+	if (error != 0)
+		return error;
+	cdev_init(&vmm_cdev, &vm_fops);
+	vmm_cdev.owner = THIS_MODULE;
+	error = cdev_add(&vmm_cdev, vmm_devt, MAX_NODES);
+	if (error != 0)
+		goto fail_region;
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 4, 0)
+	vmm_class = class_create("vmm");
+#else
+	vmm_class = class_create(THIS_MODULE, "vmm");
+#endif
+	if (IS_ERR(vmm_class)) {
+		error = PTR_ERR(vmm_class);
+		goto fail_cdev;
+	}
+	vmm_class->devnode = vmm_devnode;
+	error = misc_register(&ctl_device);
+	if (error == 0)
+		return 0;
+	class_destroy(vmm_class);
+fail_cdev:
+	cdev_del(&vmm_cdev);
+fail_region:
+	unregister_chrdev_region(vmm_devt, MAX_NODES);
+	return error;
+}
+
+void vmm_device_exit(void)
+{
+	misc_deregister(&ctl_device);
+	class_destroy(vmm_class);
+	cdev_del(&vmm_cdev);
+	unregister_chrdev_region(vmm_devt, MAX_NODES);
+	idr_destroy(&nodes);
+}

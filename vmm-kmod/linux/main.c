@@ -1,0 +1,101 @@
+/* Module load and unload, CPU hotplug, log. */
+#include <linux/cpu.h>
+#include <linux/cpuhotplug.h>
+#include <linux/module.h>
+#include <linux/printk.h>
+#include <linux/slab.h>
+#include <linux/thread_info.h>
+#include <asm/cpufeature.h>
+#include <asm/tsc.h>
+
+#include "shim.h"
+
+static int hotplug_state = -1;
+
+static int cpu_up(unsigned int cpu)
+{
+	unsigned long flags;
+	int error;
+
+	local_irq_save(flags);
+	error = vmm_rust_cpu_online();
+	local_irq_restore(flags);
+	return -error;
+}
+
+static int cpu_down(unsigned int cpu)
+{
+	unsigned long flags;
+
+	local_irq_save(flags);
+	vmm_rust_cpu_offline();
+	local_irq_restore(flags);
+	return 0;
+}
+
+static int __init vmm_init(void)
+{
+	struct vmm_host_info info = {
+		.tsc_hz = (uint64_t)tsc_khz * 1000,
+		.direct_map = PAGE_OFFSET,
+		.thread_flags = _TIF_NEED_RESCHED | _TIF_SIGPENDING |
+		    _TIF_NOTIFY_SIGNAL | _TIF_NOTIFY_RESUME,
+		.max_cpus = nr_cpu_ids,
+		.tsc_invariant = boot_cpu_has(X86_FEATURE_CONSTANT_TSC) &&
+		    boot_cpu_has(X86_FEATURE_NONSTOP_TSC),
+	};
+	int error;
+
+	error = vmm_rust_init(&info);
+	if (error != 0)
+		return -error;
+	error = cpuhp_setup_state(CPUHP_AP_ONLINE_DYN, "x86/vmm:online",
+	    cpu_up, cpu_down);
+	if (error < 0)
+		goto fail;
+	hotplug_state = error;
+	error = vmm_device_init();
+	if (error == 0)
+		return 0;
+	cpuhp_remove_state(hotplug_state);
+fail:
+	vmm_rust_exit();
+	return error;
+}
+
+static void __exit vmm_exit(void)
+{
+	vmm_device_exit();
+	cpuhp_remove_state(hotplug_state);
+	vmm_rust_exit();
+}
+
+void vmm_host_log(int level, const char *msg, size_t len)
+{
+	switch (level) {
+	case 0:
+		pr_err_ratelimited("vmm: %.*s\n", (int)len, msg);
+		break;
+	case 1:
+		pr_warn_ratelimited("vmm: %.*s\n", (int)len, msg);
+		break;
+	case 2:
+		pr_info_ratelimited("vmm: %.*s\n", (int)len, msg);
+		break;
+	default:
+		pr_debug("vmm: %.*s\n", (int)len, msg);
+		break;
+	}
+}
+
+void vmm_host_panic(const char *msg, size_t len)
+{
+	pr_emerg("vmm: %.*s\n", (int)len, msg);
+	BUG();
+}
+
+module_init(vmm_init);
+module_exit(vmm_exit);
+MODULE_DESCRIPTION("FreeBSD's vmm interface on Linux, in Rust");
+MODULE_AUTHOR("the bhyve-rs authors");
+MODULE_LICENSE("Dual BSD/GPL");

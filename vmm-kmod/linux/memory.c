@@ -1,0 +1,190 @@
+/* Kernel memory, guest memory segments, copies from and to userland. */
+#include <linux/gfp.h>
+#include <linux/mm.h>
+#include <linux/mutex.h>
+#include <linux/preempt.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+#include <linux/vmalloc.h>
+
+#include "shim.h"
+
+/* Guest memory comes in chunks of the size of a second-level page. */
+#define CHUNK_ORDER 9
+#define CHUNK_SIZE (PAGE_SIZE << CHUNK_ORDER)
+#define CHUNK_PAGES (1u << CHUNK_ORDER)
+
+struct chunk {
+	struct page *huge;    /* one compound page, or */
+	struct page **small;  /* CHUNK_PAGES single pages, each once needed */
+};
+
+struct vmm_memseg {
+	struct mutex lock;
+	uint64_t len;
+	uint64_t resident;
+	unsigned long nchunks;
+	struct chunk chunks[];
+};
+
+static gfp_t context_flags(void)
+{
+	return irqs_disabled() || in_atomic() ? GFP_ATOMIC : GFP_KERNEL_ACCOUNT;
+}
+
+void *vmm_host_alloc(size_t size, size_t align)
+{
+	gfp_t gfp = context_flags() | __GFP_ZERO | __GFP_NOWARN;
+
+	if (align > PAGE_SIZE)
+		return NULL;
+	/* kmalloc aligns a power of two to its size. */
+	if (align > ARCH_KMALLOC_MINALIGN)
+		size = roundup_pow_of_two(max(size, align));
+	if (gfp & __GFP_DIRECT_RECLAIM)
+		return kvmalloc(size, gfp);
+	return kmalloc(size, gfp);
+}
+
+void vmm_host_free(void *p, size_t size, size_t align)
+{
+	kvfree(p);
+}
+
+void *vmm_host_alloc_pages(unsigned int order, uint64_t *pa)
+{
+	void *va = (void *)__get_free_pages(context_flags() | __GFP_ZERO |
+	    __GFP_NOWARN, order);
+
+	if (va != NULL)
+		*pa = __pa(va);
+	return va;
+}
+
+void vmm_host_free_pages(void *va, unsigned int order)
+{
+	free_pages((unsigned long)va, order);
+}
+
+struct vmm_memseg *vmm_host_memseg_create(uint64_t len)
+{
+	uint64_t nchunks = DIV_ROUND_UP_ULL(len, CHUNK_SIZE);
+	struct vmm_memseg *seg;
+
+	if (len == 0 || nchunks > INT_MAX / sizeof(struct chunk))
+		return NULL;
+	seg = kvzalloc(struct_size(seg, chunks, nchunks), GFP_KERNEL_ACCOUNT);
+	if (seg == NULL)
+		return NULL;
+	mutex_init(&seg->lock);
+	seg->len = len;
+	seg->nchunks = nchunks;
+	return seg;
+}
+
+void vmm_host_memseg_destroy(struct vmm_memseg *seg)
+{
+	unsigned long i;
+	unsigned int j;
+
+	for (i = 0; i < seg->nchunks; i++) {
+		struct chunk *c = &seg->chunks[i];
+
+		if (c->huge != NULL)
+			__free_pages(c->huge, CHUNK_ORDER);
+		if (c->small != NULL) {
+			for (j = 0; j < CHUNK_PAGES; j++)
+				if (c->small[j] != NULL)
+					put_page(c->small[j]);
+			kvfree(c->small);
+		}
+		cond_resched();
+	}
+	kvfree(seg);
+}
+
+static int chunk_fill(struct vmm_memseg *seg, struct chunk *c,
+    unsigned int index, bool whole)
+{
+	const gfp_t gfp = GFP_KERNEL_ACCOUNT | __GFP_ZERO | __GFP_NOWARN;
+
+	if (c->huge != NULL || (c->small != NULL && c->small[index] != NULL))
+		return 0;
+	if (c->small == NULL && whole) {
+		c->huge = alloc_pages(gfp | __GFP_COMP | __GFP_NORETRY,
+		    CHUNK_ORDER);
+		if (c->huge != NULL) {
+			seg->resident += CHUNK_SIZE;
+			return 0;
+		}
+	}
+	if (c->small == NULL) {
+		c->small = kvcalloc(CHUNK_PAGES, sizeof(*c->small),
+		    GFP_KERNEL_ACCOUNT);
+		if (c->small == NULL)
+			return ENOMEM;
+	}
+	c->small[index] = alloc_page(gfp);
+	if (c->small[index] == NULL)
+		return ENOMEM;
+	seg->resident += PAGE_SIZE;
+	return 0;
+}
+
+static int memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
+    unsigned int *order, bool fill)
+{
+	unsigned int index = (off / PAGE_SIZE) % CHUNK_PAGES;
+	uint64_t start = round_down(off, CHUNK_SIZE);
+	struct chunk *c;
+	int error = 0;
+
+	if (off >= seg->len)
+		return EFAULT;
+	c = &seg->chunks[off / CHUNK_SIZE];
+	mutex_lock(&seg->lock);
+	if (fill)
+		error = chunk_fill(seg, c, index, seg->len - start >= CHUNK_SIZE);
+	if (error == 0) {
+		if (c->huge != NULL) {
+			*pa = page_to_phys(c->huge) + index * PAGE_SIZE;
+			*order = CHUNK_ORDER;
+		} else if (c->small != NULL && c->small[index] != NULL) {
+			*pa = page_to_phys(c->small[index]);
+			*order = 0;
+		} else {
+			error = ENOENT;
+		}
+	}
+	mutex_unlock(&seg->lock);
+	return error;
+}
+
+int vmm_host_memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
+    unsigned int *order)
+{
+	return memseg_page(seg, off, pa, order, true);
+}
+
+int vmm_host_memseg_peek(struct vmm_memseg *seg, uint64_t off, uint64_t *pa)
+{
+	unsigned int order;
+
+	return memseg_page(seg, off, pa, &order, false);
+}
+
+uint64_t vmm_host_memseg_resident(struct vmm_memseg *seg)
+{
+	return READ_ONCE(seg->resident);
+}
+
+int vmm_host_copyin(uint64_t user, void *kernel, size_t len)
+{
+	return copy_from_user(kernel, (const void __user *)user, len) != 0 ?
+	    EFAULT : 0;
+}
+
+int vmm_host_copyout(const void *kernel, uint64_t user, size_t len)
+{
+	return copy_to_user((void __user *)user, kernel, len) != 0 ? EFAULT : 0;
+}

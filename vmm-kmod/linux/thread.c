@@ -1,0 +1,145 @@
+/* Threads: sleeping, waking, locks, timers, time. */
+#include <linux/hrtimer.h>
+#include <linux/mutex.h>
+#include <linux/sched.h>
+#include <linux/sched/signal.h>
+#include <linux/slab.h>
+#include <linux/timekeeping.h>
+#include <linux/wait.h>
+
+#include "shim.h"
+
+struct vmm_mutex {
+	struct mutex m;
+};
+
+struct vmm_sleeper {
+	wait_queue_head_t queue;
+	int woken;
+};
+
+struct vmm_timer {
+	struct hrtimer timer;
+	void *arg;
+};
+
+const volatile unsigned long *vmm_host_thread_flags(void)
+{
+	return &current_thread_info()->flags;
+}
+
+int vmm_host_yield(void)
+{
+	cond_resched();
+	return signal_pending(current);
+}
+
+struct vmm_mutex *vmm_host_mutex_create(void)
+{
+	struct vmm_mutex *m = kzalloc(sizeof(*m), GFP_KERNEL_ACCOUNT);
+
+	if (m != NULL)
+		mutex_init(&m->m);
+	return m;
+}
+
+void vmm_host_mutex_destroy(struct vmm_mutex *m)
+{
+	kfree(m);
+}
+
+void vmm_host_mutex_lock(struct vmm_mutex *m)
+{
+	mutex_lock(&m->m);
+}
+
+int vmm_host_mutex_trylock(struct vmm_mutex *m)
+{
+	return mutex_trylock(&m->m);
+}
+
+void vmm_host_mutex_unlock(struct vmm_mutex *m)
+{
+	mutex_unlock(&m->m);
+}
+
+struct vmm_sleeper *vmm_host_sleeper_create(void)
+{
+	struct vmm_sleeper *s = kzalloc(sizeof(*s), GFP_KERNEL_ACCOUNT);
+
+	if (s != NULL)
+		init_waitqueue_head(&s->queue);
+	return s;
+}
+
+void vmm_host_sleeper_destroy(struct vmm_sleeper *s)
+{
+	kfree(s);
+}
+
+void vmm_host_sleep_prepare(struct vmm_sleeper *s)
+{
+	WRITE_ONCE(s->woken, 0);
+	smp_mb();
+}
+
+int vmm_host_sleep(struct vmm_sleeper *s, uint64_t ns)
+{
+	ktime_t timeout = ns > KTIME_MAX ? KTIME_MAX : (ktime_t)ns;
+	int error;
+
+	error = wait_event_interruptible_hrtimeout(s->queue,
+	    READ_ONCE(s->woken) != 0, timeout);
+	return error == -ERESTARTSYS;
+}
+
+void vmm_host_wake(struct vmm_sleeper *s)
+{
+	WRITE_ONCE(s->woken, 1);
+	/* The barrier in wq_has_sleeper orders the flag before the look. */
+	if (wq_has_sleeper(&s->queue))
+		wake_up(&s->queue);
+}
+
+static enum hrtimer_restart timer_fired(struct hrtimer *timer)
+{
+	struct vmm_timer *t = container_of(timer, struct vmm_timer, timer);
+
+	vmm_rust_timer(t->arg);
+	return HRTIMER_NORESTART;
+}
+
+struct vmm_timer *vmm_host_timer_create(void *arg)
+{
+	struct vmm_timer *t = kzalloc(sizeof(*t), GFP_KERNEL_ACCOUNT);
+
+	if (t == NULL)
+		return NULL;
+	hrtimer_init(&t->timer, CLOCK_MONOTONIC, HRTIMER_MODE_REL);
+	t->timer.function = timer_fired;
+	t->arg = arg;
+	return t;
+}
+
+void vmm_host_timer_destroy(struct vmm_timer *t)
+{
+	hrtimer_cancel(&t->timer);
+	kfree(t);
+}
+
+void vmm_host_timer_arm(struct vmm_timer *t, uint64_t ns)
+{
+	if (ns > KTIME_MAX)
+		ns = KTIME_MAX;
+	hrtimer_start(&t->timer, ns_to_ktime(ns), HRTIMER_MODE_REL);
+}
+
+void vmm_host_timer_disarm(struct vmm_timer *t)
+{
+	hrtimer_try_to_cancel(&t->timer);
+}
+
+int64_t vmm_host_wallclock(void)
+{
+	return ktime_get_real_seconds();
+}
