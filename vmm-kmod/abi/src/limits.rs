@@ -1,0 +1,70 @@
+//! Limits and small constants of the interface.
+
+/// Longest name of a VM in bytes, without the terminating NUL, as FreeBSD 12.1
+/// has it (`VM_MAX_NAMELEN` is 32 there and counts the NUL).
+pub const VM_MAX_NAMELEN_12: usize = 31;
+/// Longest name of a VM in bytes, without the NUL, from FreeBSD 13 on:
+/// `SPECNAMELEN` 255 minus 10 for a prefix, 15 for a suffix and a separator.
+pub const VM_MAX_NAMELEN: usize = 229;
+/// Longest suffix (name of a device memory segment) from FreeBSD 13 on.
+pub const VM_MAX_SUFFIXLEN: usize = 15;
+/// Length of the name field of 12.1's memory segment: `SPECNAMELEN + 1`.
+pub const MEMSEG_NAME_12: usize = 64;
+/// `VM_MAXCPU` of 12.1. Ours is bounded by memory, not by this.
+pub const VM_MAXCPU_12: u16 = 16;
+/// Entries in one `VM_STATS` answer (`MAX_VM_STATS`).
+pub const MAX_VM_STATS: usize = 64;
+/// Bytes of a statistic's description, NUL included.
+pub const STAT_DESC_LEN: usize = 128;
+/// Bytes of an instruction that is being emulated.
+pub const VIE_INST_SIZE: usize = 15;
+/// Most memory segments a VM can have (`VM_MAX_MEMSEGS`).
+pub const VM_MAX_MEMSEGS: usize = 4;
+/// Most mappings of memory segments a VM can have (`VM_MAX_MEMMAPS`).
+pub const VM_MAX_MEMMAPS: usize = 8;
+
+/// Guest memory that is mapped is wired (`vm_memmap.flags`).
+pub const VM_MEMMAP_F_WIRED: i32 = 0x01;
+/// Set by the kernel on mappings that the IOMMU knows.
+pub const VM_MEMMAP_F_IOMMU: i32 = 0x02;
+
+/// Read access in a `prot` field (as `PROT_READ` on both hosts).
+pub const PROT_READ: i32 = 1;
+/// Write access.
+pub const PROT_WRITE: i32 = 2;
+/// Execute access.
+pub const PROT_EXEC: i32 = 4;
+/// All three.
+pub const PROT_ALL: i32 = 7;
+
+/// System memory (`lib/libvmmapi/vmmapi.h`).
+pub const VM_SYSMEM: i32 = 0;
+/// Boot ROM.
+pub const VM_BOOTROM: i32 = 1;
+/// Frame buffer.
+pub const VM_FRAMEBUFFER: i32 = 2;
+
+/// Guest memory below 4 GiB ends here at the latest; the rest starts at
+/// [`HIGHMEM_BASE`] (`vm_open` in libvmmapi).
+pub const LOWMEM_LIMIT: u64 = 3 << 30;
+/// Guest-physical address of memory above the hole for PCI, bytes.
+pub const HIGHMEM_BASE: u64 = 4 << 30;
+
+/// `intinfo`: vector (APM Vol. 2 §15.20, EVENTINJ format).
+pub const VM_INTINFO_VECTOR: u64 = 0xff;
+/// `intinfo`: the error code in bits 63..32 is delivered.
+pub const VM_INTINFO_DEL_ERRCODE: u64 = 0x800;
+/// `intinfo`: bits that must be zero.
+pub const VM_INTINFO_RSVD: u64 = 0x7fff_f000;
+/// `intinfo`: an event is there.
+pub const VM_INTINFO_VALID: u64 = 0x8000_0000;
+/// `intinfo`: mask of the type.
+pub const VM_INTINFO_TYPE: u64 = 0x700;
+/// `intinfo`: external interrupt.
+pub const VM_INTINFO_HWINTR: u64 = 0;
+/// `intinfo`: NMI.
+pub const VM_INTINFO_NMI: u64 = 2 << 8;
+/// `intinfo`: exception.
+pub const VM_INTINFO_HWEXCEPTION: u64 = 3 << 8;
+/// `intinfo`: `INT n`.
+pub const VM_INTINFO_SWINTR: u64 = 4 << 8;
