@@ -1,0 +1,333 @@
+//! A Linux host with our module and programs in it, obeying shell lines on COM1.
+
+use crate::cpio::Initramfs;
+use crate::dirs::Dirs;
+use crate::host_kernel::{self, HostKernel};
+use crate::machine::{Engine, Machine, Spec};
+use crate::progress::step;
+use crate::stats::{self, Stats};
+use crate::{apt, kmod, programs};
+use anyhow::{Context, Result, bail, ensure};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+const HOST_INIT: &str = include_str!("../host/init");
+const GUEST_INIT: &str = include_str!("../host/guest-init");
+const TSC_SOURCE: &str = include_str!("../host/tsc.S");
+
+/// A host's boot, with room for a slow machine.
+pub const BOOT: Duration = Duration::from_secs(300);
+/// A command that does little.
+pub const SHORT: Duration = Duration::from_secs(60);
+
+/// Packages that building needs.
+const BUILD_PACKAGES: [&str; 10] = [
+    "binutils",
+    "busybox-static",
+    "gcc",
+    "gcc-12",
+    "grub-common",
+    "grub-pc-bin",
+    "libc6-dev",
+    "libelf1",
+    "make",
+    "xorriso",
+];
+
+/// What goes into hosts, built once.
+#[derive(Debug, Clone)]
+pub struct Kit {
+    /// Kernel of the host and of Linux guests.
+    pub kernel: HostKernel,
+    /// Our module, for that kernel.
+    pub module: PathBuf,
+    /// [`programs::PROGRAMS`], static.
+    pub programs: Vec<PathBuf>,
+    /// Prints the time-stamp counter.
+    tsc: PathBuf,
+    /// A Linux guest's initramfs: busybox and a shell.
+    pub guest_initrd: PathBuf,
+}
+
+impl Kit {
+    /// Sets up what is missing and builds everything.
+    ///
+    /// # Errors
+    /// Not Debian 12, no root where packages are missing, no net the first
+    /// time, or something of ours does not compile.
+    pub fn build(dirs: &Dirs) -> Result<Self> {
+        prerequisites(&[])?;
+        let kernel = host_kernel::ensure(dirs)?;
+        let module = kmod::build(dirs, &kernel)?;
+        let programs = step("bhyve, bhyvectl, bhyveload", || programs::build(dirs))?;
+        Ok(Self {
+            kernel,
+            module,
+            programs,
+            tsc: tsc(dirs)?,
+            guest_initrd: guest_initrd(dirs)?,
+        })
+    }
+}
+
+/// Sees to the Debian packages for building, for `engines`, and for those only.
+///
+/// # Errors
+/// Not Debian 12, or packages are missing and cannot be installed.
+pub fn prerequisites(engines: &[Engine]) -> Result<()> {
+    apt::require_debian_12()?;
+    let mut packages = BUILD_PACKAGES.to_vec();
+    // grub-mkrescue runs mformat for its EFI half, which is left out without it.
+    packages.push("mtools");
+    for engine in engines {
+        packages.extend(engine.packages());
+    }
+    apt::ensure_installed(&packages)
+}
+
+fn tsc(dirs: &Dirs) -> Result<PathBuf> {
+    let dir = dirs.fresh("tsc")?;
+    let source = dir.join("tsc.S");
+    fs::write(&source, TSC_SOURCE)?;
+    let program = dir.join("tsc");
+    crate::command::output(
+        Command::new("gcc")
+            .args(["-nostdlib", "-static", "-o"])
+            .arg(&program)
+            .arg(&source),
+    )?;
+    Ok(program)
+}
+
+/// Makes the initramfs of a Linux guest.
+///
+/// # Errors
+/// There is no busybox, or the disk is full.
+pub fn guest_initrd(dirs: &Dirs) -> Result<PathBuf> {
+    let file = dirs.fresh("guest")?.join("initrd");
+    fs::write(&file, Initramfs::new(GUEST_INIT)?.finish()?)?;
+    Ok(file)
+}
+
+/// Kernel parameters that leave out what costs seconds in an emulator and has
+/// no bearing on a hypervisor: self-tests of ciphers, certificates, tracers.
+pub const LEAN: &str = "cryptomgr.notests apparmor=0 \
+    initcall_blacklist=load_system_certificate_list,init_kprobe_trace,init_blk_tracer,bpf_rstat_kfunc_init,cubictcp_register";
+
+/// How to start a host.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// What runs it.
+    pub engine: Engine,
+    /// The host's CPUs.
+    pub cpus: u32,
+    /// The host's memory in MiB.
+    pub memory_mib: u32,
+    /// Added to the host kernel's command line.
+    pub cmdline: String,
+    /// Files for the host: path in the host (relative to `/`), path here.
+    pub files: Vec<(String, PathBuf)>,
+}
+
+impl Config {
+    /// One CPU, and memory for a guest of `guest_mib` and the files it needs.
+    pub fn new(engine: Engine, guest_mib: u32) -> Self {
+        Self {
+            engine,
+            cpus: 1,
+            memory_mib: guest_mib + 512,
+            cmdline: String::new(),
+            files: Vec::new(),
+        }
+    }
+
+    /// Puts the file `from` at `/name`.
+    pub fn file(&mut self, name: &str, from: &Path) {
+        self.files.push((name.to_owned(), from.to_owned()));
+    }
+}
+
+/// What a shell line said.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// The shell's exit status.
+    pub status: i32,
+    /// Standard output and error.
+    pub text: String,
+}
+
+/// A running host.
+#[derive(Debug)]
+pub struct Host {
+    machine: Machine,
+}
+
+impl Host {
+    /// Boots a host with `kit` in it; files and transcripts go to
+    /// `target/lab/NAME`.
+    ///
+    /// # Errors
+    /// The emulator or the kernel does not come up.
+    pub fn boot(dirs: &Dirs, kit: &Kit, config: &Config, name: &str) -> Result<Self> {
+        let mut initramfs = Initramfs::new(HOST_INIT)?;
+        initramfs.file("vmm.ko", &kit.module)?;
+        for (name, path) in programs::PROGRAMS.iter().zip(&kit.programs) {
+            initramfs.program(&format!("bin/{name}"), path)?;
+        }
+        initramfs.program("bin/tsc", &kit.tsc)?;
+        for (name, path) in &config.files {
+            initramfs.file(name, path)?;
+        }
+        let engine = config.engine;
+        let initramfs = initramfs.finish()?;
+        // The archive itself and its unpacked copy are both in memory for a while.
+        let archive_mib = u32::try_from(initramfs.len() >> 20)? * 2;
+        let spec = Spec {
+            engine,
+            cpus: config.cpus,
+            memory_mib: config.memory_mib + archive_mib,
+            kernel: kit.kernel.image.clone(),
+            initramfs,
+            cmdline: format!(
+                "console=ttyS0,115200 quiet nokaslr {LEAN} {} {}",
+                engine.kernel_parameters(),
+                config.cmdline
+            ),
+        };
+        let dir = dirs.fresh(name)?;
+        let mut machine = Machine::start(&spec, &dir)?;
+        machine
+            .com1
+            .expect("@lab-ready", BOOT)
+            .context("the host does not come up")?;
+        Ok(Self { machine })
+    }
+
+    /// The guest's console, COM2.
+    pub fn guest(&mut self) -> &mut crate::console::Console {
+        &mut self.machine.com2
+    }
+
+    /// The host's console, COM1.
+    pub fn control(&mut self) -> &mut crate::console::Console {
+        &mut self.machine.com1
+    }
+
+    /// The host's console and the guest's, to use together.
+    pub fn both(&mut self) -> (&mut crate::console::Console, &mut crate::console::Console) {
+        (&mut self.machine.com1, &mut self.machine.com2)
+    }
+
+    /// Obeys one shell line and waits for its end.
+    ///
+    /// # Errors
+    /// The host has gone or is silent for `timeout`.
+    pub fn run(&mut self, line: &str, timeout: Duration) -> Result<Output> {
+        self.start(line)?;
+        self.finish(timeout)
+            .with_context(|| format!("in the host: {line}"))
+    }
+
+    /// As [`Self::run`], and the line must succeed.
+    ///
+    /// # Errors
+    /// As for [`Self::run`], or a status other than 0.
+    pub fn must(&mut self, line: &str, timeout: Duration) -> Result<String> {
+        let out = self.run(line, timeout)?;
+        ensure!(
+            out.status == 0,
+            "`{line}` in the host gives status {}:\n{}",
+            out.status,
+            out.text
+        );
+        Ok(out.text)
+    }
+
+    /// Types one shell line; [`Self::finish`] waits for its end.
+    ///
+    /// # Errors
+    /// The host has gone, or the line is not one line.
+    pub fn start(&mut self, line: &str) -> Result<()> {
+        // The terminal's line discipline keeps 4095 characters of a line.
+        ensure!(
+            line.len() < 4000 && !line.contains('\n'),
+            "not one shell line: {line}"
+        );
+        self.machine.com1.send(format!("{line}\n").as_bytes())
+    }
+
+    /// Waits for the end of the line that [`Self::start`] typed.
+    ///
+    /// # Errors
+    /// The host has gone or does not end it within `timeout`.
+    pub fn finish(&mut self, timeout: Duration) -> Result<Output> {
+        let found = self.machine.com1.expect(r"@lab-done (\d+)\r?\n", timeout)?;
+        let text = found
+            .before
+            .rsplit_once("@lab-done")
+            .map_or("", |(text, _)| text)
+            .trim_start_matches(['\r', '\n'])
+            .to_owned();
+        Ok(Output {
+            status: found.group(1).parse().unwrap_or(-1),
+            text,
+        })
+    }
+
+    /// The line that [`Self::start`] typed, if it has ended by now.
+    ///
+    /// # Errors
+    /// The host has gone.
+    pub fn finished(&mut self, wait: Duration) -> Result<Option<i32>> {
+        Ok(self
+            .machine
+            .com1
+            .try_expect(r"@lab-done (\d+)\r?\n", wait)?
+            .map(|f| f.group(1).parse().unwrap_or(-1)))
+    }
+
+    /// The host's time-stamp counter.
+    ///
+    /// # Errors
+    /// The host has gone.
+    pub fn tsc(&mut self) -> Result<u64> {
+        let text = self.must("tsc", SHORT)?;
+        text.trim()
+            .parse()
+            .with_context(|| format!("tsc said {text:?}"))
+    }
+
+    /// The statistics of the VM `name`.
+    ///
+    /// # Errors
+    /// bhyvectl fails.
+    pub fn stats(&mut self, name: &str) -> Result<Stats> {
+        let text = self.must(&format!("bhyvectl --get-stats --vm={name}"), SHORT)?;
+        Ok(stats::parse(&text))
+    }
+
+    /// The kernel has complained about nothing since the last look.
+    ///
+    /// # Errors
+    /// It has; with its log.
+    pub fn no_complaints(&mut self) -> Result<()> {
+        let log = self.must("dmesg -c", SHORT)?;
+        const BAD: [&str; 9] = [
+            "BUG:",
+            "WARNING:",
+            "Oops",
+            "general protection",
+            "Call Trace",
+            "rcu_preempt self-detected",
+            "blocked for more than",
+            "Bad page",
+            "soft lockup",
+        ];
+        if let Some(bad) = BAD.iter().find(|b| log.contains(*b)) {
+            bail!("the host's kernel says \"{bad}\":\n{log}");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,131 @@
+//! Builds `vmm.ko` for the host kernel: a Rust static library for the kernel
+//! target, linked to one object, handed to Kbuild beside the C shim.
+
+use crate::command::output;
+use crate::core_src::{self, CoreSource, KERNEL_CARGO_ARGS, kernel_cargo_env};
+use crate::dirs::Dirs;
+use crate::host_kernel::HostKernel;
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Builds the module and returns the path of `vmm.ko`.
+///
+/// # Errors
+/// The compiler, the linker or Kbuild fails.
+pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
+    let source = core_src::ensure(dirs)?;
+    let krate = dirs.root.join("vmm-kmod/kmod");
+    let archive = crate::progress::step("vmm.ko: Rust", || static_library(dirs, &krate, &source))?;
+    crate::progress::step("vmm.ko: Kbuild", || {
+        let build = dirs.target.join("vmm-linux");
+        let shim = build.join("linux");
+        // Stale shim sources must go, Kbuild's own products may stay.
+        mirror(&dirs.root.join("vmm-kmod/linux"), &shim)?;
+        mirror(&krate, &build.join("kmod"))?;
+        let object = shim.join("vmm_rust.o_shipped");
+        link(&archive, &krate.join("exports.txt"), &object)?;
+        // Kbuild wants to know the command that made an object.
+        fs::write(shim.join(".vmm_rust.o.cmd"), "")?;
+        output(
+            Command::new("make")
+                .arg("-C")
+                .arg(&kernel.headers)
+                .arg(format!("M={}", shim.display()))
+                .arg("modules")
+                .env_remove("MAKEFLAGS")
+                .env_remove("MAKELEVEL"),
+        )?;
+        let made = shim.join("vmm.ko");
+        let module = dirs.target.join("vmm.ko");
+        fs::copy(&made, &module).with_context(|| format!("Kbuild made no {}", made.display()))?;
+        output(Command::new("strip").arg("--strip-debug").arg(&module))?;
+        Ok(module)
+    })
+}
+
+fn static_library(dirs: &Dirs, krate: &Path, source: &CoreSource) -> Result<PathBuf> {
+    let mut cargo = Command::new("cargo");
+    kernel_cargo_env(&mut cargo, source);
+    let text = output(
+        cargo
+            .args([
+                "build",
+                "--release",
+                "--message-format=json-render-diagnostics",
+            ])
+            .args(KERNEL_CARGO_ARGS)
+            .arg("--target-dir")
+            .arg(dirs.target.join("kmod"))
+            .current_dir(krate),
+    )?;
+    text.lines()
+        .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok())
+        .filter_map(|m| {
+            m["filenames"].as_array().and_then(|files| {
+                files
+                    .iter()
+                    .filter_map(|f| f.as_str())
+                    .find(|f| f.ends_with(".a"))
+                    .map(PathBuf::from)
+            })
+        })
+        .next_back()
+        .context("vmm-kmod/kmod made no static library")
+}
+
+/// One relocatable object with what the C side calls, and what that needs.
+fn link(archive: &Path, exports: &Path, object: &Path) -> Result<()> {
+    let names = fs::read_to_string(exports)
+        .with_context(|| format!("cannot read {}", exports.display()))?;
+    let names: Vec<&str> = names
+        .lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty() && !l.starts_with('#'))
+        .collect();
+    let mut ld = Command::new("ld");
+    ld.args(["-r", "--gc-sections"]);
+    if let Some(first) = names.first() {
+        ld.args(["-e", first]);
+    }
+    for name in &names {
+        ld.args(["-u", name]);
+    }
+    let whole = object.with_extension("whole");
+    output(ld.arg("-o").arg(&whole).arg(archive))?;
+    // build-std leaves bitcode behind, which modpost complains about.
+    output(
+        Command::new("objcopy")
+            .args(["-R", ".llvmbc", "-R", ".llvmcmd", "-R", ".comment"])
+            .arg(&whole)
+            .arg(object),
+    )?;
+    fs::remove_file(&whole)?;
+    Ok(())
+}
+
+/// Copies the C files and Kbuild files of `from` to `to`, where they differ.
+fn mirror(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    let entries = fs::read_dir(from).with_context(|| format!("no {}", from.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        let Some(name) = path.file_name() else {
+            continue;
+        };
+        let wanted = name == "Kbuild"
+            || path
+                .extension()
+                .is_some_and(|e| e == "c" || e == "h" || e == "S");
+        if !path.is_file() || !wanted {
+            continue;
+        }
+        let target = to.join(name);
+        let new = fs::read(&path)?;
+        if fs::read(&target).ok().as_deref() != Some(&new) {
+            fs::write(&target, new)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,172 @@
+//! An emulator (or KVM) with a kernel in it and two serial ports.
+
+use crate::console::{Console, Listening};
+use crate::{bochs, qemu};
+use anyhow::{Context, Result, bail};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::Duration;
+
+/// How long an emulator may take to connect its serial ports.
+const CONNECT: Duration = Duration::from_secs(60);
+
+/// What runs the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// QEMU with KVM, where that offers VMX or SVM to guests.
+    Kvm,
+    /// Bochs: VT-x, an exact instruction count, about 50 million instructions a second.
+    Bochs,
+    /// QEMU's TCG: AMD-V.
+    Qemu,
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Bochs => "bochs",
+            Self::Qemu => "qemu",
+        })
+    }
+}
+
+impl Engine {
+    /// KVM if this machine really offers VMX to guests, otherwise Bochs.
+    pub fn auto() -> Self {
+        if kvm_offers_vmx() {
+            Self::Kvm
+        } else {
+            Self::Bochs
+        }
+    }
+
+    /// The Debian packages that the engine is in.
+    pub fn packages(self) -> &'static [&'static str] {
+        match self {
+            Self::Bochs => &["bochs", "bochs-term", "bochsbios", "vgabios"],
+            Self::Kvm | Self::Qemu => &["qemu-system-x86"],
+        }
+    }
+
+    /// The time-stamp counter counts instructions.
+    pub fn counts_instructions(self) -> bool {
+        self == Self::Bochs
+    }
+
+    /// Kernel parameters that the engine asks of a Linux on it.
+    pub fn kernel_parameters(self) -> String {
+        match self {
+            // CPUID promises the model's 3.5 GHz; the machine has BOCHS_IPS.
+            Self::Bochs => format!("tsc_early_khz={} tsc=reliable", bochs::IPS / 1000),
+            Self::Kvm | Self::Qemu => String::new(),
+        }
+    }
+}
+
+/// A `/dev/kvm` that opens proves nothing; what KVM would tell a guest does.
+fn kvm_offers_vmx() -> bool {
+    const VMX: u32 = 1 << 5; // CPUID.01H:ECX, SDM Vol. 2A, CPUID
+    let Ok(kvm) = kvm_ioctls::Kvm::new() else {
+        return false;
+    };
+    kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .is_ok_and(|cpuid| {
+            cpuid
+                .as_slice()
+                .iter()
+                .any(|leaf| leaf.function == 1 && leaf.ecx & VMX != 0)
+        })
+}
+
+/// A machine to start.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// What runs it.
+    pub engine: Engine,
+    /// Number of CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// bzImage.
+    pub kernel: PathBuf,
+    /// Initramfs, uncompressed.
+    pub initramfs: Vec<u8>,
+    /// Kernel command line.
+    pub cmdline: String,
+}
+
+/// A running machine. Dropping it ends it.
+#[derive(Debug)]
+pub struct Machine {
+    child: Child,
+    /// COM1.
+    pub com1: Console,
+    /// COM2.
+    pub com2: Console,
+}
+
+impl Machine {
+    /// Starts a machine; its files and transcripts go to `dir`.
+    ///
+    /// # Errors
+    /// The emulator is not there or does not start.
+    pub fn start(spec: &Spec, dir: &Path) -> Result<Self> {
+        let ports = [Listening::new()?, Listening::new()?];
+        let numbers = [ports[0].port(), ports[1].port()];
+        let mut child = match spec.engine {
+            Engine::Bochs => bochs::spawn(spec, dir, numbers)?,
+            Engine::Kvm | Engine::Qemu => qemu::spawn(spec, dir, numbers)?,
+        };
+        let [first, second] = ports;
+        let connected = (|| {
+            let mut alive = || ended(&mut child, dir);
+            let com1 = first.accept(&dir.join("com1.log"), CONNECT, &mut alive)?;
+            let com2 = second.accept(&dir.join("com2.log"), CONNECT, &mut alive)?;
+            Ok((com1, com2))
+        })();
+        match connected {
+            Ok((com1, com2)) => Ok(Self { child, com1, com2 }),
+            Err(e) => {
+                kill(&mut child);
+                Err(e)
+            }
+        }
+    }
+
+    /// Waits until the machine has ended by itself.
+    ///
+    /// # Errors
+    /// It has not within `timeout`.
+    pub fn wait_end(&mut self, timeout: Duration) -> Result<()> {
+        let deadline = std::time::Instant::now() + timeout;
+        while self.child.try_wait()?.is_none() {
+            if std::time::Instant::now() > deadline {
+                bail!("the machine still runs after {} s", timeout.as_secs());
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        kill(&mut self.child);
+    }
+}
+
+fn kill(child: &mut Child) {
+    // It may have ended by itself, which is as good.
+    if child.kill().is_ok() && child.wait().is_err() {
+        eprintln!("emulator {} cannot be waited for", child.id());
+    }
+}
+
+fn ended(child: &mut Child, dir: &Path) -> Result<()> {
+    match child.try_wait().context("cannot watch the emulator")? {
+        None => Ok(()),
+        Some(status) => bail!("the emulator ended ({status}); see {}", dir.display()),
+    }
+}

@@ -1,0 +1,44 @@
+//! QEMU: with TCG for AMD-V, with KVM where that offers VT-x.
+
+use crate::machine::{Engine, Spec};
+use anyhow::{Context, Result};
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+/// Starts QEMU with COM1 and COM2 connected to these loopback ports.
+///
+/// # Errors
+/// The disk is full or there is no QEMU.
+pub fn spawn(spec: &Spec, dir: &Path, ports: [u16; 2]) -> Result<Child> {
+    let initramfs = dir.join("initramfs");
+    fs::write(&initramfs, &spec.initramfs)?;
+    let acceleration: &[&str] = if spec.engine == Engine::Kvm {
+        &["-accel", "kvm", "-cpu", "host"]
+    } else {
+        &["-accel", "tcg", "-cpu", "EPYC,+svm,+npt"]
+    };
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
+        .args(["-machine", "q35", "-nodefaults", "-no-user-config"])
+        .args(["-display", "none", "-no-reboot"])
+        .args(acceleration)
+        .args(["-smp", &spec.cpus.to_string()])
+        .args(["-m", &spec.memory_mib.to_string()])
+        .arg("-kernel")
+        .arg(&spec.kernel)
+        .arg("-initrd")
+        .arg(&initramfs)
+        .args(["-append", &spec.cmdline]);
+    for port in ports {
+        command.args(["-serial", &format!("tcp:127.0.0.1:{port}")]);
+    }
+    let log = File::create(dir.join("qemu.log"))?;
+    command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("cannot start QEMU")
+}

@@ -1,0 +1,53 @@
+//! The machine-readable account of one guest's run.
+
+use crate::stats::{self, Stats};
+use anyhow::{Context, Result};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+
+/// What a run was and what it cost.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// `bochs`, `kvm` or `qemu`.
+    pub engine: String,
+    /// The host's kernel release.
+    pub host: String,
+    /// The guest's kernel file.
+    pub guest: String,
+    /// The guest's vCPUs.
+    pub vcpus: u32,
+    /// The guest's memory in MiB.
+    pub memory_mib: u32,
+    /// Host and guest instructions from before bhyveload until bhyve's end (or
+    /// the stop), where the engine counts them.
+    pub instructions: Option<u64>,
+    /// Real seconds of the same span.
+    pub seconds: f64,
+    /// `bhyvectl --get-stats` at the end.
+    pub stats: Stats,
+    /// The guest's console log.
+    pub output: PathBuf,
+}
+
+impl Report {
+    /// Writes the report as JSON.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&self, file: &Path) -> Result<()> {
+        let value = json!({
+            "engine": self.engine,
+            "host": self.host,
+            "guest": self.guest,
+            "vcpus": self.vcpus,
+            "memory_mib": self.memory_mib,
+            "instructions": self.instructions,
+            "seconds": self.seconds,
+            "exits": stats::exits(&self.stats),
+            "userland_exits": stats::userland_exits(&self.stats),
+            "output": self.output,
+        });
+        let text = serde_json::to_string_pretty(&value)? + "\n";
+        std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
+    }
+}

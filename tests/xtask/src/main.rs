@@ -1,0 +1,136 @@
+//! The project's commands. `cargo xtask boot` boots a guest on our vmm.ko,
+//! bhyveload and bhyve; `cargo xtask test` tests everything.
+#![forbid(unsafe_code)]
+
+mod boot;
+mod check;
+mod terminal;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use lab::dirs::Dirs;
+use lab::machine::{Engine, Machine, Spec};
+use lab::progress::step;
+use lab::{core_src, host, host_kernel, kmod, programs};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Build, boot and test bhyve"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Boot a guest on our vmm.ko, bhyveload and bhyve, in a host in an emulator
+    Boot(Box<boot::Options>),
+    /// Check and test everything
+    Test(check::Options),
+    /// Build vmm.ko for Debian's cloud kernel and print its path
+    Kmod,
+    /// Build bhyve, bhyvectl and bhyveload as static programs and print their paths
+    Programs,
+    /// Boot Debian's kernel on the bare emulator, to compare a guest's log with
+    Bare {
+        /// What runs it
+        #[arg(long, default_value = "bochs")]
+        engine: boot::EngineName,
+        /// CPUs
+        #[arg(short = 'c', default_value_t = 1)]
+        cpus: u32,
+        /// Added to the kernel's command line
+        #[arg(long, default_value = "")]
+        cmdline: String,
+        /// Kernel in place of Debian's
+        #[arg(long)]
+        kernel: Option<PathBuf>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<ExitCode> {
+    // cargo run says where the package is; a moved binary is not supported.
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").context("run me as `cargo xtask`")?;
+    let dirs = Dirs::new(&Path::new(&package).join("../.."))?;
+    match arguments.command {
+        Verb::Boot(options) => boot::run(&dirs, &options),
+        Verb::Test(options) => check::run(&dirs, &options),
+        Verb::Kmod => {
+            host::prerequisites(&[])?;
+            let kernel = host_kernel::ensure(&dirs)?;
+            core_src::ensure(&dirs)?;
+            println!("{}", kmod::build(&dirs, &kernel)?.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Programs => {
+            host::prerequisites(&[])?;
+            for program in step("bhyve, bhyvectl, bhyveload", || programs::build(&dirs))? {
+                println!("{}", program.display());
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Bare {
+            engine,
+            cpus,
+            cmdline,
+            kernel,
+        } => bare(&dirs, engine.resolve(), cpus, &cmdline, kernel),
+    }
+}
+
+fn bare(
+    dirs: &Dirs,
+    engine: Engine,
+    cpus: u32,
+    cmdline: &str,
+    kernel: Option<PathBuf>,
+) -> Result<ExitCode> {
+    host::prerequisites(&[engine])?;
+    let kernel = match kernel {
+        Some(file) => file,
+        None => host_kernel::ensure(dirs)?.image,
+    };
+    let initramfs = std::fs::read(host::guest_initrd(dirs)?)?;
+    let spec = Spec {
+        engine,
+        cpus,
+        memory_mib: 1024,
+        kernel,
+        initramfs,
+        cmdline: format!(
+            "console=ttyS0,115200 {} {} {cmdline}",
+            host::LEAN,
+            engine.kernel_parameters()
+        ),
+    };
+    let dir = dirs.fresh("bare")?;
+    let mut machine = Machine::start(&spec, &dir)?;
+    let interactive = terminal::Raw::new()?;
+    if interactive.is_some() {
+        terminal::converse(&mut machine.com1, || Ok(false))?;
+    } else {
+        step("userland on the bare machine", || {
+            machine.com1.expect("guest userland: .*", host::BOOT)
+        })?;
+        machine.com1.expect("# ", Duration::from_secs(10))?;
+        println!("{}", machine.com1.text());
+    }
+    println!("console log: {}", machine.com1.transcript().display());
+    Ok(ExitCode::SUCCESS)
+}
