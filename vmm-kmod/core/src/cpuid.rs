@@ -246,6 +246,19 @@ impl CpuidTable {
         self.ext[1].regs
     }
 
+    /// Leaf 0x8000_0008.
+    pub fn ext8(&self) -> Regs {
+        self.ext[8].regs
+    }
+
+    /// Whether XSAVES and IA32_XSS exist (leaf 0xD sub-leaf 1 EAX bit 3).
+    pub fn has_xsaves(&self) -> bool {
+        match self.basic[0xd].kind {
+            Kind::Xstate { first, .. } => self.sub_row(first, 1)[0] & (1 << 3) != 0,
+            _ => false,
+        }
+    }
+
     #[inline]
     fn answer(&self, l: &Leaf, ecx: u32, now: &DynState) -> Regs {
         match l.kind {

@@ -20,7 +20,10 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod apicbus;
 pub mod cpu;
 pub mod cpuid;
 pub mod host;
+pub mod lapic;
+pub mod msr;
 pub mod time;
