@@ -26,4 +26,5 @@ pub mod cpuid;
 pub mod host;
 pub mod lapic;
 pub mod msr;
+pub mod paging;
 pub mod time;
