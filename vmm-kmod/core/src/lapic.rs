@@ -400,6 +400,18 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
         core::mem::take(&mut self.init)
     }
 
+    /// Whether INIT waits to be taken.
+    #[inline]
+    pub fn init_pending(&self) -> bool {
+        self.init
+    }
+
+    /// The CPU itself may have requested vectors (self-IPI under
+    /// virtual-interrupt delivery): look at the page again.
+    pub fn distrust_hints(&mut self) {
+        self.irr_hint = true;
+    }
+
     /// A start-up IPI arrived: its vector (the page to start at). It means
     /// something only to a vCPU that waits for it; others drop it.
     #[inline]
