@@ -50,7 +50,7 @@ abi_struct! {
         flags: u16 = 0,
         /// Port.
         port: u16 = 2,
-        /// EAX, for OUT; the answer, for IN.
+        /// EAX, for OUT.
         eax: u32 = 4,
     }
 }
