@@ -1,7 +1,5 @@
 //! Debian's Bochs 2.7: VT-x emulated, and time a function of instructions.
 
-use crate::iso;
-use crate::machine::Spec;
 use anyhow::{Context, Result};
 use std::fs::{self, File};
 use std::io::Read;
@@ -13,14 +11,13 @@ use std::thread;
 /// emulated time is near to real time while the machine is busy.
 pub const IPS: u32 = 50_000_000;
 
-/// Starts Bochs with COM1 and COM2 connected to these loopback ports.
+/// Starts Bochs from a CD with COM1 and COM2 connected to these loopback ports.
 ///
 /// # Errors
 /// The disk is full or there is no Bochs.
-pub fn spawn(spec: &Spec, dir: &Path, ports: [u16; 2]) -> Result<Child> {
-    let iso = iso::build(dir, &spec.kernel, &spec.initramfs, &spec.cmdline)?;
+pub fn spawn(cpus: u32, memory_mib: u32, iso: &Path, dir: &Path, ports: [u16; 2]) -> Result<Child> {
     let rc = dir.join("bochsrc");
-    fs::write(&rc, configuration(spec, dir, &iso, ports))?;
+    fs::write(&rc, configuration(cpus, memory_mib, dir, iso, ports))?;
     // Debian's build has the debugger, which waits for this.
     let go = dir.join("debugger.rc");
     fs::write(&go, "c\n")?;
@@ -51,10 +48,7 @@ pub fn spawn(spec: &Spec, dir: &Path, ports: [u16; 2]) -> Result<Child> {
     Ok(child)
 }
 
-fn configuration(spec: &Spec, dir: &Path, iso: &Path, ports: [u16; 2]) -> String {
-    let Spec {
-        cpus, memory_mib, ..
-    } = spec;
+fn configuration(cpus: u32, memory_mib: u32, dir: &Path, iso: &Path, ports: [u16; 2]) -> String {
     let serial = |n: usize, port: u16| {
         format!("com{n}: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n")
     };

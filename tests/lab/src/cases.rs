@@ -1,1 +1,23 @@
-//! Lab tests.
+//! The lab tests: what a user or a guest sees of vmm.ko, bhyveload and bhyve.
+
+mod freebsd;
+mod kvm_unit_tests;
+mod lifecycle;
+mod linux;
+
+use crate::runner::{Group, Lab};
+use anyhow::Result;
+
+/// All lab tests, by host.
+///
+/// # Errors
+/// An image directory cannot be read.
+pub fn all(lab: &Lab) -> Result<Vec<Group>> {
+    let mut groups = vec![
+        linux::group(lab),
+        lifecycle::group(lab),
+        freebsd::group(lab),
+    ];
+    groups.extend(kvm_unit_tests::groups(lab)?);
+    Ok(groups)
+}

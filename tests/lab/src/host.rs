@@ -36,6 +36,9 @@ const BUILD_PACKAGES: [&str; 10] = [
     "xorriso",
 ];
 
+/// How the end of a bhyve in the background is announced, before its status.
+pub const GUEST_EXIT: &str = "@guest-exit ";
+
 /// What goes into hosts, built once.
 #[derive(Debug, Clone)]
 pub struct Kit {
@@ -162,6 +165,8 @@ pub struct Output {
 #[derive(Debug)]
 pub struct Host {
     machine: Machine,
+    /// A guest's end, announced while another line was waited for.
+    guest_exit: Option<i32>,
 }
 
 impl Host {
@@ -202,7 +207,10 @@ impl Host {
             .com1
             .expect("@lab-ready", BOOT)
             .context("the host does not come up")?;
-        Ok(Self { machine })
+        Ok(Self {
+            machine,
+            guest_exit: None,
+        })
     }
 
     /// The guest's console, COM2.
@@ -264,28 +272,36 @@ impl Host {
     /// The host has gone or does not end it within `timeout`.
     pub fn finish(&mut self, timeout: Duration) -> Result<Output> {
         let found = self.machine.com1.expect(r"@lab-done (\d+)\r?\n", timeout)?;
-        let text = found
-            .before
-            .rsplit_once("@lab-done")
-            .map_or("", |(text, _)| text)
-            .trim_start_matches(['\r', '\n'])
-            .to_owned();
+        let mut text = String::new();
+        for line in found.before.lines() {
+            if let Some(status) = line.strip_prefix(GUEST_EXIT) {
+                self.guest_exit = status.trim().parse().ok();
+            } else if !line.starts_with("@lab-done") {
+                text.push_str(line.trim_end());
+                text.push('\n');
+            }
+        }
         Ok(Output {
             status: found.group(1).parse().unwrap_or(-1),
-            text,
+            text: text.trim_start_matches('\n').to_owned(),
         })
     }
 
-    /// The line that [`Self::start`] typed, if it has ended by now.
+    /// bhyve's exit status, if it has ended within `wait`, once.
     ///
     /// # Errors
     /// The host has gone.
-    pub fn finished(&mut self, wait: Duration) -> Result<Option<i32>> {
-        Ok(self
+    pub fn guest_exit(&mut self, wait: Duration) -> Result<Option<i32>> {
+        if let Some(status) = self.guest_exit.take() {
+            return Ok(Some(status));
+        }
+        let found = self
             .machine
             .com1
-            .try_expect(r"@lab-done (\d+)\r?\n", wait)?
-            .map(|f| f.group(1).parse().unwrap_or(-1)))
+            .try_expect(&format!(r"{GUEST_EXIT}(\d+)\r?\n"), wait)?;
+        found
+            .map(|f| f.group(1).parse().context("bhyve's exit status"))
+            .transpose()
     }
 
     /// The host's time-stamp counter.

@@ -15,18 +15,42 @@ pub fn build(dir: &Path, kernel: &Path, initramfs: &[u8], cmdline: &str) -> Resu
     fs::create_dir_all(tree.join("boot/grub"))?;
     fs::copy(kernel, tree.join("boot/vmlinuz"))?;
     fs::write(tree.join("boot/initrd"), initramfs)?;
+    rescue(
+        dir,
+        &tree,
+        &format!("linux /boot/vmlinuz {cmdline}\ninitrd /boot/initrd\n"),
+    )
+}
+
+/// Makes `dir/boot.iso` from a multiboot kernel and a module.
+///
+/// # Errors
+/// grub-mkrescue fails or the disk is full.
+pub fn build_multiboot(dir: &Path, kernel: &Path, module: &Path) -> Result<PathBuf> {
+    let tree = dir.join("iso");
+    fs::create_dir_all(tree.join("boot/grub"))?;
+    fs::copy(kernel, tree.join("boot/kernel"))?;
+    fs::copy(module, tree.join("boot/module"))?;
+    rescue(
+        dir,
+        &tree,
+        "multiboot /boot/kernel kernel\nmodule /boot/module module\n",
+    )
+}
+
+fn rescue(dir: &Path, tree: &Path, commands: &str) -> Result<PathBuf> {
     fs::write(
         tree.join("boot/grub/grub.cfg"),
-        format!("set timeout=0\nlinux /boot/vmlinuz {cmdline}\ninitrd /boot/initrd\nboot\n"),
+        format!("set timeout=0\n{commands}boot\n"),
     )?;
     let iso = dir.join("boot.iso");
     output(
         Command::new("grub-mkrescue")
             .args(["-d", "/usr/lib/grub/i386-pc", "-o"])
             .arg(&iso)
-            .arg(&tree)
+            .arg(tree)
             .args(["--locales=", "--fonts=", "--themes=", "--compress=no"]),
     )?;
-    fs::remove_dir_all(&tree)?;
+    fs::remove_dir_all(tree)?;
     Ok(iso)
 }

@@ -17,7 +17,7 @@ use std::process::Command;
 pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
     let source = core_src::ensure(dirs)?;
     let krate = dirs.root.join("vmm-kmod/kmod");
-    let archive = crate::progress::step("vmm.ko: Rust", || static_library(dirs, &krate, &source))?;
+    let archive = crate::progress::step("vmm.ko: Rust", || static_library(dirs, &source))?;
     crate::progress::step("vmm.ko: Kbuild", || {
         let build = dirs.target.join("vmm-linux");
         let shim = build.join("linux");
@@ -45,21 +45,35 @@ pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
     })
 }
 
-fn static_library(dirs: &Dirs, krate: &Path, source: &CoreSource) -> Result<PathBuf> {
+/// A cargo command on the kernel piece, which is a workspace of its own for the
+/// kernel target.
+pub fn cargo(dirs: &Dirs, source: &CoreSource, args: &[&str]) -> Command {
     let mut cargo = Command::new("cargo");
     kernel_cargo_env(&mut cargo, source);
-    let text = output(
-        cargo
-            .args([
-                "build",
-                "--release",
-                "--message-format=json-render-diagnostics",
-            ])
-            .args(KERNEL_CARGO_ARGS)
-            .arg("--target-dir")
-            .arg(dirs.target.join("kmod"))
-            .current_dir(krate),
-    )?;
+    if let Some((verb, rest)) = args.split_first() {
+        cargo.arg(verb);
+        if *verb != "fmt" {
+            cargo
+                .args(KERNEL_CARGO_ARGS)
+                .arg("--target-dir")
+                .arg(dirs.target.join("kmod"));
+        }
+        cargo.args(rest);
+    }
+    cargo.current_dir(dirs.root.join("vmm-kmod/kmod"));
+    cargo
+}
+
+fn static_library(dirs: &Dirs, source: &CoreSource) -> Result<PathBuf> {
+    let text = output(&mut cargo(
+        dirs,
+        source,
+        &[
+            "build",
+            "--release",
+            "--message-format=json-render-diagnostics",
+        ],
+    ))?;
     text.lines()
         .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok())
         .filter_map(|m| {

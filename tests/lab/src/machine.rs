@@ -1,7 +1,7 @@
 //! An emulator (or KVM) with a kernel in it and two serial ports.
 
 use crate::console::{Console, Listening};
-use crate::{bochs, qemu};
+use crate::{bochs, iso, qemu};
 use anyhow::{Context, Result, bail};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -113,12 +113,36 @@ impl Machine {
     /// # Errors
     /// The emulator is not there or does not start.
     pub fn start(spec: &Spec, dir: &Path) -> Result<Self> {
+        Self::connect(dir, |ports| match spec.engine {
+            Engine::Bochs => {
+                let iso = iso::build(dir, &spec.kernel, &spec.initramfs, &spec.cmdline)?;
+                bochs::spawn(spec.cpus, spec.memory_mib, &iso, dir, ports)
+            }
+            Engine::Kvm | Engine::Qemu => qemu::spawn(spec, dir, ports),
+        })
+    }
+
+    /// Starts a machine from a CD.
+    ///
+    /// # Errors
+    /// The emulator is not there or does not start.
+    pub fn start_cd(
+        engine: Engine,
+        cpus: u32,
+        memory_mib: u32,
+        iso: &Path,
+        dir: &Path,
+    ) -> Result<Self> {
+        Self::connect(dir, |ports| match engine {
+            Engine::Bochs => bochs::spawn(cpus, memory_mib, iso, dir, ports),
+            Engine::Kvm | Engine::Qemu => qemu::spawn_cd(engine, cpus, memory_mib, iso, dir, ports),
+        })
+    }
+
+    fn connect(dir: &Path, spawn: impl FnOnce([u16; 2]) -> Result<Child>) -> Result<Self> {
         let ports = [Listening::new()?, Listening::new()?];
         let numbers = [ports[0].port(), ports[1].port()];
-        let mut child = match spec.engine {
-            Engine::Bochs => bochs::spawn(spec, dir, numbers)?,
-            Engine::Kvm | Engine::Qemu => qemu::spawn(spec, dir, numbers)?,
-        };
+        let mut child = spawn(numbers)?;
         let [first, second] = ports;
         let connected = (|| {
             let mut alive = || ended(&mut child, dir);

@@ -13,27 +13,55 @@ use std::process::{Child, Command, Stdio};
 pub fn spawn(spec: &Spec, dir: &Path, ports: [u16; 2]) -> Result<Child> {
     let initramfs = dir.join("initramfs");
     fs::write(&initramfs, &spec.initramfs)?;
-    let acceleration: &[&str] = if spec.engine == Engine::Kvm {
+    let mut command = common(spec.engine, spec.cpus, spec.memory_mib, ports);
+    command
+        .arg("-kernel")
+        .arg(&spec.kernel)
+        .arg("-initrd")
+        .arg(&initramfs)
+        .args(["-append", &spec.cmdline]);
+    logged(command, dir)
+}
+
+/// As [`spawn`], from a CD.
+///
+/// # Errors
+/// There is no QEMU.
+pub fn spawn_cd(
+    engine: Engine,
+    cpus: u32,
+    memory_mib: u32,
+    iso: &Path,
+    dir: &Path,
+    ports: [u16; 2],
+) -> Result<Child> {
+    let mut command = common(engine, cpus, memory_mib, ports);
+    command.arg("-cdrom").arg(iso);
+    logged(command, dir)
+}
+
+fn common(engine: Engine, cpus: u32, memory_mib: u32, ports: [u16; 2]) -> Command {
+    let acceleration: &[&str] = if engine == Engine::Kvm {
         &["-accel", "kvm", "-cpu", "host"]
     } else {
         &["-accel", "tcg", "-cpu", "EPYC,+svm,+npt"]
     };
+    // pdeathsig: an emulator must not outlive us, however we end.
     let mut command = Command::new("setpriv");
     command
         .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
         .args(["-machine", "q35", "-nodefaults", "-no-user-config"])
         .args(["-display", "none", "-no-reboot"])
         .args(acceleration)
-        .args(["-smp", &spec.cpus.to_string()])
-        .args(["-m", &spec.memory_mib.to_string()])
-        .arg("-kernel")
-        .arg(&spec.kernel)
-        .arg("-initrd")
-        .arg(&initramfs)
-        .args(["-append", &spec.cmdline]);
+        .args(["-smp", &cpus.to_string()])
+        .args(["-m", &memory_mib.to_string()]);
     for port in ports {
         command.args(["-serial", &format!("tcp:127.0.0.1:{port}")]);
     }
+    command
+}
+
+fn logged(mut command: Command, dir: &Path) -> Result<Child> {
     let log = File::create(dir.join("qemu.log"))?;
     command
         .stdin(Stdio::null())

@@ -4,7 +4,8 @@ use crate::terminal;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use lab::dirs::Dirs;
-use lab::host::{self, Config, Host, Kit, SHORT};
+use lab::guest::{self, Load};
+use lab::host::{self, Config, GUEST_EXIT, Host, Kit, SHORT};
 use lab::images::{self, FreeBsd};
 use lab::machine::Engine;
 use lab::progress::{say, step};
@@ -162,13 +163,15 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     host.must("insmod /vmm.ko", SHORT)?;
     let first = host.tsc()?;
     let clock = Instant::now();
-    let load = load_line(&guest, options, memory_mib);
-    step("bhyveload", || host.must(&load, Duration::from_secs(120)))?;
-    host.must(&run_line(options, memory_mib), SHORT)?;
+    let spec = in_host(&guest, options, memory_mib);
+    step("bhyveload", || {
+        host.must(&spec.load_line(), Duration::from_secs(120))
+    })?;
+    host.must(&spec.run_line(), SHORT)?;
 
     let outcome = match watch(&mut host, options, &guest) {
         Ok(outcome) => outcome,
-        Err(e) => return Err(e.context(format!("bhyve said: {}", bhyve_said(&mut host)))),
+        Err(e) => return Err(e.context(format!("bhyve said: {}", guest::said(&mut host)))),
     };
     let seconds = clock.elapsed().as_secs_f64();
     let stats = host.stats(VM);
@@ -206,11 +209,6 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
         None | Some(0..=2) => ExitCode::SUCCESS,
         Some(_) => ExitCode::FAILURE,
     })
-}
-
-fn bhyve_said(host: &mut Host) -> String {
-    host.run("cat /tmp/bhyve.err; dmesg | tail -n 30", SHORT)
-        .map_or_else(|e| format!("(host gone: {e})"), |o| o.text)
 }
 
 /// Memory sizes as bhyve(8) takes them: MiB, or with a suffix.
@@ -303,52 +301,30 @@ fn kind_of(kernel: &Path) -> Result<GuestName> {
     }
 }
 
-/// One word for the host's shell.
-fn quoted(word: &str) -> String {
-    format!("'{}'", word.replace('\'', "'\\''"))
-}
-
-fn load_line(guest: &Guest, options: &Options, memory_mib: u32) -> String {
-    let mut words = vec![format!("bhyveload -m {memory_mib}M")];
-    match guest.kind {
-        GuestName::Linux => {
-            words.push("--linux /guest/kernel".to_owned());
-            if guest.root.is_some() {
-                words.push("--initrd /guest/root".to_owned());
-            }
-            let cmdline = options
-                .cmdline
-                .clone()
-                .unwrap_or_else(|| format!("console=ttyS0,115200 {}", host::LEAN));
-            words.push(format!("--cmdline {}", quoted(&cmdline)));
-        }
-        GuestName::Freebsd => {
-            words.push("--kernel /guest/kernel".to_owned());
-            if guest.root.is_some() {
-                words.push("--mfsroot /guest/root".to_owned());
-            }
-            for i in 0..options.module.len() {
-                words.push(format!("--module /guest/module{i}"));
-            }
-        }
+/// The guest in the host's terms.
+fn in_host(guest: &Guest, options: &Options, memory_mib: u32) -> guest::Guest {
+    let root = guest.root.is_some().then(|| "/guest/root".to_owned());
+    let load = match guest.kind {
+        GuestName::Linux => Load::Linux {
+            initrd: root,
+            cmdline: options.cmdline.clone().unwrap_or_else(guest::linux_cmdline),
+        },
+        GuestName::Freebsd => Load::FreeBsd {
+            mfsroot: root,
+            modules: (0..options.module.len())
+                .map(|i| format!("/guest/module{i}"))
+                .collect(),
+        },
+    };
+    let x2apic = if options.x2apic { "-x " } else { "" };
+    guest::Guest {
+        vm: VM.to_owned(),
+        environment: options.environment.clone(),
+        vcpus: options.vcpus,
+        memory_mib,
+        options: format!("{x2apic}{}", options.bhyve_options),
+        ..guest::Guest::new("/guest/kernel", load)
     }
-    for variable in &options.environment {
-        words.push(format!("-e {}", quoted(variable)));
-    }
-    words.push(VM.to_owned());
-    words.join(" ")
-}
-
-fn run_line(options: &Options, memory_mib: u32) -> String {
-    let x2apic = if options.x2apic { "-x" } else { "" };
-    // The counter is read the moment bhyve ends, and the end announced on COM1.
-    format!(
-        "(bhyve -A -H {x2apic} -c {vcpus} -m {memory_mib}M -s 0,hostbridge -s 31,lpc -l com1,stdio {more} {VM} \
-         </dev/ttyS1 >/dev/ttyS1 2>/tmp/bhyve.err; status=$?; tsc >/tmp/bhyve.end; \
-         echo \"@guest-exit $status\") &",
-        vcpus = options.vcpus,
-        more = options.bhyve_options,
-    )
 }
 
 /// How a run came to its end.
@@ -374,17 +350,12 @@ impl Outcome {
     }
 }
 
-fn exit_status(host: &mut Host, wait: Duration) -> Result<Option<i32>> {
-    let found = host.control().try_expect(r"@guest-exit (\d+)\r?\n", wait)?;
-    Ok(found.and_then(|f| f.group(1).parse().ok()))
-}
-
 fn watch(host: &mut Host, options: &Options, guest: &Guest) -> Result<Outcome> {
     if let Some(raw) = terminal::Raw::new()? {
         let mut status = None;
         let (control, console) = host.both();
         terminal::converse(console, || {
-            let found = control.try_expect(r"@guest-exit (\d+)\r?\n", Duration::ZERO)?;
+            let found = control.try_expect(&format!(r"{GUEST_EXIT}(\d+)"), Duration::ZERO)?;
             status = found.and_then(|f| f.group(1).parse().ok());
             Ok(status.is_some())
         })?;
@@ -451,7 +422,7 @@ impl<'a> Script<'a> {
                     return self.ended(status);
                 }
             } else {
-                exited = exit_status(host, Duration::ZERO)?;
+                exited = host.guest_exit(Duration::ZERO)?;
             }
             if Instant::now() > deadline {
                 let wanted = self.goal.as_ref().unwrap_or(&self.up);

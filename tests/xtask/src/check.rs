@@ -1,19 +1,147 @@
-//! `cargo xtask test`.
+//! `cargo xtask test`: format, lints, documentation, unit tests, lab tests.
 
+use crate::boot::EngineName;
 use anyhow::Result;
 use clap::Args;
 use lab::dirs::Dirs;
-use std::process::ExitCode;
+use lab::host::{self, Kit};
+use lab::runner::{self, Lab, Tally};
+use lab::{core_src, kmod};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
 
 /// Options of `cargo xtask test`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Only lab tests whose name contains this
-    #[arg(long)]
+    /// Only lab tests whose name contains this, and nothing else
+    #[arg(long, value_name = "TEXT")]
     only: Option<String>,
+    /// Only the lab tests
+    #[arg(long)]
+    lab: bool,
+    /// Everything but the lab tests
+    #[arg(long, conflicts_with_all = ["only", "lab"])]
+    no_lab: bool,
+    /// What runs the hosts
+    #[arg(long, default_value = "auto")]
+    engine: EngineName,
 }
 
-/// Checks and tests everything.
-pub fn run(_dirs: &Dirs, _options: &Options) -> Result<ExitCode> {
-    Ok(ExitCode::SUCCESS)
+/// Checks and tests everything; the last line is the tally.
+pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
+    let mut tally = Tally::default();
+    let engine = options.engine.resolve();
+    host::prerequisites(&[engine])?;
+    if !options.lab && options.only.is_none() {
+        checks(dirs, &mut tally)?;
+    }
+    if !options.no_lab {
+        match Kit::build(dirs) {
+            Ok(kit) => {
+                let lab = Lab {
+                    dirs: dirs.clone(),
+                    kit,
+                    engine,
+                };
+                tally += runner::run(&lab, options.only.as_deref().unwrap_or_default())?;
+            }
+            Err(e) => {
+                println!("build for the lab: FAILED\n{e:#}");
+                tally.failed += 1;
+            }
+        }
+    }
+    println!("{tally}");
+    Ok(if tally.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn checks(dirs: &Dirs, tally: &mut Tally) -> Result<()> {
+    let source = core_src::ensure(dirs)?;
+    let cargo = |args: &[&str]| {
+        let mut command = Command::new("cargo");
+        command.args(args).current_dir(&dirs.root);
+        command
+    };
+    check("rustfmt", cargo(&["fmt", "--all", "--check"]), tally)?;
+    check(
+        "rustfmt of the kernel piece",
+        kmod::cargo(dirs, &source, &["fmt", "--check"]),
+        tally,
+    )?;
+    check(
+        "clippy",
+        cargo(&[
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--quiet",
+            "--",
+            "-D",
+            "warnings",
+        ]),
+        tally,
+    )?;
+    check(
+        "clippy of the kernel piece",
+        kmod::cargo(
+            dirs,
+            &source,
+            &["clippy", "--quiet", "--", "-D", "warnings"],
+        ),
+        tally,
+    )?;
+    let mut doc = cargo(&["doc", "--workspace", "--no-deps", "--quiet"]);
+    doc.env("RUSTDOCFLAGS", "-D warnings");
+    check("documentation", doc, tally)?;
+    unit_tests(cargo(&["test", "--workspace", "--no-fail-fast"]), tally)
+}
+
+fn check(name: &str, mut command: Command, tally: &mut Tally) -> Result<()> {
+    let started = Instant::now();
+    let ok = command.stdin(Stdio::null()).status()?.success();
+    let seconds = started.elapsed().as_secs_f64();
+    if ok {
+        println!("{name}: ok ({seconds:.1} s)");
+        tally.passed += 1;
+    } else {
+        println!("{name}: FAILED ({seconds:.1} s)");
+        tally.failed += 1;
+    }
+    Ok(())
+}
+
+/// Unit tests count one by one; cargo says how many there were.
+fn unit_tests(mut command: Command, tally: &mut Tally) -> Result<()> {
+    let started = Instant::now();
+    let out = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    let mut sum = Tally::default();
+    for line in text.lines().filter(|l| l.starts_with("test result:")) {
+        let count = |what: &str| {
+            line.split([';', '.'])
+                .find_map(|part| part.trim().strip_suffix(what)?.trim().parse::<u32>().ok())
+                .unwrap_or(0)
+        };
+        sum.passed += count("passed");
+        sum.failed += count("failed");
+        sum.skipped += count("ignored");
+    }
+    if !out.status.success() {
+        println!("{text}");
+        // What did not even compile has no result line.
+        sum.failed = sum.failed.max(1);
+    }
+    println!(
+        "unit tests: {sum} ({:.1} s)",
+        started.elapsed().as_secs_f64()
+    );
+    *tally += sum;
+    Ok(())
 }

@@ -1,0 +1,63 @@
+//! FreeBSD 12.1, unpatched, from a memory-disk root to power-off.
+
+use crate::guest::{Guest, Load};
+use crate::host::{Config, Host};
+use crate::images;
+use crate::runner::{Case, Group, Lab};
+use anyhow::Result;
+use std::time::Duration;
+
+/// The host and its tests.
+pub fn group(lab: &Lab) -> Group {
+    let mut config = Config::new(lab.engine, 256);
+    let names = [1, 2].map(|vcpus| (vcpus, format!("freebsd-{vcpus}-vcpu")));
+    let cases = match images::local_freebsd(&lab.dirs) {
+        None => {
+            let why = "no freebsd-12.1-smp.kernel in an image directory";
+            names
+                .map(|(_, name)| Case::skipped(name, why))
+                .into_iter()
+                .collect()
+        }
+        Some(image) => {
+            config.file("guest/kernel", &image.kernel);
+            if let Some(root) = &image.mfsroot {
+                config.file("guest/root", root);
+            }
+            let root = image.mfsroot.is_some();
+            names
+                .map(|(vcpus, name)| {
+                    Case::new(name, move |_, host| to_power_off(host, vcpus, root))
+                })
+                .into_iter()
+                .collect()
+        }
+    };
+    Group {
+        name: "freebsd".to_owned(),
+        config,
+        cases,
+    }
+}
+
+fn to_power_off(host: &mut Host, vcpus: u32, root: bool) -> Result<()> {
+    let mut guest = Guest::new(
+        "/guest/kernel",
+        Load::FreeBsd {
+            mfsroot: root.then(|| "/guest/root".to_owned()),
+            modules: Vec::new(),
+        },
+    );
+    guest.vcpus = vcpus;
+    guest.start(host)?;
+    let console = host.guest();
+    console.expect("FreeBSD 12.1", Duration::from_secs(120))?;
+    if vcpus > 1 {
+        console.expect(
+            &format!("FreeBSD/SMP: Multiprocessor System Detected: {vcpus} CPUs"),
+            Duration::from_secs(120),
+        )?;
+    }
+    guest.expect_exit(host, 1, Duration::from_secs(300))?;
+    guest.destroy(host)
+}

@@ -1,0 +1,129 @@
+//! VMs come and go, in good order and in bad.
+
+use super::linux;
+use crate::host::{Config, Host, SHORT};
+use crate::runner::{Case, Group, Lab, eventually};
+use anyhow::{Context, Result, ensure};
+use std::time::Duration;
+
+const CYCLES: u32 = 1000;
+/// Growth of used memory over [`CYCLES`] that is still noise; a page lost per
+/// cycle would be 4000 KiB.
+const NOISE_KIB: i64 = 2000;
+
+/// The host and its tests.
+pub fn group(lab: &Lab) -> Group {
+    let mut config = Config::new(lab.engine, 256);
+    config.file("guest/kernel", &lab.kit.kernel.image);
+    config.file("guest/root", &lab.kit.guest_initrd);
+    Group {
+        name: "lifecycle".to_owned(),
+        config,
+        cases: vec![
+            Case::new("module-load-unload", module_load_unload),
+            Case::new("create-destroy-1000", create_destroy),
+            Case::new("destroy-loaded-vm", destroy_loaded),
+            Case::new("destroy-running-vm", destroy_running),
+            Case::new("kill-9-running-vm", kill_running),
+            Case::new("module-busy-while-vm-exists", module_busy),
+        ],
+    }
+}
+
+fn module_load_unload(_: &Lab, host: &mut Host) -> Result<()> {
+    for _ in 0..10 {
+        host.must("test -c /dev/vmmctl", SHORT)?;
+        host.must("rmmod vmm", SHORT)?;
+        host.must("test ! -e /dev/vmmctl -a ! -e /dev/vmm", SHORT)?;
+        host.must("insmod /vmm.ko", SHORT)?;
+    }
+    Ok(())
+}
+
+/// Memory in use that is not cache, in KiB.
+fn used_kib(host: &mut Host) -> Result<i64> {
+    host.must("sync; echo 3 >/proc/sys/vm/drop_caches", SHORT)?;
+    let text = host.must("cat /proc/meminfo", SHORT)?;
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|l| {
+                l.strip_prefix(name)?
+                    .split_whitespace()
+                    .next()?
+                    .parse::<i64>()
+                    .ok()
+            })
+            .with_context(|| format!("/proc/meminfo has no {name}"))
+    };
+    Ok(field("MemTotal:")? - field("MemFree:")? - field("Cached:")?)
+}
+
+fn cycle(host: &mut Host, count: u32) -> Result<()> {
+    let line = format!(
+        "i=0; while [ $i -lt {count} ]; do bhyvectl --create --vm=cycle && test -c /dev/vmm/cycle \
+         && bhyvectl --destroy --vm=cycle || break; i=$((i+1)); done; [ $i = {count} ]"
+    );
+    host.must(&line, Duration::from_secs(600)).map(drop)
+}
+
+fn create_destroy(_: &Lab, host: &mut Host) -> Result<()> {
+    cycle(host, 20)?;
+    let before = used_kib(host)?;
+    cycle(host, CYCLES)?;
+    let grown = used_kib(host)? - before;
+    ensure!(
+        grown < NOISE_KIB,
+        "{CYCLES} create/destroy cycles have eaten {grown} KiB"
+    );
+    Ok(())
+}
+
+fn destroy_loaded(_: &Lab, host: &mut Host) -> Result<()> {
+    let guest = linux::guest();
+    let before = used_kib(host)?;
+    for _ in 0..3 {
+        host.must(&guest.load_line(), Duration::from_secs(120))?;
+        guest.destroy(host)?;
+    }
+    let grown = used_kib(host)? - before;
+    // The loader touches tens of MiB of guest memory each time.
+    ensure!(grown < NOISE_KIB * 4, "destroying keeps {grown} KiB");
+    Ok(())
+}
+
+fn start(host: &mut Host) -> Result<crate::guest::Guest> {
+    let guest = linux::guest();
+    guest.start(host)?;
+    host.guest()
+        .expect("Linux version", Duration::from_secs(120))?;
+    Ok(guest)
+}
+
+fn destroy_running(_: &Lab, host: &mut Host) -> Result<()> {
+    let guest = start(host)?;
+    guest.destroy(host)?;
+    eventually("bhyve ends when its VM is destroyed", SHORT, || {
+        Ok(host.guest_exit(Duration::from_millis(100))?.is_some())
+    })
+}
+
+fn kill_running(_: &Lab, host: &mut Host) -> Result<()> {
+    let guest = start(host)?;
+    host.must("kill -9 $(pidof bhyve)", SHORT)?;
+    guest.expect_exit(host, 128 + 9, SHORT)?;
+    guest.destroy(host)?;
+    // And the same name is free again.
+    host.must("bhyvectl --create --vm=guest", SHORT)?;
+    guest.destroy(host)
+}
+
+fn module_busy(_: &Lab, host: &mut Host) -> Result<()> {
+    host.must("bhyvectl --create --vm=held", SHORT)?;
+    let out = host.run("rmmod vmm", SHORT)?;
+    ensure!(
+        out.status != 0,
+        "rmmod took the module away from under a VM"
+    );
+    host.must("test -c /dev/vmm/held", SHORT)?;
+    host.must("bhyvectl --destroy --vm=held", SHORT).map(drop)
+}
