@@ -1,0 +1,94 @@
+//! What a device may ask of the VM: interrupt lines, MSIs and the end of it.
+
+/// How a VM is asked to stop (`enum vm_suspend_how` of FreeBSD's vmm.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Suspend {
+    /// Reset; the process exits 0.
+    Reset,
+    /// Power-off; the process exits 1.
+    PowerOff,
+    /// Every vCPU halted with interrupts off; the process exits 2.
+    Halt,
+    /// Triple fault; the process exits 3.
+    TripleFault,
+}
+
+/// The VM as its devices see it. Failures are the implementation's to report:
+/// a device that cannot raise its line has nothing better to do.
+pub trait Machine: Send + Sync {
+    /// Raises ISA interrupt `irq` at the 8259s and, where given, the I/O APIC
+    /// pin (VM_ISA_ASSERT_IRQ).
+    fn isa_assert(&self, irq: u8, ioapic: Option<u8>);
+    /// Lowers what [`Machine::isa_assert`] raised.
+    fn isa_deassert(&self, irq: u8, ioapic: Option<u8>);
+    /// Makes ISA interrupt `irq` level triggered at the 8259s.
+    fn isa_level_triggered(&self, irq: u8);
+    /// Raises an I/O APIC pin.
+    fn ioapic_assert(&self, pin: u8);
+    /// Lowers an I/O APIC pin.
+    fn ioapic_deassert(&self, pin: u8);
+    /// Sends a message-signalled interrupt.
+    fn msi(&self, address: u64, data: u64);
+    /// Stops the VM; a VM that is stopping already stays on its way.
+    fn suspend(&self, how: Suspend);
+}
+
+#[cfg(test)]
+pub(crate) mod fake {
+    //! A machine that writes down what it was asked.
+    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub enum Event {
+        IsaAssert(u8, Option<u8>),
+        IsaDeassert(u8, Option<u8>),
+        Level(u8),
+        Assert(u8),
+        Deassert(u8),
+        Msi(u64, u64),
+        Suspend(Suspend),
+    }
+
+    #[derive(Default)]
+    pub struct Fake {
+        events: Mutex<Vec<Event>>,
+    }
+
+    impl Fake {
+        pub fn new() -> Arc<Fake> {
+            Arc::default()
+        }
+        /// Everything since the last call.
+        pub fn take(&self) -> Vec<Event> {
+            std::mem::take(&mut *crate::lock(&self.events))
+        }
+        fn push(&self, e: Event) {
+            crate::lock(&self.events).push(e);
+        }
+    }
+
+    impl Machine for Fake {
+        fn isa_assert(&self, irq: u8, ioapic: Option<u8>) {
+            self.push(Event::IsaAssert(irq, ioapic));
+        }
+        fn isa_deassert(&self, irq: u8, ioapic: Option<u8>) {
+            self.push(Event::IsaDeassert(irq, ioapic));
+        }
+        fn isa_level_triggered(&self, irq: u8) {
+            self.push(Event::Level(irq));
+        }
+        fn ioapic_assert(&self, pin: u8) {
+            self.push(Event::Assert(pin));
+        }
+        fn ioapic_deassert(&self, pin: u8) {
+            self.push(Event::Deassert(pin));
+        }
+        fn msi(&self, address: u64, data: u64) {
+            self.push(Event::Msi(address, data));
+        }
+        fn suspend(&self, how: Suspend) {
+            self.push(Event::Suspend(how));
+        }
+    }
+}

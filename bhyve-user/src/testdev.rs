@@ -1,0 +1,160 @@
+//! `-l pc-testdev`: the device that kvm-unit-tests talk to. Its ports and
+//! addresses are those of QEMU's device of the same name.
+
+use std::sync::{Arc, Mutex};
+
+use crate::bus::{BusError, Buses, MmioDevice, PortDevice, ones};
+use crate::lock;
+use crate::machine::Machine;
+
+/// Writing `v` ends the process with status `v << 1 | 1`.
+const EXIT: u16 = 0xf4;
+/// Four bytes that remember.
+const DATA: u16 = 0xe0;
+/// Asks the host to unmap and map a page; ours never has to.
+const FLUSH: u16 = 0xe4;
+/// One port an interrupt line.
+const LINES: u16 = 0x2000;
+const LINE_COUNT: u16 = 24;
+/// Ports behind the lines, where other devices may start.
+pub const END: u16 = LINES + 0x40;
+/// A buffer in memory.
+const BUFFER: u64 = 0xff00_0000;
+const BUFFER_SIZE: usize = 0x1_0000;
+
+struct State {
+    data: u32,
+    lines: [bool; LINE_COUNT as usize],
+    buffer: Box<[u8]>,
+}
+
+/// The device; `exit` ends the process.
+pub struct TestDev<F> {
+    state: Mutex<State>,
+    machine: Arc<dyn Machine>,
+    exit: F,
+}
+
+impl<F: Fn(u8) + Send + Sync + 'static> TestDev<F> {
+    /// Claims ports and memory.
+    pub fn attach(machine: Arc<dyn Machine>, buses: &Buses, exit: F) -> Result<(), BusError> {
+        let state = State {
+            data: 0,
+            lines: [false; LINE_COUNT as usize],
+            buffer: vec![0; BUFFER_SIZE].into(),
+        };
+        let device = Arc::new(TestDev {
+            state: Mutex::new(state),
+            machine,
+            exit,
+        });
+        let slot = buses.ports.claim(DATA, 4, device.clone())?;
+        buses.ports.map(slot, FLUSH, 4)?;
+        buses.ports.map(slot, EXIT, 1)?;
+        buses.ports.map(slot, LINES, LINE_COUNT)?;
+        buses.mmio.map(BUFFER, BUFFER_SIZE as u64, device)
+    }
+
+    fn set_line(&self, line: u16, level: bool) {
+        let mut state = lock(&self.state);
+        let Some(was) = state.lines.get_mut(usize::from(line)) else {
+            return;
+        };
+        if std::mem::replace(was, level) == level {
+            return;
+        }
+        let pin = line as u8;
+        match (line < 16, level) {
+            (true, true) => self.machine.isa_assert(pin, Some(pin)),
+            (true, false) => self.machine.isa_deassert(pin, Some(pin)),
+            (false, true) => self.machine.ioapic_assert(pin),
+            (false, false) => self.machine.ioapic_deassert(pin),
+        }
+    }
+}
+
+impl<F: Fn(u8) + Send + Sync + 'static> PortDevice for TestDev<F> {
+    fn port_read(&self, port: u16, size: u8) -> Option<u32> {
+        let shift = u32::from(port.checked_sub(DATA).filter(|o| *o < 4)?) * 8;
+        Some((lock(&self.state).data >> shift) & ones(size) as u32)
+    }
+
+    fn port_write(&self, port: u16, size: u8, value: u32) -> bool {
+        match port {
+            EXIT => (self.exit)((value as u8) << 1 | 1),
+            DATA..0xe4 => {
+                let shift = u32::from(port - DATA) * 8;
+                let mask = (ones(size) as u32) << shift;
+                let mut state = lock(&self.state);
+                state.data = (state.data & !mask) | (value << shift & mask);
+            }
+            LINES.. => self.set_line(port - LINES, value != 0),
+            _ => {}
+        }
+        true
+    }
+}
+
+impl<F: Fn(u8) + Send + Sync + 'static> MmioDevice for TestDev<F> {
+    fn mmio_read(&self, gpa: u64, size: u8) -> u64 {
+        let at = gpa.wrapping_sub(BUFFER) as usize;
+        let state = lock(&self.state);
+        let bytes = state.buffer.get(at..).unwrap_or_default();
+        bytes
+            .iter()
+            .take(usize::from(size))
+            .rev()
+            .fold(0, |v, &b| v << 8 | u64::from(b))
+    }
+
+    fn mmio_write(&self, gpa: u64, size: u8, value: u64) {
+        let at = gpa.wrapping_sub(BUFFER) as usize;
+        let mut state = lock(&self.state);
+        let bytes = state.buffer.get_mut(at..).unwrap_or_default();
+        for (b, v) in bytes
+            .iter_mut()
+            .zip(value.to_le_bytes())
+            .take(usize::from(size))
+        {
+            *b = v;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::fake::{Event, Fake};
+    use std::sync::mpsc;
+
+    #[test]
+    fn as_kvm_unit_tests_use_it() {
+        let (buses, fake) = (Buses::default(), Fake::new());
+        let (tx, rx) = mpsc::channel();
+        TestDev::attach(fake.clone(), &buses, move |status| tx.send(status).unwrap()).unwrap();
+        let d = buses.ports.get(0xe0).unwrap();
+        d.port_write(0xe0, 4, 0x1234_5678);
+        d.port_write(0xe1, 1, 0xab);
+        assert_eq!(
+            (d.port_read(0xe0, 2), d.port_read(0xe3, 1)),
+            (Some(0xab78), Some(0x12))
+        );
+        d.port_write(0x200e, 4, 1);
+        d.port_write(0x200e, 4, 1);
+        d.port_write(0x2014, 4, 1);
+        d.port_write(0x200e, 4, 0);
+        assert_eq!(
+            fake.take(),
+            [
+                Event::IsaAssert(14, Some(14)),
+                Event::Assert(20),
+                Event::IsaDeassert(14, Some(14))
+            ]
+        );
+        let m = buses.mmio.get(0xff00_fff8, 8).unwrap();
+        m.mmio_write(0xff00_fff8, 8, 0x0102_0304_0506_0708);
+        assert_eq!(m.mmio_read(0xff00_fffc, 4), 0x0102_0304);
+        buses.ports.get(0xf4).unwrap().port_write(0xf4, 4, 0);
+        assert_eq!(rx.recv(), Ok(1));
+    }
+}
