@@ -15,6 +15,7 @@
     )
 )]
 
+pub mod bhyvectl;
 pub mod bus;
 pub mod cli;
 pub mod config;

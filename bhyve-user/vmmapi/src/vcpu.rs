@@ -94,6 +94,26 @@ impl Vcpu {
         Ok(arg.regval)
     }
 
+    /// A field of the VMCS or VMCB, by the number that
+    /// [`vmcs_field`](vmm_abi::limits::vmcs_field) or
+    /// [`vmcb_field`](vmm_abi::limits::vmcb_field) gives; `None` where the
+    /// kernel does not show it.
+    ///
+    /// # Errors
+    /// What the kernel says, other than EINVAL.
+    pub fn hardware_field(&self, number: u32) -> Result<Option<u64>> {
+        let mut arg = VmRegister {
+            cpuid: self.id,
+            regnum: number as i32,
+            regval: 0,
+        };
+        match self.request(VM_GET_REGISTER, &mut arg) {
+            Ok(()) => Ok(Some(arg.regval)),
+            Err(e) if e.errno() == Some(libc::EINVAL) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Sets a register.
     ///
     /// # Errors

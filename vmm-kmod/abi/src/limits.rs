@@ -68,3 +68,18 @@ pub const VM_INTINFO_NMI: u64 = 2 << 8;
 pub const VM_INTINFO_HWEXCEPTION: u64 = 3 << 8;
 /// `intinfo`: `INT n`.
 pub const VM_INTINFO_SWINTR: u64 = 4 << 8;
+
+/// Set in a register number that is a VMCS field's encoding (SDM Vol. 3D
+/// appendix B) or a place in the VMCB; see [`vmcs_field`] and [`vmcb_field`].
+/// The kernel lets some of them be read, by an allow-list.
+pub const REG_HARDWARE: u32 = 0x8000_0000;
+
+/// Register number of a VMCS field (`VMCS_IDENT`).
+pub const fn vmcs_field(encoding: u16) -> u32 {
+    REG_HARDWARE | encoding as u32
+}
+
+/// Register number of `bytes` bytes at `offset` in the VMCB (`VMCB_ACCESS`).
+pub const fn vmcb_field(offset: u16, bytes: u8) -> u32 {
+    REG_HARDWARE | ((bytes & 0xf) as u32) << 16 | (offset & 0xfff) as u32
+}
