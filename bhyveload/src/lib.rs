@@ -9,6 +9,7 @@
 //! and what does not fit is an [`error::LoadError`] naming the file and the field.
 #![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod conf;
 pub mod cpu;
 pub mod elffile;
@@ -20,7 +21,7 @@ pub mod input;
 pub mod kld;
 pub mod layout;
 pub mod linux;
-pub mod memsize;
 pub mod multiboot;
 pub mod preload;
 pub mod target;
+pub mod vm;

@@ -1,0 +1,287 @@
+//! The command line: bhyveload(8)'s, and what goes beyond it.
+
+use crate::conf;
+use crate::env::Environment;
+use crate::error::LoadError;
+use crate::freebsd::{FreeBsd, Module};
+use crate::hostdir::HostDir;
+use crate::input::Input;
+use crate::kld;
+use crate::linux::Linux;
+use crate::multiboot::Multiboot;
+use clap::{ArgGroup, Parser};
+use std::path::{Path, PathBuf};
+
+/// Loads a kernel into a VM without a BIOS, ready for bhyve to run.
+#[derive(Debug, Parser)]
+#[command(
+    name = "bhyveload",
+    version,
+    disable_help_flag = true,
+    override_usage = "bhyveload [-m SIZE] [-e NAME=VALUE]... -h DIR VM\n       \
+        bhyveload [...] --kernel FILE [--module FILE[,type=T][,name=N][,args=A]]... [--mfsroot FILE] VM\n       \
+        bhyveload [...] --linux BZIMAGE [--initrd FILE] [--cmdline TEXT] VM\n       \
+        bhyveload [...] --multiboot FILE [--module FILE]... [--cmdline TEXT] VM",
+    group(ArgGroup::new("what").args(["host", "kernel", "linux", "multiboot"]))
+)]
+pub struct Cli {
+    /// Memory of the VM: a number of MiB, or with one of k, m, g, t
+    #[arg(short, value_name = "SIZE", default_value = "256m", value_parser = memory)]
+    pub memory: u64,
+    /// Sets a variable of the FreeBSD kernel's environment
+    #[arg(short = 'e', value_name = "NAME=VALUE")]
+    pub environment: Vec<String>,
+    /// Where messages go: stdio (the default) or a terminal device
+    #[arg(short = 'c', value_name = "CONSOLE", default_value = "stdio")]
+    pub console: String,
+    /// Wires the guest's memory, which passthrough needs
+    #[arg(short = 'S')]
+    pub wired: bool,
+    /// Has guest memory in core dumps
+    #[arg(short = 'C')]
+    pub in_core: bool,
+    /// Boots FreeBSD from a host folder that holds boot/kernel/kernel and boot/loader.conf
+    #[arg(short = 'h', value_name = "DIR")]
+    pub host: Option<PathBuf>,
+    /// Disk image (not supported yet)
+    #[arg(short = 'd', value_name = "IMAGE")]
+    pub disk: Vec<PathBuf>,
+    /// Loader program of stock bhyveload (there is none here)
+    #[arg(short = 'l', value_name = "LOADER")]
+    pub loader: Option<PathBuf>,
+    /// Says what is loaded where
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// Boots this FreeBSD amd64 kernel
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// A file that goes with --kernel or --multiboot, as often as wanted
+    #[arg(long, value_name = "FILE[,type=T][,name=N][,args=A]")]
+    pub module: Vec<String>,
+    /// A memory disk with the root file system, for --kernel and -h
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["linux", "multiboot"])]
+    pub mfsroot: Option<PathBuf>,
+    /// Boots this Linux bzImage
+    #[arg(long, value_name = "BZIMAGE")]
+    pub linux: Option<PathBuf>,
+    /// The initramfs for --linux
+    #[arg(long, value_name = "FILE", requires = "linux")]
+    pub initrd: Option<PathBuf>,
+    /// The command line for --linux and --multiboot
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with_all = ["host", "kernel"])]
+    pub cmdline: Option<String>,
+    /// Boots this multiboot 1 kernel
+    #[arg(long, value_name = "FILE")]
+    pub multiboot: Option<PathBuf>,
+    /// Prints this text
+    #[arg(long, action = clap::ArgAction::Help)]
+    pub help: Option<bool>,
+    /// Name of the VM, which is made if it is not there
+    #[arg(value_name = "VM")]
+    pub vm: String,
+}
+
+/// What is to be loaded, read from its files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Guest {
+    /// A FreeBSD kernel.
+    FreeBsd(Box<FreeBsd>),
+    /// A Linux kernel.
+    Linux(Box<Linux>),
+    /// A multiboot kernel.
+    Multiboot(Box<Multiboot>),
+}
+
+fn memory(text: &str) -> Result<u64, String> {
+    const MIB: u64 = 1 << 20;
+    match vmmapi::parse_memsize(text) {
+        Some(size) if size >= 2 * MIB => Ok(size),
+        Some(_) => Err("a VM needs at least 2 MiB".to_owned()),
+        None => Err("give a number and one of k, m, g, t".to_owned()),
+    }
+}
+
+/// A `--module` argument: the path, and what follows it.
+struct ModuleArgument<'a> {
+    path: &'a str,
+    kind: Option<&'a str>,
+    name: Option<&'a str>,
+    args: Option<&'a str>,
+}
+
+fn module_argument(text: &str) -> Result<ModuleArgument<'_>, LoadError> {
+    let mut words = text.split(',');
+    let mut module = ModuleArgument {
+        path: words.next().unwrap_or_default(),
+        kind: None,
+        name: None,
+        args: None,
+    };
+    for word in words {
+        match word.split_once('=') {
+            Some(("type", value)) if !value.is_empty() => module.kind = Some(value),
+            Some(("name", value)) if !value.is_empty() => module.name = Some(value),
+            Some(("args", value)) => module.args = Some(value),
+            _ => {
+                return Err(LoadError::new(
+                    "--module",
+                    word,
+                    "is not type=, name= or args=",
+                ));
+            }
+        }
+    }
+    Ok(module)
+}
+
+/// The path by which the guest knows a file that was given directly: the host's
+/// own path is none of its business.
+fn guest_path(folder: &str, input: &Input) -> String {
+    let base = input.base_name();
+    format!("{folder}/{}", base.strip_suffix(".gz").unwrap_or(base))
+}
+
+fn raw_input(path: &Path, limit: u64) -> Result<Input, LoadError> {
+    let input = Input::open(path, limit)?;
+    if input.name.ends_with(".gz") {
+        return input.decompressed(limit);
+    }
+    Ok(input)
+}
+
+impl Cli {
+    /// Refuses what stock bhyveload has and this one does not.
+    ///
+    /// # Errors
+    /// Such an option was given, or nothing to load.
+    pub fn check(&self) -> Result<(), LoadError> {
+        if let Some(disk) = self.disk.first() {
+            return Err(LoadError::new(
+                "-d",
+                disk.display().to_string(),
+                "disk images are not supported yet",
+            )
+            .hint("give the kernel with -h DIR or --kernel FILE"));
+        }
+        if let Some(loader) = &self.loader {
+            return Err(LoadError::new(
+                "-l",
+                loader.display().to_string(),
+                "this bhyveload runs no loader program",
+            )
+            .hint("it reads boot/loader.conf itself: give its folder with -h"));
+        }
+        if self.host.is_none()
+            && self.kernel.is_none()
+            && self.linux.is_none()
+            && self.multiboot.is_none()
+        {
+            return Err(
+                LoadError::new("command line", "kernel", "there is nothing to load")
+                    .hint("give -h DIR, --kernel, --linux or --multiboot; --help explains them"),
+            );
+        }
+        Ok(())
+    }
+
+    fn freebsd(&self, mut boot: FreeBsd, limit: u64) -> Result<Guest, LoadError> {
+        for text in &self.module {
+            let argument = module_argument(text)?;
+            let path = Path::new(argument.path);
+            let is_kld = argument.kind.is_none_or(|kind| kind == kld::KIND);
+            let input = if is_kld {
+                Input::open(path, limit)?.decompressed(limit)?
+            } else {
+                raw_input(path, limit)?
+            };
+            boot.modules.push(Module {
+                name: match argument.name {
+                    Some(name) => name.to_owned(),
+                    None => guest_path("/boot/kernel", &input),
+                },
+                kind: argument.kind.map(str::to_owned),
+                args: argument.args.map(str::to_owned),
+                input,
+            });
+        }
+        if let Some(path) = &self.mfsroot {
+            let input = raw_input(path, limit)?;
+            boot.modules.push(Module {
+                name: guest_path("/boot", &input),
+                kind: Some("md_image".to_owned()),
+                args: None,
+                input,
+            });
+        }
+        for text in &self.environment {
+            boot.environment.set_from_argument(text)?;
+        }
+        Ok(Guest::FreeBsd(Box::new(boot)))
+    }
+
+    /// Reads every file. `limit` is the most bytes of one. The second value holds warnings.
+    ///
+    /// # Errors
+    /// An option or a file is wrong.
+    pub fn read(&self, limit: u64) -> Result<(Guest, Vec<String>), LoadError> {
+        self.check()?;
+        let command_line = self.cmdline.clone().unwrap_or_default();
+        if let Some(path) = &self.host {
+            let (boot, warnings) = conf::from_host_dir(&HostDir::open(path)?, limit)?;
+            return Ok((self.freebsd(boot, limit)?, warnings));
+        }
+        if let Some(path) = &self.kernel {
+            let kernel = Input::open(path, limit)?.decompressed(limit)?;
+            let boot = FreeBsd {
+                kernel_name: "/boot/kernel/kernel".to_owned(),
+                kernel,
+                kernel_args: None,
+                modules: Vec::new(),
+                environment: Environment::default(),
+            };
+            return Ok((self.freebsd(boot, limit)?, Vec::new()));
+        }
+        if let Some(first) = self.environment.first() {
+            return Err(LoadError::new(
+                "-e",
+                first.as_str(),
+                "only a FreeBSD kernel has an environment",
+            )
+            .hint("use --cmdline"));
+        }
+        if let Some(path) = &self.linux {
+            if let Some(module) = self.module.first() {
+                return Err(LoadError::new(
+                    "--module",
+                    module.as_str(),
+                    "Linux takes --initrd",
+                ));
+            }
+            let initrd = self.initrd.as_deref().map(|p| Input::open(p, limit));
+            let linux = Linux {
+                kernel: Input::open(path, limit)?,
+                initrd: initrd.transpose()?,
+                command_line,
+            };
+            return Ok((Guest::Linux(Box::new(linux)), Vec::new()));
+        }
+        let path = self.multiboot.as_deref().unwrap_or(Path::new(""));
+        let mut modules = Vec::new();
+        for text in &self.module {
+            let argument = module_argument(text)?;
+            let input = Input::open(Path::new(argument.path), limit)?;
+            let name = argument.name.unwrap_or(input.base_name());
+            let string = match argument.args {
+                Some(args) => format!("{name} {args}"),
+                None => name.to_owned(),
+            };
+            modules.push((input, string));
+        }
+        let multiboot = Multiboot {
+            kernel: Input::open(path, limit)?.decompressed(limit)?,
+            modules,
+            command_line,
+        };
+        Ok((Guest::Multiboot(Box::new(multiboot)), Vec::new()))
+    }
+}
