@@ -21,10 +21,17 @@ extern crate alloc;
 extern crate std;
 
 pub mod apicbus;
+pub mod atpic;
+pub mod atpit;
+pub mod chipset;
 pub mod cpu;
 pub mod cpuid;
 pub mod host;
+pub mod hpet;
+pub mod ioapic;
 pub mod lapic;
 pub mod msr;
 pub mod paging;
+pub mod pmtmr;
+pub mod rtc;
 pub mod time;

@@ -1,0 +1,596 @@
+//! The devices of a PC's south bridge that interrupt, and how they are wired.
+//!
+//! All of it sits under one lock of the VM's, held for one short call.
+
+use crate::apicbus::IrqSink;
+use crate::atpic::AtPic;
+use crate::atpit::AtPit;
+use crate::hpet::{self, Hpet};
+use crate::ioapic::{self, IoApic};
+use crate::pmtmr::PmTimer;
+use crate::rtc::Rtc;
+use crate::time::Clock;
+
+/// IRQ 0 of the 8259 is pin 2 of the IOAPIC; the MADT says so.
+const PIT_IRQ: (u8, u8) = (0, 2);
+const RTC_IRQ: (u8, u8) = (8, 8);
+
+/// There is no such interrupt line, or it cannot have that trigger mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InvalidIrq;
+
+/// The interrupt controllers, as the timers see them.
+pub struct Wires<'a, S: IrqSink> {
+    /// 8259 pair.
+    pub pic: &'a mut AtPic,
+    /// I/O APIC.
+    pub ioapic: &'a mut IoApic,
+    /// The local APICs.
+    pub sink: &'a mut S,
+}
+
+impl<S: IrqSink> Wires<'_, S> {
+    /// INTR is wired to LINT0 and to pin 0 of the IOAPIC (MultiProcessor
+    /// Specification 1.4 §3.6.2).
+    fn intr(&mut self, rose: bool) {
+        if rose {
+            self.sink.lint0();
+            self.ioapic.pulse(0, self.sink);
+        }
+    }
+
+    /// An edge on a line that goes to both controllers.
+    pub fn isa_pulse(&mut self, irq: u8, pin: u8) {
+        let rose = self.pic.pulse(irq);
+        self.intr(rose);
+        self.ioapic.pulse(usize::from(pin), self.sink);
+    }
+}
+
+/// The chipset of one VM.
+#[derive(Debug)]
+pub struct Chipset {
+    /// 8259 pair.
+    pub pic: AtPic,
+    /// I/O APIC.
+    pub ioapic: IoApic,
+    /// 8254.
+    pub pit: AtPit,
+    /// HPET.
+    pub hpet: Hpet,
+    /// MC146818A.
+    pub rtc: Rtc,
+    /// ACPI PM timer.
+    pub pmtmr: PmTimer,
+}
+
+impl Chipset {
+    /// A chipset at `now`, host TSC ticks, with its clock at `wall` seconds
+    /// since 1970.
+    pub fn new(clock: &Clock, now: u64, wall: i64) -> Self {
+        Chipset {
+            pic: AtPic::new(),
+            ioapic: IoApic::new(),
+            pit: AtPit::new(clock, now),
+            hpet: Hpet::new(clock),
+            rtc: Rtc::new(clock, now, wall),
+            pmtmr: PmTimer::new(clock, now),
+        }
+    }
+
+    /// RESET of the machine. The time of day goes on.
+    pub fn reset<S: IrqSink>(&mut self, now: u64, sink: &mut S) {
+        let mut wires = Wires {
+            pic: &mut self.pic,
+            ioapic: &mut self.ioapic,
+            sink,
+        };
+        self.hpet.reset(&mut wires);
+        self.pic.reset();
+        self.ioapic.reset();
+        self.pit.reset(now);
+        self.rtc.reset(now);
+        self.pmtmr.reset(now);
+    }
+
+    fn wires<'a, S: IrqSink>(&'a mut self, sink: &'a mut S) -> Wires<'a, S> {
+        Wires {
+            pic: &mut self.pic,
+            ioapic: &mut self.ioapic,
+            sink,
+        }
+    }
+
+    // ---- time ----
+
+    /// Host TSC at which `service` should be called. Timers whose interrupt
+    /// is masked everywhere ask for nothing; they catch up when someone looks.
+    pub fn next_deadline(&self) -> Option<u64> {
+        let legacy = self.hpet.legacy();
+        let heard = |(irq, pin): (u8, u8)| {
+            !legacy && (!self.pic.masked(irq) || !self.ioapic.masked(usize::from(pin)))
+        };
+        let pit = if heard(PIT_IRQ) {
+            self.pit.next_deadline()
+        } else {
+            None
+        };
+        let rtc = if heard(RTC_IRQ) {
+            self.rtc.next_deadline()
+        } else {
+            None
+        };
+        [pit, rtc, self.hpet.next_deadline()]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// Delivers what has become due by `now`.
+    pub fn service<S: IrqSink>(&mut self, now: u64, sink: &mut S) {
+        let legacy = self.hpet.legacy();
+        let mut wires = Wires {
+            pic: &mut self.pic,
+            ioapic: &mut self.ioapic,
+            sink,
+        };
+        if self.pit.service(now) && !legacy {
+            wires.isa_pulse(PIT_IRQ.0, PIT_IRQ.1);
+        }
+        if self.rtc.service(now) && !legacy {
+            wires.isa_pulse(RTC_IRQ.0, RTC_IRQ.1);
+        }
+        self.hpet.service(now, &mut wires);
+    }
+
+    // ---- ports ----
+
+    /// Whether a port is one of ours.
+    pub const fn claims_port(port: u16) -> bool {
+        AtPic::claims(port) || AtPit::claims(port) || Rtc::claims(port) || PmTimer::claims(port)
+    }
+
+    /// IN of 1, 2 or 4 bytes. Wider than a device's registers, it is a byte
+    /// access to each port.
+    pub fn io_read<S: IrqSink>(&mut self, port: u16, size: u8, now: u64, sink: &mut S) -> u32 {
+        if PmTimer::claims(port) {
+            return self.pmtmr.read(now) >> (8 * (port & 3)) & mask(size);
+        }
+        self.service(now, sink);
+        let mut value = 0;
+        for n in 0..u16::from(size.min(4)) {
+            value |= u32::from(self.byte_read(port.wrapping_add(n), now)) << (8 * n);
+        }
+        value
+    }
+
+    fn byte_read(&mut self, port: u16, now: u64) -> u8 {
+        if AtPic::claims(port) {
+            self.pic.read(port)
+        } else if AtPit::claims(port) {
+            self.pit.read(port, now)
+        } else if Rtc::claims(port) {
+            self.rtc.read(port, now)
+        } else {
+            0xff
+        }
+    }
+
+    /// OUT of 1, 2 or 4 bytes. `next_deadline` may have changed.
+    pub fn io_write<S: IrqSink>(
+        &mut self,
+        port: u16,
+        size: u8,
+        value: u32,
+        now: u64,
+        sink: &mut S,
+    ) {
+        self.service(now, sink);
+        for n in 0..u16::from(size.min(4)) {
+            self.byte_write(port.wrapping_add(n), (value >> (8 * n)) as u8, now, sink);
+        }
+    }
+
+    fn byte_write<S: IrqSink>(&mut self, port: u16, value: u8, now: u64, sink: &mut S) {
+        if AtPic::claims(port) {
+            let rose = self.pic.write(port, value);
+            self.wires(sink).intr(rose);
+        } else if AtPit::claims(port) {
+            self.pit.write(port, value, now);
+        } else if Rtc::claims(port) && self.rtc.write(port, value, now) && !self.hpet.legacy() {
+            self.wires(sink).isa_pulse(RTC_IRQ.0, RTC_IRQ.1);
+        }
+    }
+
+    // ---- memory-mapped registers ----
+
+    /// Whether a guest-physical address is one of ours.
+    pub const fn claims_gpa(gpa: u64) -> bool {
+        (gpa >= ioapic::BASE && gpa < ioapic::BASE + 0x1000)
+            || (gpa >= hpet::BASE && gpa < hpet::BASE + hpet::SIZE)
+    }
+
+    /// A read of 1, 2, 4 or 8 bytes.
+    pub fn mmio_read<S: IrqSink>(&mut self, gpa: u64, size: u8, now: u64, sink: &mut S) -> u64 {
+        if let Some(offset) = gpa.checked_sub(hpet::BASE) {
+            // The counter is all that is read often, and needs no service.
+            if offset & !7 != 0xf0 {
+                self.service(now, sink);
+            }
+            return self.hpet.read(offset, size, now);
+        }
+        self.ioapic.read(gpa.wrapping_sub(ioapic::BASE), size)
+    }
+
+    /// A write of 1, 2, 4 or 8 bytes. `next_deadline` may have changed.
+    pub fn mmio_write<S: IrqSink>(
+        &mut self,
+        gpa: u64,
+        size: u8,
+        value: u64,
+        now: u64,
+        sink: &mut S,
+    ) {
+        self.service(now, sink);
+        if let Some(offset) = gpa.checked_sub(hpet::BASE) {
+            let mut wires = Wires {
+                pic: &mut self.pic,
+                ioapic: &mut self.ioapic,
+                sink,
+            };
+            self.hpet.write(offset, size, value, now, &mut wires);
+        } else {
+            self.ioapic
+                .write(gpa.wrapping_sub(ioapic::BASE), size, value, sink);
+        }
+    }
+
+    /// A local APIC has ended a level-triggered interrupt.
+    pub fn eoi<S: IrqSink>(&mut self, vector: u8, sink: &mut S) {
+        self.ioapic.eoi(vector, sink);
+    }
+
+    // ---- lines ----
+
+    /// `VM_ISA_ASSERT_IRQ`: an IRQ of the 8259s and, if given, the IOAPIC pin
+    /// that the same line is wired to.
+    pub fn isa_assert<S: IrqSink>(
+        &mut self,
+        irq: u8,
+        pin: Option<u8>,
+        sink: &mut S,
+    ) -> Result<(), InvalidIrq> {
+        check(irq, pin)?;
+        let rose = self.pic.assert(irq);
+        self.wires(sink).intr(rose);
+        if let Some(pin) = pin {
+            self.ioapic.assert(usize::from(pin), sink);
+        }
+        Ok(())
+    }
+
+    /// `VM_ISA_DEASSERT_IRQ`.
+    pub fn isa_deassert<S: IrqSink>(
+        &mut self,
+        irq: u8,
+        pin: Option<u8>,
+        sink: &mut S,
+    ) -> Result<(), InvalidIrq> {
+        check(irq, pin)?;
+        let rose = self.pic.deassert(irq);
+        self.wires(sink).intr(rose);
+        if let Some(pin) = pin {
+            self.ioapic.deassert(usize::from(pin));
+        }
+        Ok(())
+    }
+
+    /// `VM_ISA_PULSE_IRQ`.
+    pub fn isa_pulse<S: IrqSink>(
+        &mut self,
+        irq: u8,
+        pin: Option<u8>,
+        sink: &mut S,
+    ) -> Result<(), InvalidIrq> {
+        check(irq, pin)?;
+        let rose = self.pic.pulse(irq);
+        self.wires(sink).intr(rose);
+        if let Some(pin) = pin {
+            self.ioapic.pulse(usize::from(pin), sink);
+        }
+        Ok(())
+    }
+
+    /// `VM_ISA_SET_IRQ_TRIGGER`.
+    pub fn set_irq_trigger(&mut self, irq: u8, level: bool) -> Result<(), InvalidIrq> {
+        if self.pic.set_trigger(irq, level) {
+            Ok(())
+        } else {
+            Err(InvalidIrq)
+        }
+    }
+
+    /// `VM_IOAPIC_ASSERT_IRQ`.
+    pub fn ioapic_assert<S: IrqSink>(&mut self, pin: u32, sink: &mut S) -> Result<(), InvalidIrq> {
+        valid(self.ioapic.assert(pin_index(pin), sink))
+    }
+
+    /// `VM_IOAPIC_DEASSERT_IRQ`.
+    pub fn ioapic_deassert(&mut self, pin: u32) -> Result<(), InvalidIrq> {
+        valid(self.ioapic.deassert(pin_index(pin)))
+    }
+
+    /// `VM_IOAPIC_PULSE_IRQ`.
+    pub fn ioapic_pulse<S: IrqSink>(&mut self, pin: u32, sink: &mut S) -> Result<(), InvalidIrq> {
+        valid(self.ioapic.pulse(pin_index(pin), sink))
+    }
+
+    // ---- interrupt acknowledge ----
+
+    /// Whether the 8259s have an interrupt for the CPU.
+    #[inline]
+    pub fn extint_pending(&self) -> bool {
+        self.pic.intr()
+    }
+
+    /// Interrupt acknowledge by the CPU: the vector, if the request is still
+    /// there, and whether another follows at once (for `Lapic::extint_done`).
+    pub fn extint_acknowledge(&mut self) -> (Option<u8>, bool) {
+        if !self.pic.intr() {
+            return (None, false);
+        }
+        let vector = self.pic.acknowledge();
+        (Some(vector), self.pic.intr())
+    }
+
+    /// LINT0 has been unmasked: tell it again if INTR is up.
+    pub fn refresh_lint0<S: IrqSink>(&mut self, sink: &mut S) {
+        if self.pic.intr() {
+            sink.lint0();
+        }
+    }
+}
+
+fn mask(size: u8) -> u32 {
+    match size {
+        1 => 0xff,
+        2 => 0xffff,
+        _ => u32::MAX,
+    }
+}
+
+fn check(irq: u8, pin: Option<u8>) -> Result<(), InvalidIrq> {
+    valid(irq < 16 && pin.is_none_or(|pin| usize::from(pin) < ioapic::PINS))
+}
+
+fn valid(ok: bool) -> Result<(), InvalidIrq> {
+    if ok { Ok(()) } else { Err(InvalidIrq) }
+}
+
+fn pin_index(pin: u32) -> usize {
+    usize::try_from(pin).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::apicbus::ApicMessage;
+    use crate::time::PIT_HZ;
+    use alloc::vec::Vec;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) enum Sent {
+        Message(ApicMessage),
+        Lint0,
+    }
+
+    #[derive(Default)]
+    pub(crate) struct Log(Vec<Sent>);
+
+    impl IrqSink for Log {
+        fn message(&mut self, message: &ApicMessage) -> bool {
+            self.0.push(Sent::Message(*message));
+            true
+        }
+        fn lint0(&mut self) {
+            self.0.push(Sent::Lint0);
+        }
+    }
+
+    impl Log {
+        fn vectors(&mut self) -> Vec<u8> {
+            self.0
+                .drain(..)
+                .filter_map(|s| match s {
+                    Sent::Message(m) => Some(m.vector),
+                    Sent::Lint0 => None,
+                })
+                .collect()
+        }
+        fn lint0s(&mut self) -> usize {
+            self.0.drain(..).filter(|s| *s == Sent::Lint0).count()
+        }
+    }
+
+    /// Interrupt controllers for the tests of the timers.
+    pub(crate) struct Board {
+        pic: AtPic,
+        ioapic: IoApic,
+        log: Log,
+    }
+
+    impl Board {
+        pub(crate) fn new() -> Self {
+            Board {
+                pic: AtPic::new(),
+                ioapic: IoApic::new(),
+                log: Log::default(),
+            }
+        }
+        pub(crate) fn wires(&mut self) -> Wires<'_, Log> {
+            Wires {
+                pic: &mut self.pic,
+                ioapic: &mut self.ioapic,
+                sink: &mut self.log,
+            }
+        }
+        pub(crate) fn route(&mut self, pin: u64, low: u64) {
+            self.ioapic.write(0, 4, 0x10 + 2 * pin, &mut self.log);
+            self.ioapic.write(0x10, 4, low, &mut self.log);
+        }
+        pub(crate) fn eoi(&mut self, vector: u8) {
+            self.ioapic.eoi(vector, &mut self.log);
+        }
+        pub(crate) fn sent(&mut self) -> Vec<Sent> {
+            self.log.0.drain(..).collect()
+        }
+    }
+
+    fn chipset() -> Chipset {
+        Chipset::new(&Clock::new(PIT_HZ), 0, 0)
+    }
+
+    fn init_pic(c: &mut Chipset, log: &mut Log, mask: u8) {
+        for (port, v) in [
+            (0x20, 0x11),
+            (0x21, 0x30),
+            (0x21, 4),
+            (0x21, 1),
+            (0xa0, 0x11),
+            (0xa1, 0x38),
+            (0xa1, 2),
+            (0xa1, 1),
+            (0x21, mask),
+        ] {
+            c.io_write(port, 1, u32::from(v), 0, log);
+        }
+    }
+
+    fn route(c: &mut Chipset, log: &mut Log, pin: u64, low: u64, now: u64) {
+        c.mmio_write(0xfec0_0000, 4, 0x10 + 2 * pin, now, log);
+        c.mmio_write(0xfec0_0010, 4, low, now, log);
+    }
+
+    #[test]
+    fn the_tick_reaches_lint0_and_pin_2() {
+        let (mut c, log) = (chipset(), &mut Log::default());
+        assert_eq!(c.next_deadline(), None, "nobody listens");
+        init_pic(&mut c, log, 0xfb);
+        assert_eq!(c.next_deadline(), None);
+        c.io_write(0x21, 1, 0xfa, 0, log);
+        assert!(c.next_deadline().unwrap().abs_diff(65_536) <= 1);
+        c.service(65_540, log);
+        assert_eq!(log.lint0s(), 1);
+        assert!(c.extint_pending());
+        assert_eq!(c.extint_acknowledge(), (Some(0x30), false));
+        assert_eq!(c.extint_acknowledge(), (None, false));
+        c.io_write(0x20, 1, 0x20, 65_600, log);
+        c.io_write(0x21, 1, 0xff, 65_600, log);
+        route(&mut c, log, 2, 0x40, 65_600);
+        c.service(131_080, log);
+        assert_eq!(log.vectors(), [0x40]);
+    }
+
+    #[test]
+    fn a_tick_that_was_masked_is_there_when_unmasked() {
+        let (mut c, log) = (chipset(), &mut Log::default());
+        init_pic(&mut c, log, 0xff);
+        c.io_write(0x21, 1, 0xfe, 70_000, log);
+        assert_eq!(log.lint0s(), 1);
+        // LINT0 was masked at the time: it asks again.
+        c.refresh_lint0(log);
+        assert_eq!(log.lint0s(), 1);
+        assert_eq!(c.extint_acknowledge().0, Some(0x30));
+        c.refresh_lint0(log);
+        assert_eq!(log.lint0s(), 0);
+    }
+
+    #[test]
+    fn more_than_one_request_is_acknowledged_in_turn() {
+        let (mut c, log) = (chipset(), &mut Log::default());
+        init_pic(&mut c, log, 0);
+        c.isa_pulse(4, Some(4), log).unwrap();
+        c.isa_pulse(3, Some(3), log).unwrap();
+        assert_eq!(log.lint0s(), 1);
+        assert_eq!(c.extint_acknowledge(), (Some(0x33), false));
+        c.isa_pulse(1, None, log).unwrap();
+        assert_eq!(c.extint_acknowledge(), (Some(0x31), false));
+        c.io_write(0x20, 1, 0x20, 0, log);
+        c.io_write(0x20, 1, 0x20, 0, log);
+        assert_eq!(c.extint_acknowledge(), (Some(0x34), false));
+        assert_eq!(log.lint0s(), 2);
+    }
+
+    #[test]
+    fn lines_that_do_not_exist_are_refused() {
+        let (mut c, log) = (chipset(), &mut Log::default());
+        assert_eq!(c.isa_assert(16, None, log), Err(InvalidIrq));
+        assert_eq!(c.isa_deassert(1, Some(32), log), Err(InvalidIrq));
+        assert_eq!(c.ioapic_pulse(32, log), Err(InvalidIrq));
+        assert_eq!(c.ioapic_assert(u32::MAX, log), Err(InvalidIrq));
+        assert_eq!(c.set_irq_trigger(8, true), Err(InvalidIrq));
+        assert_eq!(c.set_irq_trigger(9, true), Ok(()));
+    }
+
+    #[test]
+    fn levels_through_both_controllers() {
+        let (mut c, log) = (chipset(), &mut Log::default());
+        route(&mut c, log, 14, 0x8099, 0);
+        c.isa_assert(14, Some(14), log).unwrap();
+        assert_eq!(log.vectors(), [0x99]);
+        c.isa_deassert(14, Some(14), log).unwrap();
+        c.eoi(0x99, log);
+        c.isa_assert(14, Some(14), log).unwrap();
+        assert_eq!(log.vectors(), [0x99]);
+    }
+
+    #[test]
+    fn legacy_replacement_silences_the_pit() {
+        let (mut c, log) = (chipset(), &mut Log::default());
+        route(&mut c, log, 2, 0x40, 0);
+        c.mmio_write(0xfed0_0100, 4, 4, 0, log);
+        c.mmio_write(0xfed0_0010, 4, 3, 0, log);
+        c.service(70_000, log);
+        assert_eq!(log.vectors(), [0u8; 0]);
+        c.mmio_write(0xfed0_0108, 8, 16_000_000, 70_000, log);
+        c.service(PIT_HZ + 2, log);
+        assert_eq!(log.vectors(), [0x40]);
+    }
+
+    #[test]
+    fn ports_by_width() {
+        let (mut c, log) = (chipset(), &mut Log::default());
+        assert!(
+            Chipset::claims_port(0x43) && Chipset::claims_port(0x71) && Chipset::claims_port(0x4d1)
+        );
+        assert!(
+            !Chipset::claims_port(0x60)
+                && !Chipset::claims_port(0x44)
+                && !Chipset::claims_port(0x40c)
+        );
+        c.io_write(0x4d0, 2, 0xffff, 0, log);
+        assert_eq!(c.io_read(0x4d0, 2, 0, log), 0xdef8);
+        let t = c.io_read(0x408, 4, PIT_HZ, log);
+        assert!(t.abs_diff(3_579_545) <= 1);
+        assert_eq!(c.io_read(0x409, 1, PIT_HZ, log), t >> 8 & 0xff);
+        assert!(Chipset::claims_gpa(0xfec0_0040) && Chipset::claims_gpa(0xfed0_03ff));
+        assert!(!Chipset::claims_gpa(0xfed0_0400) && !Chipset::claims_gpa(0xfebf_ffff));
+    }
+
+    #[test]
+    fn the_rtc_interrupts_by_irq_8() {
+        let (mut c, log) = (chipset(), &mut Log::default());
+        route(&mut c, log, 8, 0x48, 0);
+        c.io_write(0x70, 1, 0xb, 0, log);
+        c.io_write(0x71, 1, 0x12, 0, log);
+        assert!(c.next_deadline().unwrap().abs_diff(PIT_HZ) <= 2);
+        c.service(PIT_HZ + 2, log);
+        assert_eq!(log.vectors(), [0x48]);
+        c.service(PIT_HZ * 3, log);
+        assert_eq!(log.vectors(), [0u8; 0], "until register C is read");
+        c.io_write(0x70, 1, 0xc, PIT_HZ * 3, log);
+        assert_eq!(c.io_read(0x71, 1, PIT_HZ * 3, log) & 0x90, 0x90);
+        c.service(PIT_HZ * 4 + 2, log);
+        assert_eq!(log.vectors(), [0x48]);
+    }
+}
