@@ -1,2 +1,31 @@
-//! VT-x.
+//! The CPU backends: everything that needs virtualization instructions,
+//! privileged registers or page tables that the CPU walks.
+//!
+//! `vmx` drives VT-x; `ept` owns nested page tables in a format-generic way;
+//! `mitigation` decides what a CPU's vulnerabilities cost. Locks, ioctls and
+//! the run loop belong to `vmm-kmod`.
+//!
+//! The crate also compiles for an ordinary target, so that its pure parts run
+//! under `cargo test`.
 #![no_std]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic
+    )
+)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod ept;
+pub mod error;
+pub mod mitigation;
+pub mod page;
+#[cfg(test)]
+mod testhost;
+pub mod vmx;

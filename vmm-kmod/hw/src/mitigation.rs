@@ -1,0 +1,122 @@
+//! What a CPU's speculative-execution weaknesses ask of a hypervisor.
+//!
+//! Intel, "Deep Dive: L1 Terminal Fault", "Microarchitectural Data Sampling",
+//! "Indirect Branch Predictor Barrier"; SDM Vol. 4, IA32_ARCH_CAPABILITIES.
+
+/// CPUID.07H.0:EDX bit 10: VERW overwrites the buffers that MDS leaks.
+pub const CPUID7_EDX_MD_CLEAR: u32 = 1 << 10;
+/// CPUID.07H.0:EDX bit 26: IBRS and IBPB (SPEC_CTRL and PRED_CMD exist).
+pub const CPUID7_EDX_IBRS_IBPB: u32 = 1 << 26;
+/// CPUID.07H.0:EDX bit 28: IA32_FLUSH_CMD exists.
+pub const CPUID7_EDX_L1D_FLUSH: u32 = 1 << 28;
+/// CPUID.07H.0:EDX bit 29: IA32_ARCH_CAPABILITIES exists.
+pub const CPUID7_EDX_ARCH_CAPABILITIES: u32 = 1 << 29;
+
+/// ARCH_CAPABILITIES bit 0: not susceptible to Rogue Data Cache Load (and so
+/// not to L1TF).
+pub const ARCH_CAP_RDCL_NO: u64 = 1 << 0;
+/// ARCH_CAPABILITIES bit 3: an outer hypervisor flushes the L1D.
+pub const ARCH_CAP_SKIP_L1DFL_VMENTRY: u64 = 1 << 3;
+/// ARCH_CAPABILITIES bit 5: not susceptible to MDS.
+pub const ARCH_CAP_MDS_NO: u64 = 1 << 5;
+/// ARCH_CAPABILITIES bit 6: page-size change machine check does not happen.
+pub const ARCH_CAP_IF_PSCHANGE_MC_NO: u64 = 1 << 6;
+/// ARCH_CAPABILITIES bit 8: not susceptible to TAA.
+pub const ARCH_CAP_TAA_NO: u64 = 1 << 8;
+
+/// What to do, decided once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mitigations {
+    /// Flush the L1 data cache (IA32_FLUSH_CMD) on an entry that follows a
+    /// return from userland or a switch of VM (L1TF).
+    pub flush_l1d: bool,
+    /// The CPU is open to L1TF, and it offers no flush: a microcode update
+    /// is missing. Worth a line in the log.
+    pub l1tf_without_flush: bool,
+    /// VERW before every entry (MDS, TAA).
+    pub verw: bool,
+    /// The CPU is open to MDS but its microcode lacks MD_CLEAR.
+    pub mds_without_clear: bool,
+    /// IA32_PRED_CMD.IBPB exists: barrier when another VM ran here last.
+    pub ibpb: bool,
+    /// IA32_SPEC_CTRL exists.
+    pub spec_ctrl: bool,
+    /// Executable 2 MiB and 1 GiB EPT pages can bring the CPU down
+    /// (CVE-2018-12207): a malicious guest can crash the host.
+    pub itlb_multihit: bool,
+}
+
+impl Mitigations {
+    /// Decides from CPUID.07H.0:EDX and IA32_ARCH_CAPABILITIES (0 where the
+    /// MSR does not exist). `rtm` says whether the CPU has TSX.
+    pub const fn new(cpuid7_edx: u32, arch_capabilities: u64, rtm: bool) -> Self {
+        let arch = if cpuid7_edx & CPUID7_EDX_ARCH_CAPABILITIES != 0 {
+            arch_capabilities
+        } else {
+            0
+        };
+        let l1tf = arch & ARCH_CAP_RDCL_NO == 0;
+        let skip = arch & ARCH_CAP_SKIP_L1DFL_VMENTRY != 0;
+        let can_flush = cpuid7_edx & CPUID7_EDX_L1D_FLUSH != 0;
+        let mds = arch & ARCH_CAP_MDS_NO == 0 || (rtm && arch & ARCH_CAP_TAA_NO == 0);
+        let can_clear = cpuid7_edx & CPUID7_EDX_MD_CLEAR != 0;
+        let spec = cpuid7_edx & CPUID7_EDX_IBRS_IBPB != 0;
+        Mitigations {
+            flush_l1d: l1tf && !skip && can_flush,
+            l1tf_without_flush: l1tf && !skip && !can_flush,
+            verw: mds && can_clear,
+            mds_without_clear: mds && !can_clear,
+            ibpb: spec,
+            spec_ctrl: spec,
+            itlb_multihit: arch & ARCH_CAP_IF_PSCHANGE_MC_NO == 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: u32 = CPUID7_EDX_MD_CLEAR
+        | CPUID7_EDX_IBRS_IBPB
+        | CPUID7_EDX_L1D_FLUSH
+        | CPUID7_EDX_ARCH_CAPABILITIES;
+
+    #[test]
+    fn an_old_cpu_with_new_microcode_pays_for_everything() {
+        let m = Mitigations::new(ALL & !CPUID7_EDX_ARCH_CAPABILITIES, u64::MAX, true);
+        assert!(m.flush_l1d && m.verw && m.ibpb && m.itlb_multihit);
+        assert!(!m.l1tf_without_flush && !m.mds_without_clear);
+    }
+
+    #[test]
+    fn a_cpu_without_any_new_microcode_is_named_but_not_slowed() {
+        let m = Mitigations::new(0, 0, false);
+        assert!(!m.flush_l1d && !m.verw && !m.ibpb && !m.spec_ctrl);
+        assert!(m.l1tf_without_flush && m.mds_without_clear);
+    }
+
+    #[test]
+    fn a_fixed_cpu_pays_nothing_but_ibpb() {
+        let arch = ARCH_CAP_RDCL_NO | ARCH_CAP_MDS_NO | ARCH_CAP_IF_PSCHANGE_MC_NO;
+        let m = Mitigations::new(ALL, arch, false);
+        assert_eq!(
+            m,
+            Mitigations {
+                ibpb: true,
+                spec_ctrl: true,
+                ..Mitigations::default()
+            }
+        );
+        assert!(
+            Mitigations::new(ALL, arch, true).verw,
+            "TAA without TAA_NO needs VERW"
+        );
+    }
+
+    #[test]
+    fn below_another_hypervisor_the_flush_is_its_business() {
+        let m = Mitigations::new(ALL, ARCH_CAP_SKIP_L1DFL_VMENTRY, false);
+        assert!(!m.flush_l1d && !m.l1tf_without_flush);
+    }
+}

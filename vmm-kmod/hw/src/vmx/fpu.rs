@@ -1,0 +1,161 @@
+//! The guest's x87, SSE and extended state: switched once per `load` and
+//! `unload`, in the standard (non-compacted) XSAVE format
+//! (SDM Vol. 1 chapter 13).
+
+use super::caps::Capabilities;
+use super::instr;
+use crate::error::Error;
+use crate::page::Pages;
+use core::arch::asm;
+use vmm_core::host::Host;
+
+/// The save area and XCR0.
+pub struct Fpu<H: Host> {
+    area: Pages<H>,
+    /// The guest's XCR0.
+    xcr0: u64,
+    /// The host's, while the guest's is loaded.
+    host_xcr0: u64,
+    /// Components that are switched; 0 without XSAVE.
+    mask: u64,
+}
+
+/// Whether `new` is a value that XSETBV takes for XCR0, given the components
+/// that the guest may use; #GP(0) otherwise (SDM Vol. 2D "XSETBV").
+pub const fn check_xcr0(new: u64, supported: u64) -> bool {
+    const SSE: u64 = 1 << 1;
+    const AVX: u64 = 1 << 2;
+    const AVX512: u64 = 7 << 5;
+    new & 1 != 0
+        && new & !supported == 0
+        && (new & AVX == 0 || new & SSE != 0)
+        && (new & AVX512 == 0 || (new & AVX512 == AVX512 && new & AVX != 0))
+}
+
+/// Bytes of a standard-format area for the given components.
+fn area_size(mask: u64, cpuid: impl Fn(u32, u32) -> [u32; 4]) -> usize {
+    let mut size = 512 + 64;
+    for component in 2..63 {
+        if mask & (1 << component) != 0 {
+            let [len, offset, ..] = cpuid(0xd, component);
+            size = size.max(offset as usize + len as usize);
+        }
+    }
+    size
+}
+
+impl<H: Host> Fpu<H> {
+    /// State as after power-on (SDM Vol. 3A table 9-1).
+    pub fn new(caps: &Capabilities) -> Result<Self, Error> {
+        let mask = caps.xcr0;
+        let area = Pages::for_bytes(area_size(mask, instr::cpuid))?;
+        let mut fpu = Fpu {
+            area,
+            xcr0: 1,
+            host_xcr0: 0,
+            mask,
+        };
+        fpu.power_on();
+        Ok(fpu)
+    }
+
+    /// Back to the power-on state.
+    pub fn power_on(&mut self) {
+        self.xcr0 = 1;
+        let bytes = self.area.bytes_mut();
+        bytes.fill(0);
+        // FCW, the abridged tag word, MXCSR, XSTATE_BV (x87 and SSE present).
+        for (offset, value) in [(0, 0x40), (4, 0xff), (24, 0x80), (25, 0x1f), (512, 3)] {
+            if let Some(b) = bytes.get_mut(offset) {
+                *b = value;
+            }
+        }
+    }
+
+    /// The guest's XCR0.
+    pub fn xcr0(&self) -> u64 {
+        self.xcr0
+    }
+
+    pub(super) fn set_xcr0(&mut self, value: u64, loaded: bool) {
+        self.xcr0 = value;
+        if loaded && self.mask != 0 {
+            // SAFETY: the caller checked the value against what the host has
+            // on; the vCPU is loaded, so this is CPL 0 and XCR0 is ours.
+            unsafe { instr::xsetbv0(value) };
+        }
+    }
+
+    /// Loads the guest's state.
+    ///
+    /// # Safety
+    /// CPL 0, preemption off, the host's FPU state is saved and CR0.TS clear.
+    pub(super) unsafe fn load(&mut self) {
+        let p = self.area.as_ptr();
+        // SAFETY: the area is 64-byte aligned (a page), large enough for the
+        // components in `mask`, and holds what `power_on` or XSAVE wrote.
+        unsafe {
+            if self.mask == 0 {
+                asm!("fxrstor64 [{}]", in(reg) p, options(nostack));
+                return;
+            }
+            asm!("xrstor64 [{}]", in(reg) p, in("eax") self.mask as u32, in("edx") (self.mask >> 32) as u32,
+                 options(nostack));
+            self.host_xcr0 = instr::xgetbv0();
+            if self.xcr0 != self.host_xcr0 {
+                instr::xsetbv0(self.xcr0);
+            }
+        }
+    }
+
+    /// Saves the guest's state and puts the host's XCR0 back.
+    ///
+    /// # Safety
+    /// As [`Fpu::load`], after it.
+    pub(super) unsafe fn save(&mut self) {
+        let p = self.area.as_ptr();
+        // SAFETY: as in `load`.
+        unsafe {
+            if self.mask == 0 {
+                asm!("fxsave64 [{}]", in(reg) p, options(nostack));
+                return;
+            }
+            if self.xcr0 != self.host_xcr0 {
+                instr::xsetbv0(self.host_xcr0);
+            }
+            asm!("xsave64 [{}]", in(reg) p, in("eax") self.mask as u32, in("edx") (self.mask >> 32) as u32,
+                 options(nostack));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn xcr0_rules() {
+        let all = 0xe7;
+        for good in [1, 3, 7, 0xe7] {
+            assert!(check_xcr0(good, all), "{good:#x}");
+        }
+        for bad in [0, 2, 5, 0x27, 0xe3, 0x107, 1 << 63] {
+            assert!(!check_xcr0(bad, all), "{bad:#x}");
+        }
+        assert!(!check_xcr0(0xe7, 7));
+    }
+
+    #[test]
+    fn the_area_covers_the_last_component() {
+        let cpuid = |_: u32, c: u32| match c {
+            2 => [256, 576, 0, 0],
+            5 => [64, 1088, 0, 0],
+            6 => [512, 1152, 0, 0],
+            7 => [1024, 1664, 0, 0],
+            _ => [0; 4],
+        };
+        assert_eq!(area_size(3, cpuid), 576);
+        assert_eq!(area_size(7, cpuid), 832);
+        assert_eq!(area_size(0xe7, cpuid), 2688);
+    }
+}
