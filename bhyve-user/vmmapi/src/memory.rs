@@ -69,7 +69,9 @@ impl Reservation {
             .checked_next_multiple_of(ALIGN)
             .and_then(|n| n.checked_add(2 * GUARD + ALIGN))
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANON | libc::MAP_NORESERVE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANON;
+        #[cfg(target_os = "linux")]
+        let flags = flags | libc::MAP_NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let start =
             unsafe { libc::mmap(std::ptr::null_mut(), total, libc::PROT_NONE, flags, -1, 0) };

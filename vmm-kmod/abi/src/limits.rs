@@ -83,3 +83,55 @@ pub const fn vmcs_field(encoding: u16) -> u32 {
 pub const fn vmcb_field(offset: u16, bytes: u8) -> u32 {
     REG_HARDWARE | ((bytes & 0xf) as u32) << 16 | (offset & 0xfff) as u32
 }
+
+/// What an opcode does, to the emulator of stock bhyve 12.1
+/// (`vie_op.op_type`, `sys/amd64/vmm/vmm_instruction_emul.c`).
+pub mod vie_op_type {
+    /// Not decoded.
+    pub const NONE: u8 = 0;
+    /// MOV.
+    pub const MOV: u8 = 1;
+    /// MOVSX.
+    pub const MOVSX: u8 = 2;
+    /// MOVZX.
+    pub const MOVZX: u8 = 3;
+    /// AND.
+    pub const AND: u8 = 4;
+    /// OR.
+    pub const OR: u8 = 5;
+    /// SUB.
+    pub const SUB: u8 = 6;
+    /// 0F: the second byte decides.
+    pub const TWO_BYTE: u8 = 7;
+    /// PUSH.
+    pub const PUSH: u8 = 8;
+    /// CMP.
+    pub const CMP: u8 = 9;
+    /// POP.
+    pub const POP: u8 = 10;
+    /// MOVS.
+    pub const MOVS: u8 = 11;
+    /// Group 1: ModRM.reg decides.
+    pub const GROUP1: u8 = 12;
+    /// STOS.
+    pub const STOS: u8 = 13;
+    /// BT with an immediate operand.
+    pub const BITTEST: u8 = 14;
+    /// 0F AE.
+    pub const TWOB_GRP15: u8 = 15;
+    /// ADD.
+    pub const ADD: u8 = 16;
+    /// TEST.
+    pub const TEST: u8 = 17;
+}
+
+/// `vie_op.op_flags`: immediate operand of 16 or 32 bits.
+pub const VIE_OP_F_IMM: u16 = 1;
+/// `vie_op.op_flags`: immediate operand of 8 bits.
+pub const VIE_OP_F_IMM8: u16 = 2;
+/// `vie_op.op_flags`: the address is in the instruction (MOV moffs).
+pub const VIE_OP_F_MOFFSET: u16 = 4;
+/// `vie_op.op_flags`: no ModRM byte.
+pub const VIE_OP_F_NO_MODRM: u16 = 8;
+/// `vie_op.op_flags`: the operand's linear address need not be the fault's.
+pub const VIE_OP_F_NO_GLA_VERIFICATION: u16 = 16;
