@@ -141,6 +141,8 @@ pub struct Lapic<M: Deref<Target = Mailbox>> {
     lint0_extint: bool,
     /// May be stale-true, never stale-false: some IRR bit is set.
     irr_hint: bool,
+    /// The CPU sets IRR bits by itself (virtualized self-IPIs).
+    virtual_delivery: bool,
     changes: Changes,
     nmis: u8,
     init: bool,
@@ -163,6 +165,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
             enabled: false,
             lint0_extint: false,
             irr_hint: false,
+            virtual_delivery: false,
             changes: Changes::all(),
             nmis: 0,
             init: false,
@@ -206,7 +209,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
         self.errors = 0;
         self.enabled = false;
         self.lint0_extint = false;
-        self.irr_hint = false;
+        self.irr_hint = self.virtual_delivery;
         self.changes = Changes::all();
         self.enter_mode();
     }
@@ -447,7 +450,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
             return None;
         }
         let Some(vector) = self.page.highest(reg::IRR) else {
-            self.irr_hint = false;
+            self.irr_hint = self.virtual_delivery;
             return None;
         };
         (u32::from(vector) >> 4 > self.ppr() >> 4).then_some(vector)
@@ -502,6 +505,13 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
     }
 
     // ---- delivery by the CPU ----
+
+    /// Says that the CPU delivers, and so may set IRR bits without an exit.
+    pub fn use_virtual_delivery(&mut self, on: bool) {
+        self.virtual_delivery = on;
+        self.irr_hint = true;
+        self.changes = Changes::all();
+    }
 
     /// Requesting virtual interrupt: the highest bit of IRR, or 0.
     pub fn rvi(&self) -> u8 {

@@ -158,6 +158,14 @@ fn virtual_interrupt_delivery_is_told_what_changed() {
     assert_eq!(l.take_changes(), Changes::IRR);
     l.accept(0x46);
     assert_eq!((l.rvi(), l.svi()), (0x45, 0x46));
+    // A self-IPI that the CPU virtualized: nobody told us.
+    let _ = l.write(reg::EOI, 0, 0);
+    l.accept(0x45);
+    let _ = l.write(reg::EOI, 0, 0);
+    l.use_virtual_delivery(true);
+    assert_eq!(l.pending(), None);
+    l.page().set_bit(reg::IRR, 0x91, true);
+    assert_eq!(l.pending(), Some(0x91));
 }
 
 #[test]
