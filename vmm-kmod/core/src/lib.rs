@@ -28,6 +28,7 @@ pub mod cpu;
 pub mod cpuid;
 pub mod host;
 pub mod hpet;
+pub mod inst;
 pub mod ioapic;
 pub mod lapic;
 pub mod msr;

@@ -1,0 +1,4 @@
+mod alu;
+mod cpu;
+mod emulate;
+mod oracle;
