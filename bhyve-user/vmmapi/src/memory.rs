@@ -3,6 +3,13 @@
 //! Below 3 GiB guest-physical memory starts at 0; what does not fit starts at
 //! 4 GiB, so that the gap can hold devices. Both parts come from one segment
 //! whose offsets are the guest-physical addresses.
+//!
+//! [`GuestMemory`] also is a `vm_memory::GuestMemoryBackend`, so that crates of
+//! rust-vmm (virtio-queue, linux-loader) work on it.
+
+mod regions;
+
+pub use regions::Region;
 
 use crate::error::{Error, Result};
 use crate::vm::{Mapping, MemSegment, Vm};
@@ -36,6 +43,7 @@ pub struct GuestMemory {
     map: Arc<Reservation>,
     low: u64,
     high: u64,
+    regions: Arc<[Region]>,
 }
 
 /// A memory segment of a device (frame buffer, boot ROM).
@@ -275,11 +283,7 @@ impl Vm {
                     .map_err(fail(gpa, len))?;
             }
         }
-        Ok(GuestMemory {
-            map: Arc::new(map),
-            low,
-            high,
-        })
+        Ok(GuestMemory::new(map, low, high))
     }
 
     fn ensure_mapping(&self, gpa: u64, len: u64, wired: bool) -> Result<()> {
@@ -356,6 +360,21 @@ fn show(m: &Mapping) -> String {
 }
 
 impl GuestMemory {
+    fn new(map: Reservation, low: u64, high: u64) -> Self {
+        let map = Arc::new(map);
+        let regions = [(0, low), (HIGHMEM_BASE, high)]
+            .into_iter()
+            .filter(|r| r.1 > 0)
+            .map(|(gpa, len)| Region::new(map.clone(), gpa, len))
+            .collect();
+        GuestMemory {
+            map,
+            low,
+            high,
+            regions,
+        }
+    }
+
     /// Bytes below the hole for devices.
     pub fn low_size(&self) -> u64 {
         self.low
@@ -529,11 +548,7 @@ impl GuestMemory {
                 return Err(io::Error::last_os_error());
             }
         }
-        Ok(GuestMemory {
-            map: Arc::new(map),
-            low,
-            high,
-        })
+        Ok(GuestMemory::new(map, low, high))
     }
 }
 

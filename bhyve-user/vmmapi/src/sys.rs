@@ -157,3 +157,24 @@ pub(crate) fn sysctl_write(name: &str, value: &str) -> io::Result<()> {
 pub(crate) fn sysctl_write(_name: &str, _value: &str) -> io::Result<()> {
     Err(io::Error::from_raw_os_error(libc::ENOENT))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    /// A device without ioctls answers ENOTTY to what reaches it; anything else
+    /// would mean that the host's generic file layer takes the number.
+    #[test]
+    fn no_request_is_taken_by_the_generic_file_layer() {
+        let null = open("/dev/null").unwrap();
+        let mut arg = [0u64; 128];
+        for &(request, name) in vmm_abi::request::ALL {
+            assert!(ioccom::ioc_len(request) <= size_of_val(&arg));
+            // SAFETY: `arg` is longer than any argument, and all zero, so the
+            // addresses in it are null.
+            let r = unsafe { ioctl_raw(null.as_fd(), request, arg.as_mut_ptr().cast()) };
+            assert_eq!(r.unwrap_err().raw_os_error(), Some(libc::ENOTTY), "{name}");
+        }
+    }
+}
