@@ -315,13 +315,16 @@ impl Host {
             .with_context(|| format!("tsc said {text:?}"))
     }
 
-    /// The statistics of the VM `name`.
+    /// The statistics of the VM `name`, summed over its vCPUs.
     ///
     /// # Errors
     /// bhyvectl fails.
-    pub fn stats(&mut self, name: &str) -> Result<Stats> {
-        let text = self.must(&format!("bhyvectl --get-stats --vm={name}"), SHORT)?;
-        Ok(stats::parse(&text))
+    pub fn stats(&mut self, name: &str, vcpus: u32) -> Result<Stats> {
+        let line = format!(
+            "i=0; while [ $i -lt {vcpus} ]; do bhyvectl --get-stats --cpu=$i --vm={name} || break; \
+             i=$((i+1)); done; [ $i = {vcpus} ]"
+        );
+        Ok(stats::parse(&self.must(&line, SHORT)?))
     }
 
     /// The kernel has complained about nothing since the last look.

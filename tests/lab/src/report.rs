@@ -25,6 +25,8 @@ pub struct Report {
     pub seconds: f64,
     /// `bhyvectl --get-stats` at the end.
     pub stats: Stats,
+    /// What bhyve itself counted (`--exit-stats`), where it has ended by itself.
+    pub userland: Option<serde_json::Value>,
     /// The guest's console log.
     pub output: PathBuf,
 }
@@ -35,6 +37,9 @@ impl Report {
     /// # Errors
     /// The file cannot be written.
     pub fn write(&self, file: &Path) -> Result<()> {
+        let counted = |key: &str| self.userland.as_ref().and_then(|u| u.get(key).cloned());
+        let userland_exits = counted("userland_exits")
+            .or_else(|| stats::userland_exits(&self.stats).map(Into::into));
         let value = json!({
             "engine": self.engine,
             "host": self.host,
@@ -44,8 +49,11 @@ impl Report {
             "instructions": self.instructions,
             "seconds": self.seconds,
             "exits": stats::exits(&self.stats),
-            "userland_exits": stats::userland_exits(&self.stats),
+            "userland_exits": userland_exits,
+            "userland_exits_by_kind": counted("exits"),
+            "userland_exits_by_port": counted("ports"),
             "output": self.output,
+            "statistics": self.stats,
         });
         let text = serde_json::to_string_pretty(&value)? + "\n";
         std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))

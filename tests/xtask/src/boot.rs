@@ -18,6 +18,9 @@ use std::time::{Duration, Instant};
 /// The VM's name in the host.
 const VM: &str = "guest";
 
+/// Where bhyve leaves its counts in the host.
+const EXIT_STATS: &str = "/tmp/exits.json";
+
 /// What the console of a guest whose userland is up says.
 const LINUX_UP: &str = r"guest# ";
 const FREEBSD_UP: &str =
@@ -174,7 +177,8 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
         Err(e) => return Err(e.context(format!("bhyve said: {}", guest::said(&mut host)))),
     };
     let seconds = clock.elapsed().as_secs_f64();
-    let stats = host.stats(VM);
+    let stats = host.stats(VM, options.vcpus);
+    let userland = host.must(&format!("cat {EXIT_STATS} 2>/dev/null || true"), SHORT)?;
     let last = host.must("cat /tmp/bhyve.end 2>/dev/null || tsc", SHORT)?;
     let instructions = match last.trim().parse::<u64>() {
         Ok(last) if engine.counts_instructions() => Some(last.saturating_sub(first)),
@@ -200,6 +204,8 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
             instructions,
             seconds,
             stats,
+            // bhyve writes it at its end, if it came to one.
+            userland: serde_json::from_str(&userland).ok(),
             output,
         }
         .write(file)?;
@@ -316,13 +322,20 @@ fn in_host(guest: &Guest, options: &Options, memory_mib: u32) -> guest::Guest {
                 .collect(),
         },
     };
-    let x2apic = if options.x2apic { "-x " } else { "" };
+    let mut more = options.bhyve_options.clone();
+    if options.x2apic {
+        more.push_str(" -x");
+    }
+    if options.report.is_some() {
+        more.push_str(" --exit-stats ");
+        more.push_str(EXIT_STATS);
+    }
     guest::Guest {
         vm: VM.to_owned(),
         environment: options.environment.clone(),
         vcpus: options.vcpus,
         memory_mib,
-        options: format!("{x2apic}{}", options.bhyve_options),
+        options: more,
         ..guest::Guest::new("/guest/kernel", load)
     }
 }
