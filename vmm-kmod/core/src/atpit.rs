@@ -258,6 +258,8 @@ pub struct AtPit {
     port_b: u8,
     /// PIT tick of the next rise of OUT 0.
     next: Option<u64>,
+    /// The same as host TSC, which is asked for often.
+    deadline: Option<u64>,
 }
 
 const fn firmware() -> [Counter; 3] {
@@ -280,6 +282,7 @@ impl AtPit {
             counters: firmware(),
             port_b: 0,
             next: None,
+            deadline: None,
         };
         pit.schedule(0);
         pit
@@ -316,12 +319,15 @@ impl AtPit {
             }
             _ => None,
         };
+        self.deadline = self
+            .next
+            .map(|next| self.epoch.saturating_add(self.from_pit.apply_up(next)));
     }
 
     /// Host TSC at which `service` should be called.
+    #[inline]
     pub fn next_deadline(&self) -> Option<u64> {
-        self.next
-            .map(|next| self.epoch.saturating_add(self.from_pit.apply_up(next)))
+        self.deadline
     }
 
     /// True if OUT 0 rose at or before `now`: an edge on IRQ 0. However many

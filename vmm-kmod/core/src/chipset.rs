@@ -8,7 +8,7 @@ use crate::atpit::AtPit;
 use crate::hpet::{self, Hpet};
 use crate::ioapic::{self, IoApic};
 use crate::pmtmr::PmTimer;
-use crate::rtc::Rtc;
+use crate::rtc::{Rtc, RtcError};
 use crate::time::Clock;
 
 /// IRQ 0 of the 8259 is pin 2 of the IOAPIC; the MADT says so.
@@ -325,6 +325,30 @@ impl Chipset {
         valid(self.ioapic.pulse(pin_index(pin), sink))
     }
 
+    // ---- the clock, from outside ----
+
+    /// `VM_RTC_READ`.
+    pub fn rtc_read(&mut self, offset: i32, now: u64) -> Result<u8, RtcError> {
+        self.rtc
+            .peek(u32::try_from(offset).map_err(|_| RtcError::Offset)?, now)
+    }
+
+    /// `VM_RTC_WRITE`.
+    pub fn rtc_write(&mut self, offset: i32, value: u8, _now: u64) -> Result<(), RtcError> {
+        self.rtc
+            .poke(u32::try_from(offset).map_err(|_| RtcError::Offset)?, value)
+    }
+
+    /// `VM_RTC_SETTIME`: seconds since 1970.
+    pub fn rtc_settime(&mut self, secs: i64, now: u64) -> Result<(), RtcError> {
+        self.rtc.set_time(secs, now)
+    }
+
+    /// `VM_RTC_GETTIME`: seconds since 1970; -1 while the guest sets it.
+    pub fn rtc_gettime(&self, now: u64) -> i64 {
+        self.rtc.time(now).unwrap_or(-1)
+    }
+
     // ---- interrupt acknowledge ----
 
     /// Whether the 8259s have an interrupt for the CPU.
@@ -575,6 +599,20 @@ pub(crate) mod tests {
         assert_eq!(c.io_read(0x409, 1, PIT_HZ, log), t >> 8 & 0xff);
         assert!(Chipset::claims_gpa(0xfec0_0040) && Chipset::claims_gpa(0xfed0_03ff));
         assert!(!Chipset::claims_gpa(0xfed0_0400) && !Chipset::claims_gpa(0xfebf_ffff));
+    }
+
+    #[test]
+    fn the_clock_from_outside() {
+        let (mut c, log) = (chipset(), &mut Log::default());
+        assert_eq!(c.rtc_settime(1_600_000_000, 0), Ok(()));
+        assert_eq!(c.rtc_gettime(PIT_HZ * 3 + 9), 1_600_000_003);
+        assert_eq!(c.rtc_read(0, PIT_HZ * 3 + 9), Ok(0x43));
+        assert_eq!(c.rtc_read(-1, 0), Err(RtcError::Offset));
+        assert_eq!(c.rtc_write(0x35, 7, 0), Ok(()));
+        assert_eq!(c.rtc_write(-1, 7, 0), Err(RtcError::Offset));
+        c.io_write(0x70, 2, 0x820b, 0, log);
+        assert_eq!(c.rtc_gettime(0), -1, "one word: index, then data");
+        assert_eq!(c.rtc_settime(5, 0), Err(RtcError::Busy));
     }
 
     #[test]

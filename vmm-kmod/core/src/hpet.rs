@@ -92,6 +92,8 @@ pub struct Hpet {
     timers: [Timer; TIMERS],
     /// The earliest `due`, or `u64::MAX`.
     next: u64,
+    /// The same as host TSC, which is asked for often.
+    deadline: Option<u64>,
 }
 
 fn merge(old: u64, value: u64, mask: u64) -> u64 {
@@ -111,6 +113,7 @@ impl Hpet {
             epoch: 0,
             timers: [Timer::new(); TIMERS],
             next: u64::MAX,
+            deadline: None,
         }
     }
 
@@ -125,7 +128,12 @@ impl Hpet {
         self.config = 0;
         self.status = 0;
         self.base = 0;
-        self.next = u64::MAX;
+        self.find_next();
+    }
+
+    /// The capabilities register.
+    pub const fn capabilities(&self) -> u64 {
+        CAPABILITIES
     }
 
     /// Whether timers 0 and 1 have taken over IRQ 0 and IRQ 8 (§2.3.5).
@@ -151,11 +159,9 @@ impl Hpet {
     }
 
     /// Host TSC at which `service` should be called.
+    #[inline]
     pub fn next_deadline(&self) -> Option<u64> {
-        (self.next != u64::MAX).then(|| {
-            self.epoch
-                .saturating_add(self.from_hpet.apply_up(self.next))
-        })
+        self.deadline
     }
 
     fn find_next(&mut self) {
@@ -166,6 +172,10 @@ impl Hpet {
             .filter_map(|t| t.due)
             .min()
             .unwrap_or(u64::MAX);
+        self.deadline = (self.next != u64::MAX).then(|| {
+            self.epoch
+                .saturating_add(self.from_hpet.apply_up(self.next))
+        });
     }
 
     /// Works out when a timer will match, from its comparator.
