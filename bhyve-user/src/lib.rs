@@ -19,14 +19,20 @@ pub mod bhyvectl;
 pub mod bus;
 pub mod cli;
 pub mod config;
+pub mod ending;
 pub mod i8042;
 pub mod legacy;
 pub mod machine;
+pub mod mmio;
 pub mod pci;
 pub mod pm;
 pub mod serial;
+pub mod signals;
+pub mod stats;
 pub mod tables;
 pub mod testdev;
+pub mod vcpu;
+pub mod vm;
 
 /// Locks a mutex; a thread that panicked while it held it leaves the data as
 /// it was, which for device registers is no worse than any guest write.

@@ -1,0 +1,153 @@
+//! A vCPU's thread: run the guest, do what it left for, run it again.
+
+pub mod dump;
+pub mod inout;
+pub mod msr;
+pub mod ops;
+pub mod strings;
+
+use std::sync::Arc;
+
+use vmmapi::{Exit, SuspendHow, Vcpu, VmExit};
+
+use crate::ending::Failed;
+use crate::vm::Vm;
+use ops::VcpuOps;
+
+/// What follows an exit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Run the guest again.
+    Run,
+    /// The VM is stopping; this vCPU is done.
+    Stop(SuspendHow),
+    /// The guest cannot go on; says why and what to do.
+    Fail(String),
+}
+
+/// #UD.
+const UD: u8 = 6;
+/// #GP.
+const GP: u8 = 13;
+
+/// Runs a vCPU until the VM stops. `Ok` says how; errors have been reported.
+pub fn run(vm: &Arc<Vm>, vcpu: &Vcpu) -> Result<SuspendHow, Failed> {
+    let stats = vm.stats.vcpu();
+    loop {
+        let exit = match vcpu.run() {
+            Ok(exit) => exit,
+            Err(e) => {
+                eprintln!("{e}");
+                return Err(Failed);
+            }
+        };
+        stats.count(&exit.exit);
+        // The fast path; everything else is behind a call.
+        let next = match &exit.exit {
+            Exit::Inout(io) => inout::emulate(&vm.buses.ports, vm.config.strict_io, vcpu, io),
+            _ => other(vm, vcpu, &exit),
+        };
+        match next {
+            Ok(Next::Run) => {}
+            Ok(Next::Stop(how)) => return Ok(how),
+            Ok(Next::Fail(why)) => {
+                eprint!("{}", dump::report(vcpu, &vm.memory, &exit, &why));
+                return Err(Failed);
+            }
+            Err(e) => {
+                eprint!("{}", dump::report(vcpu, &vm.memory, &exit, &e.to_string()));
+                return Err(Failed);
+            }
+        }
+    }
+}
+
+#[cold]
+fn other(vm: &Arc<Vm>, vcpu: &Vcpu, exit: &VmExit) -> vmmapi::Result<Next> {
+    Ok(match &exit.exit {
+        Exit::InoutStr(s) => {
+            strings::emulate(&vm.buses.ports, vm.config.strict_io, vcpu, &vm.memory, s)?
+        }
+        Exit::InstEmul(e) => vm.mmio.emulate(vm, vcpu, exit, e)?,
+        Exit::Rdmsr { msr } => vm.msrs.read(vcpu, *msr)?,
+        Exit::Wrmsr { msr, value } => vm.msrs.write(vcpu, *msr, *value)?,
+        Exit::SpinupAp { vcpu: id, rip } => crate::vm::spin_up(vm, *id, *rip)?,
+        Exit::Suspended(how) => Next::Stop(*how),
+        Exit::Pause => {
+            std::thread::yield_now();
+            Next::Run
+        }
+        Exit::Debug => {
+            // Stopped by bhyvectl; look again soon.
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            Next::Run
+        }
+        Exit::Bogus
+        | Exit::Reqidle
+        | Exit::Mtrap
+        | Exit::Hlt { .. }
+        | Exit::Rendezvous
+        | Exit::IoapicEoi { .. } => Next::Run,
+        Exit::Monitor | Exit::Mwait | Exit::Vminsn => {
+            // CPUID offers none of them.
+            vcpu.inject_fault(UD, None)?;
+            Next::Run
+        }
+        Exit::TaskSwitch(t) => Next::Fail(format!(
+            "a hardware task switch ({:?} to selector {:#x}) is not emulated; an operating system that uses one \
+             (32-bit double-fault handlers do) has usually crashed already: look at its console",
+            t.reason, t.selector
+        )),
+        Exit::Paging { gpa, fault_type } => Next::Fail(format!(
+            "access of kind {fault_type} to guest-physical {gpa:#x} cannot be resolved: is -m the size that the loader was given?"
+        )),
+        Exit::Vmx(v) if v.status != 0 => Next::Fail(format!(
+            "VM entry failed: VM-instruction error {} ({})",
+            v.inst_error,
+            if v.inst_type == 0 {
+                "VMLAUNCH"
+            } else {
+                "VMRESUME"
+            }
+        )),
+        Exit::Vmx(v) if matches!(v.exit_reason & 0xffff, 33 | 34) => Next::Fail(format!(
+            "VM entry failed: the guest's state is invalid (reason {}, qualification {:#x}); look for what does not fit \
+             together among the registers below (SDM Vol. 3C §26.3)",
+            v.exit_reason & 0xffff,
+            v.qualification
+        )),
+        Exit::Vmx(v) => Next::Fail(format!(
+            "VT-x exit with reason {} (SDM Vol. 3D appendix C), qualification {:#x}, is not handled",
+            v.exit_reason, v.qualification
+        )),
+        Exit::Svm { code, info1, info2 } => Next::Fail(format!(
+            "AMD-V exit with code {code:#x} (APM Vol. 2 appendix C), info {info1:#x} and {info2:#x}, is not handled"
+        )),
+        Exit::Bpt { .. } | Exit::Db { .. } | Exit::Ipi { .. } => Next::Fail(
+            "an exit that was not asked for; do vmm.ko and bhyve belong together?".into(),
+        ),
+        Exit::Unknown { code, .. } => Next::Fail(format!(
+            "exit code {code} is unknown; do vmm.ko and bhyve belong together?"
+        )),
+        // Handled by the caller.
+        Exit::Inout(_) => Next::Run,
+    })
+}
+
+/// A vCPU thread's whole life; the VM learns how it ended.
+pub fn thread(vm: &Arc<Vm>, vcpu: &Vcpu) {
+    let pins = vm.config.pins.iter().filter(|(v, _)| *v == vcpu.id());
+    let mut set = nix::sched::CpuSet::new();
+    let mut pinned = false;
+    for (_, host) in pins {
+        pinned = true;
+        if let Err(e) = set.set(*host) {
+            eprintln!("-p {}:{host}: {e}", vcpu.id());
+        }
+    }
+    if pinned && let Err(e) = nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set) {
+        eprintln!("vCPU {}: cannot be pinned: {e}", vcpu.id());
+    }
+    let result = run(vm, vcpu);
+    vm.ended(result);
+}

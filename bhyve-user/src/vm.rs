@@ -1,0 +1,408 @@
+//! One VM: everything made and wired together, its vCPUs started, its end
+//! awaited.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use vmmapi::abi::limits::LOWMEM_LIMIT;
+use vmmapi::{
+    Capability, GuestMemory, IntrTrigger, MemFlags, RegName, SuspendHow, Topology, Vcpu,
+    X2apicState,
+};
+
+use crate::bus::{BusError, Buses};
+use crate::config::Config;
+use crate::ending::{Ending, Failed};
+use crate::i8042::I8042;
+use crate::legacy::Legacy;
+use crate::machine::{Machine, Suspend};
+use crate::mmio::Mmio;
+use crate::pci::bar::Windows;
+use crate::pci::intx::Router;
+use crate::pci::root::{PciError, PciRoot};
+use crate::pm::{self, Pm};
+use crate::serial::backend::Spec;
+use crate::serial::port::SerialPort;
+use crate::serial::{LEGACY, terminal};
+use crate::stats::Stats;
+use crate::tables::{self, TooLarge};
+use crate::testdev::{self, TestDev};
+use crate::vcpu::Next;
+use crate::vcpu::msr::{Msrs, Vendor};
+use crate::{lock, signals, vcpu};
+
+/// Why a VM could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel said no.
+    #[error("{0}")]
+    Vmm(#[from] vmmapi::Error),
+    /// The machine lacks unrestricted guests.
+    #[error(
+        "{0} vCPUs need a CPU with unrestricted guests (VT-x of 2010 or later); this one can have 1"
+    )]
+    OneCpu(u32),
+    /// PCI.
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    /// Two devices want the same ports or memory.
+    #[error("device: {0}")]
+    Bus(#[from] BusError),
+    /// A backend of a serial port.
+    #[error("-l {0}: {1}")]
+    Serial(&'static str, io::Error),
+    /// A firmware table.
+    #[error("{0}{hint}", hint = if .0.0 == "MP table" { "; -Y leaves it out" } else { "" })]
+    Table(#[from] TooLarge),
+    /// The MP table knows one PCI hierarchy.
+    #[error("the MP table cannot describe PCI buses other than 0; -Y leaves it out")]
+    MpTableBuses,
+    /// A thread or a signal mask.
+    #[error("{0}: {1}")]
+    System(&'static str, io::Error),
+}
+
+/// The kernel's side of [`Machine`].
+struct Kernel {
+    vm: vmmapi::Vm,
+    complained: AtomicBool,
+}
+
+impl Kernel {
+    /// A line that cannot be raised is a fault of this program, not of the
+    /// guest; one message is enough.
+    fn check(&self, result: vmmapi::Result<()>) {
+        if let Err(e) = result
+            && !self.complained.swap(true, Ordering::Relaxed)
+        {
+            eprintln!("{e}\r");
+        }
+    }
+}
+
+impl Machine for Kernel {
+    fn isa_assert(&self, irq: u8, ioapic: Option<u8>) {
+        self.check(self.vm.isa_assert(irq.into(), ioapic.map(u32::from)));
+    }
+    fn isa_deassert(&self, irq: u8, ioapic: Option<u8>) {
+        self.check(self.vm.isa_deassert(irq.into(), ioapic.map(u32::from)));
+    }
+    fn isa_level_triggered(&self, irq: u8) {
+        self.check(self.vm.isa_set_trigger(irq.into(), IntrTrigger::Level));
+    }
+    fn ioapic_assert(&self, pin: u8) {
+        self.check(self.vm.ioapic_assert(pin.into()));
+    }
+    fn ioapic_deassert(&self, pin: u8) {
+        self.check(self.vm.ioapic_deassert(pin.into()));
+    }
+    fn msi(&self, address: u64, data: u64) {
+        // The guest chose the address: a wrong one goes nowhere.
+        let _ = self.vm.lapic_msi(address, data);
+    }
+    fn suspend(&self, how: Suspend) {
+        let how = match how {
+            Suspend::Reset => SuspendHow::Reset,
+            Suspend::PowerOff => SuspendHow::Poweroff,
+            Suspend::Halt => SuspendHow::Halt,
+            Suspend::TripleFault => SuspendHow::TripleFault,
+        };
+        match self.vm.suspend(how) {
+            Err(e) if e.errno() == Some(nix::libc::EALREADY) => {}
+            r => self.check(r),
+        }
+    }
+}
+
+/// A VM whose vCPUs can run.
+pub struct Vm {
+    /// The command line.
+    pub config: Config,
+    /// The kernel's VM.
+    pub vm: vmmapi::Vm,
+    /// Guest memory.
+    pub memory: GuestMemory,
+    /// Who answers where.
+    pub buses: Arc<Buses>,
+    /// MSRs left to userland.
+    pub msrs: Msrs,
+    /// Memory-mapped devices.
+    pub mmio: Mmio,
+    /// Counters.
+    pub stats: Stats,
+    ending: Arc<Ending>,
+    machine: Arc<dyn Machine>,
+    pm: Arc<Pm>,
+    serial: Vec<SerialPort>,
+    started: Mutex<BTreeSet<u32>>,
+}
+
+/// Capabilities and APIC mode of a vCPU, before it runs.
+fn prepare(config: &Config, vcpu: &Vcpu) -> vmmapi::Result<()> {
+    // Without this exit an idle guest burns a CPU; with it the kernel puts
+    // the thread to sleep. -H therefore changes nothing but whether a kernel
+    // without it is an error.
+    match vcpu.set_capability(Capability::HaltExit, 1) {
+        Err(e) if config.halt_exits => return Err(e),
+        _ => {}
+    }
+    if config.pause_exits {
+        vcpu.set_capability(Capability::PauseExit, 1)?;
+    }
+    let state = if config.x2apic {
+        X2apicState::Enabled
+    } else {
+        X2apicState::Disabled
+    };
+    vcpu.set_x2apic_state(state)?;
+    // Where the CPU lacks INVPCID the guest does not see it.
+    let _ = vcpu.set_capability(Capability::EnableInvpcid, 1);
+    Ok(())
+}
+
+/// Runs a VM to its end; returns the exit status.
+pub fn run(config: Config) -> Result<i32, Error> {
+    signals::block().map_err(|e| Error::System("signal mask", e.into()))?;
+    let result = Vm::new(config).and_then(|vm| {
+        signals::listen(
+            Arc::clone(&vm.pm),
+            Arc::clone(&vm.machine),
+            Arc::clone(&vm.ending),
+        );
+        let bsp = vm.vm.vcpu(0);
+        let rip = bsp.register(RegName::Rip)?;
+        bsp.set_register(RegName::Rip, rip)?;
+        start(&vm, bsp)?;
+        let status = vm.ending.wait();
+        vm.finish();
+        Ok(status)
+    });
+    terminal::restore_all();
+    result
+}
+
+/// Activates a vCPU and gives it its thread.
+fn start(vm: &Arc<Vm>, vcpu: Vcpu) -> Result<(), Error> {
+    let id = vcpu.id();
+    lock(&vm.started).insert(id);
+    vcpu.activate()?;
+    vm.ending.started();
+    let shared = Arc::clone(vm);
+    let thread = std::thread::Builder::new().name(format!("vcpu {id}"));
+    let spawned = thread.spawn(move || vcpu::thread(&shared, &vcpu));
+    spawned
+        .map(drop)
+        .map_err(|e| Error::System("vCPU thread", e))
+}
+
+/// Starts an application processor in real mode at the start-up IPI's page.
+pub fn spin_up(vm: &Arc<Vm>, id: i32, rip: u64) -> vmmapi::Result<Next> {
+    let cpus = vm.config.topology.cpus();
+    let Some(id) = u32::try_from(id).ok().filter(|id| (1..cpus).contains(id)) else {
+        return Ok(Next::Fail(format!("start-up IPI for vCPU {id} of {cpus}")));
+    };
+    if lock(&vm.started).contains(&id) {
+        return Ok(Next::Run);
+    }
+    let ap = vm.vm.vcpu(id);
+    ap.reset()?;
+    prepare(&vm.config, &ap)?;
+    ap.set_capability(Capability::UnrestrictedGuest, 1)?;
+    let vector = (rip >> 12) & 0xff;
+    ap.set_register(RegName::Rip, 0)?;
+    let mut cs = ap.desc(RegName::Cs)?;
+    cs.base = vector << 12;
+    ap.set_desc(RegName::Cs, cs)?;
+    ap.set_register(RegName::Cs, vector << 8)?;
+    match start(vm, ap) {
+        Ok(()) => Ok(Next::Run),
+        Err(Error::Vmm(e)) => Err(e),
+        Err(e) => Ok(Next::Fail(e.to_string())),
+    }
+}
+
+impl Vm {
+    fn new(config: Config) -> Result<Arc<Vm>, Error> {
+        let vm = vmmapi::Vm::open(&config.name)?;
+        let bsp = vm.vcpu(0);
+        let cpus = config.topology.cpus();
+        if cpus > 1 && bsp.capability(Capability::UnrestrictedGuest).is_err() {
+            return Err(Error::OneCpu(cpus));
+        }
+        let t = config.topology;
+        vm.set_topology(Topology {
+            sockets: t.sockets,
+            cores: t.cores,
+            threads: t.threads,
+            ..Topology::default()
+        })?;
+        prepare(&config, &bsp)?;
+        let flags = MemFlags {
+            wired: config.wired,
+            in_core: config.core_memory,
+        };
+        let memory = vm.setup_memory(config.memory, flags)?;
+
+        let machine: Arc<dyn Machine> = Arc::new(Kernel {
+            vm: vm.clone(),
+            complained: AtomicBool::new(false),
+        });
+        let ending = Arc::new(Ending::default());
+        let buses = Arc::new(Buses::default());
+        Legacy::attach(Arc::clone(&machine), &buses)?;
+        I8042::attach(Arc::clone(&machine), &buses)?;
+        let pm = Pm::new(Arc::clone(&machine), &buses)?;
+        let pins = vm.ioapic_pincount()?.min(255) as u8;
+        let router = Arc::new(Router::new(Arc::clone(&machine), pins));
+        router.share(pm::SCI);
+        let (serial, present) = serial_ports(&config, &machine, &buses, &router)?;
+        let mut windows = Windows::new(LOWMEM_LIMIT);
+        if config.testdev {
+            windows.io = testdev::END.into();
+            let ending = Arc::clone(&ending);
+            TestDev::attach(Arc::clone(&machine), &buses, move |status| {
+                ending.end(status.into());
+                // The guest expects not to go on.
+                loop {
+                    std::thread::park();
+                }
+            })?;
+        }
+        let pci = PciRoot::new(&config.slots, windows, &buses, &machine, &router)?;
+        set_rtc(&vm, &memory, config.utc)?;
+        write_tables(&config, &vm, &memory, &pci, present)?;
+
+        let vm = Arc::new(Vm {
+            msrs: Msrs::new(Vendor::host(), config.strict_msr),
+            mmio: Mmio,
+            stats: Stats::new(config.exit_stats.is_some()),
+            started: Mutex::default(),
+            config,
+            vm,
+            memory,
+            buses,
+            ending,
+            machine,
+            pm,
+            serial,
+        });
+        Ok(vm)
+    }
+
+    /// A vCPU's thread is done.
+    pub fn ended(&self, result: Result<SuspendHow, Failed>) {
+        self.ending.ended(result);
+    }
+
+    /// Lets output go out, gives the terminal back, and tells what was asked
+    /// for.
+    fn finish(&self) {
+        for port in &self.serial {
+            port.drain(Duration::from_secs(2));
+        }
+        terminal::restore_all();
+        if self.config.verbose {
+            for (kind, n) in self.stats.kinds() {
+                eprintln!("{n:>12} {kind}");
+            }
+        }
+        if let Some(path) = &self.config.exit_stats {
+            let mut kernel: BTreeMap<String, u64> = BTreeMap::new();
+            for &id in lock(&self.started).iter() {
+                for s in self.vm.vcpu(id).stats().unwrap_or_default() {
+                    *kernel.entry(s.desc).or_default() += s.value;
+                }
+            }
+            if let Err(e) = std::fs::write(path, self.stats.json(&kernel)) {
+                eprintln!("--exit-stats {}: {e}", path.display());
+            }
+        }
+    }
+}
+
+/// The legacy serial ports; with an LPC bridge both are there.
+fn serial_ports(
+    config: &Config,
+    machine: &Arc<dyn Machine>,
+    buses: &Buses,
+    router: &Router,
+) -> Result<(Vec<SerialPort>, [bool; 2]), Error> {
+    let lpc = config.slots.iter().any(|s| s.emulation == "lpc");
+    let (mut ports, mut present) = (Vec::new(), [false; 2]);
+    for ((legacy, spec), present) in LEGACY.iter().zip(&config.serial).zip(&mut present) {
+        if spec.is_none() && !lpc {
+            continue;
+        }
+        *present = true;
+        router.reserve(legacy.irq);
+        let spec = spec.as_ref().unwrap_or(&Spec::None);
+        let backend = spec
+            .open(legacy.name)
+            .map_err(|e| Error::Serial(legacy.name, e))?;
+        let port = SerialPort::new(Arc::clone(machine), legacy.base, legacy.irq, backend);
+        buses.ports.claim(legacy.base, 8, Arc::new(port.clone()))?;
+        ports.push(port);
+    }
+    Ok((ports, present))
+}
+
+/// The RTC's time, and the memory size in its NVRAM: units of 64 KiB above
+/// 16 MiB at 0x34, above 4 GiB at 0x5b.
+fn set_rtc(vm: &vmmapi::Vm, memory: &GuestMemory, utc: bool) -> Result<(), Error> {
+    let [l0, l1, ..] = (memory.low_size().saturating_sub(16 << 20) >> 16).to_le_bytes();
+    let [h0, h1, h2, ..] = (memory.high_size() >> 16).to_le_bytes();
+    for (offset, value) in [(0x34, l0), (0x35, l1), (0x5b, h0), (0x5c, h1), (0x5d, h2)] {
+        vm.rtc_write(offset, value)?;
+    }
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs() as i64);
+    let offset = if utc {
+        0
+    } else {
+        chrono::Local::now().offset().local_minus_utc().into()
+    };
+    vm.rtc_settime(now + offset)?;
+    Ok(())
+}
+
+/// Firmware tables where guests look for them.
+fn write_tables(
+    config: &Config,
+    vm: &vmmapi::Vm,
+    memory: &GuestMemory,
+    pci: &PciRoot,
+    serial: [bool; 2],
+) -> Result<(), Error> {
+    let cpus = config.topology.cpus();
+    if config.mptable {
+        if pci.buses().keys().any(|b| *b != 0) {
+            return Err(Error::MpTableBuses);
+        }
+        let table = tables::mptable::build(cpus, &pci.intx_map())?;
+        memory.write_bytes(tables::MPTABLE_BASE, &table)?;
+    }
+    let host = nix::unistd::gethostname().unwrap_or_default();
+    let facts = tables::smbios::Facts {
+        uuid: config
+            .uuid
+            .unwrap_or_else(|| tables::smbios::default_uuid(&host.to_string_lossy(), &config.name)),
+        topology: config.topology,
+        low: memory.low_size(),
+        high: memory.high_size(),
+    };
+    memory.write_bytes(tables::SMBIOS_BASE, &tables::smbios::build(&facts)?)?;
+    if config.acpi {
+        let facts = tables::acpi::Facts {
+            cpus,
+            hpet: vm.hpet_capabilities().ok(),
+            pci,
+            serial,
+        };
+        memory.write_bytes(tables::ACPI_BASE, &tables::acpi::build(&facts)?)?;
+    }
+    Ok(())
+}
