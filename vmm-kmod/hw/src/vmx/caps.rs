@@ -89,6 +89,9 @@ bitflags! {
         const MTF = 1 << 22;
         /// XSAVE, and the host has turned it on.
         const XSAVE = 1 << 23;
+        /// IA32_DEBUGCTL exists, as the debug store or the performance
+        /// capabilities tell.
+        const DEBUGCTL = 1 << 24;
     }
 }
 
@@ -290,7 +293,7 @@ impl Capabilities {
     /// Reads and judges. `host_xcr0` is XCR0 where the host has set
     /// CR4.OSXSAVE, else 0.
     pub fn probe(cpu: &impl CpuInfo, host_xcr0: u64) -> Result<Capabilities, Missing> {
-        let [_, _, ecx, _] = cpu.cpuid(1, 0);
+        let [_, _, ecx, edx] = cpu.cpuid(1, 0);
         if ecx & (1 << 5) == 0 {
             return Err(Missing::VMX);
         }
@@ -434,6 +437,10 @@ impl Capabilities {
         have(proc_c.can_set(proc1::PAUSE), Features::PAUSE_EXITING);
         have(proc_c.can_set(proc1::MTF), Features::MTF);
         have(host_xcr0 & 3 == 3, Features::XSAVE);
+        have(
+            ecx & (1 << 15) != 0 || edx & (1 << 21) != 0,
+            Features::DEBUGCTL,
+        );
 
         let [max_leaf, ..] = cpu.cpuid(0, 0);
         let (mut ebx7, mut edx7) = (0, 0);

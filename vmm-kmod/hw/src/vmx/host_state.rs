@@ -1,6 +1,7 @@
 //! Going to the guest's world and back: what is switched once per run rather
 //! than once per exit.
 
+use super::caps::Features;
 use super::cr::CR4_OSXSAVE;
 use super::fields::{msr, vmcs};
 use super::instr::{self, TableRegister, rdmsr, vmwrite, wrmsr};
@@ -263,7 +264,9 @@ impl<H: Host> Vcpu<H> {
         // SAFETY: CPL 0, our VMCS is current, interrupts are off.
         unsafe {
             self.host.update(new_cpu);
-            self.host.debugctl = rdmsr(msr::DEBUGCTL);
+            if self.backend.caps.features.contains(Features::DEBUGCTL) {
+                self.host.debugctl = rdmsr(msr::DEBUGCTL);
+            }
             self.msrs.load(new_cpu);
             self.host.kernel_gs_base = rdmsr(msr::KERNEL_GS_BASE);
             wrmsr(msr::KERNEL_GS_BASE, self.msrs.kernel_gs_base);
