@@ -10,10 +10,12 @@ mod operand;
 mod prefix;
 mod strings;
 mod vex;
+mod vie;
 
 pub use address::{LinearAddress, linear_address};
 pub use decode::decode;
 pub use emulate::{Bus, BusError, Hint, Outcome, REP_LIMIT, emulate};
+pub use vie::vie;
 
 use crate::cpu::{CpuState, Gpr, Seg};
 
@@ -197,6 +199,8 @@ pub struct Raw {
     pub sib: Option<u8>,
     /// REX byte; 0 if there is none.
     pub rex: u8,
+    /// Size of "v" operands, bytes, whether there is one or not.
+    pub operand_size: u8,
     /// Prefix 66 is there.
     pub opsize_override: bool,
     /// Prefix 67 is there.

@@ -90,6 +90,7 @@ fn blank(p: &Prefixes) -> Inst {
         extra: Operand::None,
         raw: Raw {
             rex: p.rex,
+            operand_size: p.operand_size(),
             opsize_override: p.opsize,
             addrsize_override: p.addrsize,
             ..Raw::default()

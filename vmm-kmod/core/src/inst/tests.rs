@@ -2,3 +2,4 @@ mod alu;
 mod cpu;
 mod emulate;
 mod oracle;
+mod vie;
