@@ -42,8 +42,6 @@ struct vmm_memseg *vmm_host_memseg_create(uint64_t len);
 void vmm_host_memseg_destroy(struct vmm_memseg *seg);
 int vmm_host_memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
     unsigned int *order);
-/* Like page(), but ENOENT where nothing has been allocated yet. */
-int vmm_host_memseg_peek(struct vmm_memseg *seg, uint64_t off, uint64_t *pa);
 /* Bytes allocated so far. */
 uint64_t vmm_host_memseg_resident(struct vmm_memseg *seg);
 
@@ -57,6 +55,9 @@ int vmm_host_run_on_cpu(uint32_t cpu, void (*fn)(void *), void *arg);
 void vmm_host_run_on_all(void (*fn)(void *), void *arg);
 /* Makes that CPU leave guest mode. Any context. */
 void vmm_host_kick_cpu(uint32_t cpu);
+/* Sets or clears CR4.VMXE of this CPU, in the kernel's own books as well;
+ * interrupts are off. */
+void vmm_host_set_vmxe(int on);
 /* Any context. */
 unsigned long vmm_host_irq_save(void);
 void vmm_host_irq_restore(unsigned long flags);
@@ -75,9 +76,6 @@ void vmm_host_irq_window(void);
 const volatile unsigned long *vmm_host_thread_flags(void);
 /* Gives way to other threads; non-zero when a signal waits for this one. */
 int vmm_host_yield(void);
-/* The thread's debug registers are in use (by a debugger): reload them. */
-void vmm_host_restore_debug_regs(void);
-
 struct vmm_mutex;
 struct vmm_mutex *vmm_host_mutex_create(void);
 void vmm_host_mutex_destroy(struct vmm_mutex *m);

@@ -2,10 +2,9 @@
 #include <linux/irqflags.h>
 #include <linux/preempt.h>
 #include <linux/smp.h>
-#include <linux/hw_breakpoint.h>
 #include <linux/sched.h>
-#include <asm/debugreg.h>
 #include <asm/fpu/api.h>
+#include <asm/tlbflush.h>
 
 #include "shim.h"
 
@@ -43,6 +42,14 @@ void vmm_host_irq_restore(unsigned long flags)
 	local_irq_restore(flags);
 }
 
+void vmm_host_set_vmxe(int on)
+{
+	if (on)
+		cr4_set_bits_irqsoff(X86_CR4_VMXE);
+	else
+		cr4_clear_bits_irqsoff(X86_CR4_VMXE);
+}
+
 void vmm_host_guest_begin(void)
 {
 	/* Disables preemption as well. */
@@ -62,10 +69,4 @@ void vmm_host_irq_window(void)
 	/* STI takes effect after the next instruction. */
 	asm volatile("nop");
 	local_irq_disable();
-}
-
-void vmm_host_restore_debug_regs(void)
-{
-	if (hw_breakpoint_active())
-		hw_breakpoint_restore();
 }

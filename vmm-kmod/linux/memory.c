@@ -131,46 +131,30 @@ static int chunk_fill(struct vmm_memseg *seg, struct chunk *c,
 	return 0;
 }
 
-static int memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
-    unsigned int *order, bool fill)
+int vmm_host_memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
+    unsigned int *order)
 {
 	unsigned int index = (off / PAGE_SIZE) % CHUNK_PAGES;
 	uint64_t start = round_down(off, CHUNK_SIZE);
 	struct chunk *c;
-	int error = 0;
+	int error;
 
 	if (off >= seg->len)
 		return EFAULT;
 	c = &seg->chunks[off / CHUNK_SIZE];
 	mutex_lock(&seg->lock);
-	if (fill)
-		error = chunk_fill(seg, c, index, seg->len - start >= CHUNK_SIZE);
+	error = chunk_fill(seg, c, index, seg->len - start >= CHUNK_SIZE);
 	if (error == 0) {
 		if (c->huge != NULL) {
 			*pa = page_to_phys(c->huge) + index * PAGE_SIZE;
 			*order = CHUNK_ORDER;
-		} else if (c->small != NULL && c->small[index] != NULL) {
+		} else {
 			*pa = page_to_phys(c->small[index]);
 			*order = 0;
-		} else {
-			error = ENOENT;
 		}
 	}
 	mutex_unlock(&seg->lock);
 	return error;
-}
-
-int vmm_host_memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
-    unsigned int *order)
-{
-	return memseg_page(seg, off, pa, order, true);
-}
-
-int vmm_host_memseg_peek(struct vmm_memseg *seg, uint64_t off, uint64_t *pa)
-{
-	unsigned int order;
-
-	return memseg_page(seg, off, pa, &order, false);
 }
 
 uint64_t vmm_host_memseg_resident(struct vmm_memseg *seg)

@@ -35,20 +35,16 @@ unsafe extern "C" {
         pa: *mut u64,
         order: *mut c_uint,
     ) -> c_int;
-    pub fn vmm_host_memseg_peek(seg: *mut Memseg, off: u64, pa: *mut u64) -> c_int;
     pub fn vmm_host_memseg_resident(seg: *mut Memseg) -> u64;
 
     pub fn vmm_host_copyin(user: u64, kernel: *mut c_void, len: usize) -> c_int;
     pub fn vmm_host_copyout(kernel: *const c_void, user: u64, len: usize) -> c_int;
 
     pub fn vmm_host_cpu() -> u32;
-    pub fn vmm_host_run_on_cpu(
-        cpu: u32,
-        f: extern "C" fn(*mut c_void),
-        arg: *mut c_void,
-    ) -> c_int;
+    pub fn vmm_host_run_on_cpu(cpu: u32, f: extern "C" fn(*mut c_void), arg: *mut c_void) -> c_int;
     pub fn vmm_host_run_on_all(f: extern "C" fn(*mut c_void), arg: *mut c_void);
     pub fn vmm_host_kick_cpu(cpu: u32);
+    pub fn vmm_host_set_vmxe(on: c_int);
     pub fn vmm_host_irq_save() -> c_ulong;
     pub fn vmm_host_irq_restore(flags: c_ulong);
     pub fn vmm_host_guest_begin();
@@ -57,7 +53,6 @@ unsafe extern "C" {
 
     pub fn vmm_host_thread_flags() -> *const c_ulong;
     pub fn vmm_host_yield() -> c_int;
-    pub fn vmm_host_restore_debug_regs();
 
     pub fn vmm_host_mutex_create() -> *mut HostMutex;
     pub fn vmm_host_mutex_destroy(m: *mut HostMutex);

@@ -32,7 +32,14 @@ impl Host for Os {
         let mut pa = 0;
         // SAFETY: `pa` outlives the call; the result is checked for NULL.
         let va = unsafe { ffi::vmm_host_alloc_pages(order, &mut pa) };
-        if va.is_null() { None } else { Some(HostPage { va: va as usize, pa }) }
+        if va.is_null() {
+            None
+        } else {
+            Some(HostPage {
+                va: va as usize,
+                pa,
+            })
+        }
     }
 
     fn free_pages(page: HostPage, order: u32) {
@@ -64,7 +71,7 @@ impl Host for Os {
     }
 
     fn log(level: LogLevel, args: fmt::Arguments<'_>) {
-        let mut line = Line { buf: [0; 240], len: 0 };
+        let mut line = Line::new();
         // A line that does not fit is cut: `Line` never fails.
         let _ = line.write_fmt(args);
         let level = match level {
@@ -78,10 +85,25 @@ impl Host for Os {
     }
 }
 
-/// A log line on the stack.
-struct Line {
+/// A log line on the stack; what does not fit is cut.
+pub struct Line {
     buf: [u8; 240],
     len: usize,
+}
+
+impl Line {
+    /// An empty line.
+    pub const fn new() -> Self {
+        Line {
+            buf: [0; 240],
+            len: 0,
+        }
+    }
+
+    /// What was written.
+    pub fn bytes(&self) -> &[u8] {
+        self.buf.get(..self.len).unwrap_or_default()
+    }
 }
 
 impl Write for Line {
@@ -91,6 +113,40 @@ impl Write for Line {
                 *slot = b;
                 self.len += 1;
             }
+        }
+        Ok(())
+    }
+}
+
+/// Text that goes to the log line by line, as errors.
+pub struct LogLines(Line);
+
+impl LogLines {
+    /// Nothing yet.
+    pub const fn new() -> Self {
+        LogLines(Line::new())
+    }
+
+    /// Logs what has been written since the last line end.
+    pub fn flush(&mut self) {
+        let text = self.0.bytes();
+        if !text.is_empty() {
+            // SAFETY: `text` is readable for its length.
+            unsafe { ffi::vmm_host_log(0, text.as_ptr(), text.len()) }
+        }
+        self.0 = Line::new();
+    }
+}
+
+impl Write for LogLines {
+    fn write_str(&mut self, s: &str) -> fmt::Result {
+        let mut lines = s.split('\n');
+        if let Some(first) = lines.next() {
+            self.0.write_str(first)?;
+        }
+        for line in lines {
+            self.flush();
+            self.0.write_str(line)?;
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Locks, sleepers and timers over the host's.
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cell::UnsafeCell;
 use core::ops::{Deref, DerefMut};
@@ -30,6 +31,14 @@ pub fn try_box<T>(value: T) -> Result<Box<T>, NoMemory> {
     }
 }
 
+/// `Arc::new`, likewise. Only used at load: the counted block itself comes
+/// from `Arc`, after a trial that there is memory for it.
+pub fn try_arc<T>(value: T) -> Result<Arc<T>, NoMemory> {
+    drop(try_box([0u8; 256])?);
+    drop(try_slice(core::mem::size_of::<T>(), |_| 0u8)?);
+    Ok(Arc::new(value))
+}
+
 /// A zero-filled `T` on the heap, never on the stack.
 ///
 /// # Safety
@@ -37,8 +46,8 @@ pub fn try_box<T>(value: T) -> Result<Box<T>, NoMemory> {
 pub unsafe fn try_box_zeroed<T>() -> Result<Box<T>, NoMemory> {
     let layout = core::alloc::Layout::new::<T>();
     // SAFETY: every caller's T has a size; the result is checked for NULL.
-    let p = NonNull::new(unsafe { alloc::alloc::alloc_zeroed(layout) }.cast::<T>())
-        .ok_or(NoMemory)?;
+    let p =
+        NonNull::new(unsafe { alloc::alloc::alloc_zeroed(layout) }.cast::<T>()).ok_or(NoMemory)?;
     // SAFETY: fresh memory of T's layout, valid by the caller's word.
     Ok(unsafe { Box::from_raw(p.as_ptr()) })
 }
@@ -68,7 +77,10 @@ unsafe impl<T: Send> Send for SpinLock<T> {}
 impl<T> SpinLock<T> {
     /// An unlocked lock.
     pub const fn new(value: T) -> Self {
-        SpinLock { locked: AtomicBool::new(false), value: UnsafeCell::new(value) }
+        SpinLock {
+            locked: AtomicBool::new(false),
+            value: UnsafeCell::new(value),
+        }
     }
 
     /// Takes the lock, turning interrupts off.
@@ -131,7 +143,10 @@ impl<T> Mutex<T> {
     pub fn new(value: T) -> Result<Self, NoMemory> {
         // SAFETY: no preconditions.
         let raw = NonNull::new(unsafe { ffi::vmm_host_mutex_create() }).ok_or(NoMemory)?;
-        Ok(Mutex { raw, value: UnsafeCell::new(value) })
+        Ok(Mutex {
+            raw,
+            value: UnsafeCell::new(value),
+        })
     }
 
     /// Takes the lock, sleeping until it is free.
@@ -195,7 +210,9 @@ impl Sleeper {
     /// A sleeper with nobody asleep.
     pub fn new() -> Result<Self, NoMemory> {
         // SAFETY: no preconditions.
-        NonNull::new(unsafe { ffi::vmm_host_sleeper_create() }).map(Sleeper).ok_or(NoMemory)
+        NonNull::new(unsafe { ffi::vmm_host_sleeper_create() })
+            .map(Sleeper)
+            .ok_or(NoMemory)
     }
 
     /// To be called before looking for reasons not to sleep.
@@ -237,7 +254,9 @@ impl Timer {
     /// A timer whose callback gets `target`, which must outlive it.
     pub fn new(target: *mut core::ffi::c_void) -> Result<Self, NoMemory> {
         // SAFETY: no preconditions until the timer is armed.
-        NonNull::new(unsafe { ffi::vmm_host_timer_create(target) }).map(Timer).ok_or(NoMemory)
+        NonNull::new(unsafe { ffi::vmm_host_timer_create(target) })
+            .map(Timer)
+            .ok_or(NoMemory)
     }
 
     /// Fires once after `ns` nanoseconds; replaces an earlier setting.

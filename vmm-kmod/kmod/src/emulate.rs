@@ -1,0 +1,374 @@
+//! Nested faults: memory is brought in, instructions that touch devices are
+//! emulated here or handed to userland.
+
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use vmm_abi::exit::{Exit as UserExit, InstEmul, VmExit};
+use vmm_abi::layout::VmGla2gpa;
+use vmm_core::apicbus::DeliveryMode;
+use vmm_core::chipset::Chipset;
+use vmm_core::cpu::{Access, CpuState, Reg, Seg};
+use vmm_core::inst::{self, Bus, BusError, CodeMode, DecodeError, Hint, Inst, Outcome};
+use vmm_core::lapic::{Effect, Lapic};
+use vmm_core::paging::{self, GuestPhys, Paging, WalkError};
+use vmm_core::stats::Stat;
+
+use crate::errno;
+use crate::memory::{self, MemMap};
+use crate::os;
+use crate::regs;
+use crate::run::Runner;
+use crate::snapshot::Snapshot;
+use crate::vcpu::{MailboxRef, Vcpu};
+use crate::vm::Vm;
+
+/// A guest-physical access that the nested page tables did not allow.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Guest-linear address, if the CPU told it.
+    pub gla: Option<u64>,
+    /// What was tried.
+    pub access: Access,
+    /// In a walk of the guest's page tables.
+    pub during_walk: bool,
+}
+
+/// Where an access went.
+struct Where {
+    gpa: u64,
+    gla: Option<u64>,
+}
+
+/// Whether a device of the kernel's answered.
+enum Done {
+    Yes,
+    NotHere,
+}
+
+/// Memory and the kernel's devices.
+struct KernelBus<'a> {
+    vm: &'a Vm,
+    lapic: &'a mut Lapic<MailboxRef>,
+    mem: &'a MemMap,
+    walk: Paging,
+    spinup: bool,
+}
+
+impl KernelBus<'_> {
+    fn in_apic(&self, gpa: u64) -> bool {
+        self.lapic.mmio() && gpa & !0xfff == self.lapic.base_gpa()
+    }
+}
+
+impl Bus for KernelBus<'_> {
+    fn translate(&mut self, gla: u64, access: Access) -> Result<u64, WalkError> {
+        paging::translate(self.mem, &self.walk, gla, access)
+    }
+
+    fn read(&mut self, gpa: u64, size: u8) -> Result<u64, BusError> {
+        if self.in_apic(gpa) {
+            return Ok(u64::from(
+                self.lapic.read((gpa & 0xfff) as u16, os::rdtsc()),
+            ));
+        }
+        if Chipset::claims_gpa(gpa) {
+            return Ok(self
+                .vm
+                .with_chipset(|c, now, sink| c.mmio_read(gpa, size, now, sink)));
+        }
+        let mut bytes = [0; 8];
+        let part = bytes
+            .get_mut(..usize::from(size))
+            .ok_or(BusError::NotHere)?;
+        if self.mem.read(gpa, part) {
+            Ok(u64::from_le_bytes(bytes))
+        } else {
+            Err(BusError::NotHere)
+        }
+    }
+
+    fn write(&mut self, gpa: u64, size: u8, value: u64) -> Result<(), BusError> {
+        if self.in_apic(gpa) {
+            let effect = self
+                .lapic
+                .write((gpa & 0xfff) as u16, value as u32, os::rdtsc());
+            self.spinup |= apply(self.vm, effect);
+            return Ok(());
+        }
+        if Chipset::claims_gpa(gpa) {
+            self.vm
+                .with_chipset(|c, now, sink| c.mmio_write(gpa, size, value, now, sink));
+            return Ok(());
+        }
+        let bytes = value.to_le_bytes();
+        let part = bytes.get(..usize::from(size)).ok_or(BusError::NotHere)?;
+        if self.mem.write(gpa, part) {
+            Ok(())
+        } else {
+            Err(BusError::NotHere)
+        }
+    }
+}
+
+/// Does what a write of a local APIC's register asks of the rest of the VM;
+/// true if it was INIT or a start-up IPI, which vCPUs that userland has not
+/// started cannot take themselves.
+pub fn apply(vm: &Vm, effect: Effect) -> bool {
+    match effect {
+        Effect::None | Effect::TimerChanged | Effect::ModeChanged => false,
+        Effect::Ipi(message) => {
+            vm.deliver(&message);
+            matches!(message.mode, DeliveryMode::StartUp | DeliveryMode::Init)
+        }
+        Effect::Eoi(vector) => {
+            vm.with_chipset(|c, _, sink| c.eoi(vector, sink));
+            false
+        }
+        Effect::ExtintUnmasked => {
+            vm.with_chipset(|c, _, sink| c.refresh_lint0(sink));
+            false
+        }
+    }
+}
+
+impl GuestPhys for MemMap {
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> bool {
+        MemMap::read(self, gpa, buf)
+    }
+
+    fn cmpxchg_u32(&self, gpa: u64, old: u32, new: u32) -> Option<bool> {
+        let va = self.word(gpa, 4)?;
+        // SAFETY: an aligned word of guest memory in the direct map, kept by
+        // its segment; guest and host both access it atomically.
+        let word = unsafe { AtomicU32::from_ptr(va as *mut u32) };
+        Some(
+            word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok(),
+        )
+    }
+
+    fn cmpxchg_u64(&self, gpa: u64, old: u64, new: u64) -> Option<bool> {
+        let va = self.word(gpa, 8)?;
+        // SAFETY: as above.
+        let word = unsafe { AtomicU64::from_ptr(va as *mut u64) };
+        Some(
+            word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok(),
+        )
+    }
+}
+
+impl Runner<'_> {
+    /// Resolves a nested fault. True: an exit for userland is in place.
+    pub fn fault(&mut self, f: Fault) -> Result<bool, i32> {
+        let mut mem = self.vm.mem.lock();
+        match mem.map.backing(f.gpa)? {
+            Some(b) if memory::allows(b.prot, f.access) => {
+                mem.enter(f.gpa, &b)?;
+                Ok(false)
+            }
+            Some(_) => {
+                drop(mem);
+                self.paging_exit(f);
+                Ok(true)
+            }
+            None if f.during_walk => {
+                drop(mem);
+                self.paging_exit(f);
+                Ok(true)
+            }
+            None => {
+                drop(mem);
+                self.emulate(f.gpa, f.gla)
+            }
+        }
+    }
+
+    /// A fault that neither memory nor a device explains.
+    fn paging_exit(&mut self, f: Fault) {
+        let fault_type = i32::from(f.access.bits());
+        self.user_outside(
+            0,
+            UserExit::Paging {
+                gpa: f.gpa,
+                fault_type,
+            },
+        );
+    }
+
+    fn user_outside(&mut self, len: u8, exit: UserExit) {
+        regs::with_current(self.inner, |inner| {
+            let rip = inner.next_rip.unwrap_or_else(|| inner.hw.reg(Reg::Rip));
+            inner.exit = VmExit {
+                rip,
+                inst_length: len,
+                exit,
+            }
+            .to_raw();
+            inner.next_rip = Some(regs::behind(&inner.hw, rip, len));
+        });
+        self.vcpu.stats.inc(Stat::UserExits);
+    }
+
+    /// An instruction touched `gpa`, where there is no memory. True: an exit
+    /// for userland is in place.
+    pub fn emulate(&mut self, gpa: u64, gla: Option<u64>) -> Result<bool, i32> {
+        let mut cpu = regs::with_current(self.inner, |i| Snapshot::take(&i.hw, i.next_rip));
+        let walk = self.paging(&cpu);
+        let mem = self.vm.mem.lock();
+        let rip = cpu.reg(Reg::Rip);
+        let cs = cpu.seg(Seg::Cs);
+        let at = if cpu.long_mode_code() {
+            rip
+        } else {
+            cs.base.wrapping_add(rip) & 0xffff_ffff
+        };
+        let fetched = paging::fetch_instruction(&mem.map, &walk, at);
+        let decoded = inst::decode(fetched.bytes(), CodeMode::of(&cpu));
+        if let (Err(DecodeError::Truncated), Some(WalkError::Fault(fault))) =
+            (&decoded, fetched.stop)
+        {
+            // The guest changed its page tables under the instruction: let it
+            // see the fault that fetching it now gives.
+            drop(mem);
+            cpu.set_reg(Reg::Cr2, fault.cr2);
+            self.finish_emulation(&cpu, Some(fault.event()));
+            return Ok(false);
+        }
+        let apic = self.inner.lapic.mmio() && gpa & !0xfff == self.inner.lapic.base_gpa();
+        drop(mem);
+        if let (Ok(inst), true) = (&decoded, apic || Chipset::claims_gpa(gpa)) {
+            self.vcpu.stats.inc(Stat::MmioKernel);
+            let snapshot = regs::with_current(self.inner, |i| Snapshot::take(&i.hw, i.next_rip));
+            if let Done::Yes = self.device(snapshot, inst, Where { gpa, gla }, walk)? {
+                return Ok(false);
+            }
+        }
+        self.vcpu.stats.inc(Stat::MmioUser);
+        let (vie, len) = inst::vie(fetched.bytes(), decoded.as_ref().ok());
+        let exit = UserExit::InstEmul(InstEmul {
+            gpa,
+            gla: gla.unwrap_or(0),
+            cs_base: cs.base,
+            cs_d: cs.default32(),
+            paging: regs::paging(&cpu),
+            vie,
+        });
+        self.user_outside(len, exit);
+        Ok(true)
+    }
+
+    /// The instruction touches a device of the kernel's.
+    fn device(
+        &mut self,
+        mut cpu: Snapshot,
+        inst: &Inst,
+        at: Where,
+        walk: Paging,
+    ) -> Result<Done, i32> {
+        let mem = self.vm.mem.lock();
+        let mut bus = KernelBus {
+            vm: self.vm,
+            lapic: &mut self.inner.lapic,
+            mem: &mem.map,
+            walk,
+            spinup: false,
+        };
+        let hint = at.gla.map(|gla| Hint { gla, gpa: at.gpa });
+        let outcome = inst::emulate(inst, &mut cpu, &mut bus, hint);
+        let spinup = bus.spinup;
+        drop(mem);
+        match outcome {
+            Outcome::Done => {
+                cpu.advance(inst.len);
+                self.finish_emulation(&cpu, None);
+            }
+            Outcome::Restart => self.finish_emulation(&cpu, None),
+            Outcome::Fault(event) => self.finish_emulation(&cpu, Some(event)),
+            Outcome::NotHere | Outcome::Unsupported => return Ok(Done::NotHere),
+        }
+        if spinup {
+            self.collect_spinups();
+        }
+        Ok(Done::Yes)
+    }
+
+    fn paging(&self, cpu: &impl CpuState) -> Paging {
+        let gib = self.inner.cpuid.ext1()[3] & (1 << 26) != 0;
+        Paging::of(cpu, self.inner.cpuid.phys_bits(), gib)
+    }
+
+    fn finish_emulation(&mut self, cpu: &Snapshot, event: Option<vmm_core::cpu::Event>) {
+        regs::with_current(self.inner, |inner| {
+            inner.next_rip = None;
+            cpu.put(&mut inner.hw);
+        });
+        if event.is_some() {
+            self.inner.exception = event;
+        }
+        self.inner.attention = true;
+    }
+
+    /// Loads the PDPTEs that a MOV to CR0 or CR4 needs, then completes it.
+    pub fn load_pdptes(&mut self, new: &vmm_hw::vmx::cr::Controls) {
+        let mem = self.vm.mem.lock();
+        let mut ptes = [0u64; 4];
+        let base = new.cr3 & 0xffff_ffe0;
+        let reserved = 0x1e6 | !0u64 << self.inner.cpuid.phys_bits();
+        let mut ok = true;
+        for (n, pte) in (0u64..).zip(&mut ptes) {
+            *pte = mem.map.read_u64(base + 8 * n).unwrap_or(0);
+            ok &= *pte & 1 == 0 || *pte & reserved == 0;
+        }
+        drop(mem);
+        if !ok {
+            self.inner.exception = Some(vmm_core::cpu::Event::GP0);
+            self.inner.attention = true;
+            return;
+        }
+        self.pdptes = Some((ptes, *new));
+    }
+}
+
+/// VM_GLA2GPA and VM_GLA2GPA_NOFAULT.
+pub fn gla2gpa(vm: &Vm, vcpu: &Vcpu, a: &mut VmGla2gpa, inject: bool) -> Result<(), i32> {
+    let access = match a.prot {
+        memory::PROT_READ => Access::READ,
+        memory::PROT_WRITE => Access::WRITE,
+        memory::PROT_EXEC => Access::EXEC,
+        _ => return Err(errno::EINVAL),
+    };
+    let mut inner = vcpu.freeze();
+    let cpu = regs::with_current(&mut inner, |i| Snapshot::take(&i.hw, i.next_rip));
+    let gib = inner.cpuid.ext1()[3] & (1 << 26) != 0;
+    let mut walk = Paging::of(&cpu, inner.cpuid.phys_bits(), gib);
+    walk.cr3 = a.paging.cr3;
+    walk.cpl = a.paging.cpl as u8 & 3;
+    let mem = vm.mem.lock();
+    let r = if inject {
+        paging::translate(&mem.map, &walk, a.gla, access)
+    } else {
+        paging::translate_nofault(&mem.map, &walk, a.gla, access)
+    };
+    drop(mem);
+    match r {
+        Ok(gpa) => {
+            a.gpa = gpa;
+            a.fault = 0;
+            Ok(())
+        }
+        Err(WalkError::NoMemory(_)) => Err(errno::EFAULT),
+        Err(WalkError::Fault(fault)) => {
+            a.fault = 1;
+            if inject {
+                regs::with_current(&mut inner, |i| i.hw.set_reg(Reg::Cr2, fault.cr2));
+                inner.exception = Some(fault.event());
+                inner.restart_instruction();
+                inner.attention = true;
+            }
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! What exists once while the module is loaded.
+
+use alloc::sync::Arc;
+use core::cell::UnsafeCell;
+use core::mem::MaybeUninit;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use vmm_core::cpuid::CpuidCaps;
+use vmm_core::host::Host;
+use vmm_hw::vmx::{Backend, Features, instr};
+
+use crate::ffi::HostInfo;
+use crate::os::Os;
+
+/// The CPU backend and constants of the host.
+pub struct Global {
+    /// VT-x.
+    pub backend: Arc<Backend<Os>>,
+    /// Host's TSC frequency, Hz.
+    pub tsc_hz: u64,
+    /// What guests are offered.
+    pub cpuid_caps: CpuidCaps,
+    /// Microcode revision.
+    pub microcode: u32,
+    /// IA32_ARCH_CAPABILITIES of the host; 0 if it has none.
+    pub arch_capabilities: u64,
+}
+
+struct Slot(UnsafeCell<MaybeUninit<Global>>);
+// SAFETY: written once before READY, read only after.
+unsafe impl Sync for Slot {}
+
+static GLOBAL: Slot = Slot(UnsafeCell::new(MaybeUninit::uninit()));
+static READY: AtomicBool = AtomicBool::new(false);
+
+/// Sets it, at load.
+///
+/// # Safety
+/// Called once before anything else of the module runs.
+pub unsafe fn set(g: Global) {
+    // SAFETY: nobody reads before READY.
+    unsafe { (*GLOBAL.0.get()).write(g) };
+    READY.store(true, Ordering::Release);
+}
+
+/// Drops it, at unload.
+///
+/// # Safety
+/// Nothing else of the module runs any more.
+pub unsafe fn unset() {
+    if READY.swap(false, Ordering::AcqRel) {
+        // SAFETY: it was set, and by the caller's word nobody uses it.
+        unsafe { (*GLOBAL.0.get()).assume_init_drop() };
+    }
+}
+
+/// The global state. The module's entry points run only after `set`.
+#[inline]
+pub fn get() -> &'static Global {
+    debug_assert!(READY.load(Ordering::Acquire));
+    // SAFETY: set before any device node or hotplug callback exists.
+    unsafe { (*GLOBAL.0.get()).assume_init_ref() }
+}
+
+/// The global state, if it is there.
+pub fn try_get() -> Option<&'static Global> {
+    READY.load(Ordering::Acquire).then(get)
+}
+
+/// The host's own CPUID.
+pub fn cpuid(leaf: u32, sub: u32) -> [u32; 4] {
+    let r = core::arch::x86_64::__cpuid_count(leaf, sub);
+    [r.eax, r.ebx, r.ecx, r.edx]
+}
+
+/// What guests can be offered, from what the CPU and the host have.
+pub fn caps(backend: &Backend<Os>, info: &HostInfo) -> CpuidCaps {
+    let f = backend.caps.features;
+    let m = &backend.caps.mitigations;
+    CpuidCaps {
+        invpcid: f.contains(Features::INVPCID),
+        pcid: f.contains(Features::VPID),
+        rdtscp: f.contains(Features::RDTSCP),
+        tsc_deadline: true,
+        tsc_adjust: true,
+        invariant_tsc: info.tsc_invariant != 0,
+        gib_pages: cpuid(0x8000_0001, 0)[3] & (1 << 26) != 0,
+        xcr0: if f.contains(Features::XSAVE) {
+            backend.caps.xcr0
+        } else {
+            0
+        },
+        xsaves: f.contains(Features::XSAVES),
+        spec_ctrl: m.spec_ctrl,
+        ssbd: m.spec_ctrl && cpuid(7, 0)[3] & (1 << 31) != 0,
+        arch_capabilities: cpuid(7, 0)[3] & (1 << 29) != 0,
+        l1d_flush: false,
+        ext_dest_id: false,
+    }
+}
+
+/// Physical address of memory from the host's heap that lies in the direct
+/// map (never larger than a page here).
+pub fn virt_to_phys(va: usize) -> u64 {
+    (va as u64).wrapping_sub(Os::phys_to_virt(0) as u64)
+}
+
+/// Microcode revision (SDM Vol. 3A §9.11.7.1: write 0, CPUID, read).
+///
+/// # Safety
+/// CPL 0.
+pub unsafe fn microcode() -> u32 {
+    // SAFETY: IA32_BIOS_SIGN_ID exists on every CPU with VT-x.
+    unsafe {
+        instr::wrmsr(0x8b, 0);
+        let _ = cpuid(1, 0);
+        (instr::rdmsr(0x8b) >> 32) as u32
+    }
+}
+
+/// IA32_ARCH_CAPABILITIES, 0 where it does not exist.
+///
+/// # Safety
+/// CPL 0.
+pub unsafe fn arch_capabilities() -> u64 {
+    if cpuid(0, 0)[0] < 7 || cpuid(7, 0)[3] & (1 << 29) == 0 {
+        return 0;
+    }
+    // SAFETY: CPUID says that the MSR exists.
+    unsafe { instr::rdmsr(0x10a) }
+}

@@ -1,0 +1,632 @@
+//! The requests of /dev/vmm/NAME and /dev/vmmctl.
+
+use core::sync::atomic::Ordering;
+
+use vmm_abi::layout::*;
+use vmm_abi::names::VM_REG_LAST_12;
+use vmm_abi::request as req;
+use vmm_abi::{Capability, CpusetWhich, IntrTrigger, X2apicState};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::errno;
+use crate::memory::{self, Map, SEG_NAME_MAX};
+use crate::os;
+use crate::regs;
+use crate::run;
+use crate::vcpu::{Inner, Vcpu};
+use crate::vm::Vm;
+
+/// The request's structure, in place.
+fn arg<T: FromBytes + IntoBytes + KnownLayout + Immutable>(data: &mut [u8]) -> Result<&mut T, i32> {
+    T::mut_from_bytes(data).map_err(|_| errno::EINVAL)
+}
+
+/// A request on the control device.
+pub fn ctl(cmd: u32, data: &mut [u8]) -> Result<(), i32> {
+    match cmd {
+        req::VMMCTL_VM_CREATE => {
+            let a: &mut VmmctlVm = arg(data)?;
+            Vm::create(c_name(&a.name).ok_or(errno::EINVAL)?)
+        }
+        req::VMMCTL_VM_DESTROY => {
+            let a: &mut VmmctlVm = arg(data)?;
+            Vm::destroy(c_name(&a.name).ok_or(errno::EINVAL)?)
+        }
+        req::VM_EXT_VERSION => ext_version(data),
+        _ => Err(errno::ENOTTY),
+    }
+}
+
+fn ext_version(data: &mut [u8]) -> Result<(), i32> {
+    let a: &mut VmExtVersion = arg(data)?;
+    *a = VmExtVersion {
+        abi_version: EXT_ABI_VERSION,
+        features: 0,
+    };
+    Ok(())
+}
+
+/// A request on a VM's device.
+pub fn vm(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
+    if vm.dying() {
+        return Err(errno::ENXIO);
+    }
+    if cmd == req::VM_RUN {
+        let a: &mut VmRun = arg(data)?;
+        let vcpu = existing(vm, a.cpuid)?;
+        let mut inner = vcpu.freeze();
+        run::run(vm, vcpu, &mut inner)?;
+        a.vm_exit = inner.exit;
+        return Ok(());
+    }
+    match cmd {
+        req::VM_RUN_14 => {
+            let a: &mut VmRun14 = arg(data)?;
+            let vcpu = existing(vm, a.cpuid)?;
+            let mut inner = vcpu.freeze();
+            run::run(vm, vcpu, &mut inner)?;
+            let exit = inner.exit;
+            drop(inner);
+            os::copyout(exit.as_bytes(), a.vm_exit)
+        }
+        req::VM_SUSPEND => {
+            let a: &mut VmSuspend = arg(data)?;
+            vm.suspend(a.how)
+        }
+        req::VM_REINIT => vm.reinit(),
+        req::VM_EXT_VERSION => ext_version(data),
+        _ => match registers(vm, cmd, data) {
+            Err(NOT_MINE) => match interrupts(vm, cmd, data) {
+                Err(NOT_MINE) => match guest_memory(vm, cmd, data) {
+                    Err(NOT_MINE) => match settings(vm, cmd, data) {
+                        Err(NOT_MINE) => Err(errno::ENOTTY),
+                        r => r,
+                    },
+                    r => r,
+                },
+                r => r,
+            },
+            r => r,
+        },
+    }
+}
+
+/// A group of requests does not know this one.
+const NOT_MINE: i32 = -1;
+
+fn existing(vm: &Vm, id: i32) -> Result<&Vcpu, i32> {
+    usize::try_from(id)
+        .ok()
+        .and_then(|id| vm.vcpu(id))
+        .ok_or(errno::EINVAL)
+}
+
+/// Does `f` with the vCPU out of the guest and its VMCS current.
+fn stopped<R>(vm: &Vm, id: i32, f: impl FnOnce(&mut Inner) -> Result<R, i32>) -> Result<R, i32> {
+    let vcpu = vm.ensure_vcpu(id)?;
+    let mut inner = vcpu.freeze();
+    regs::with_current(&mut inner, f)
+}
+
+fn registers(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
+    match cmd {
+        req::VM_GET_REGISTER => {
+            let a: &mut VmRegister = arg(data)?;
+            a.regval = stopped(vm, a.cpuid, |i| regs::get(i, a.regnum))?;
+            Ok(())
+        }
+        req::VM_SET_REGISTER => {
+            let a: &mut VmRegister = arg(data)?;
+            stopped(vm, a.cpuid, |i| regs::set(i, a.regnum, a.regval))
+        }
+        req::VM_GET_SEGMENT_DESCRIPTOR => {
+            let a: &mut VmSegDesc = arg(data)?;
+            a.desc = stopped(vm, a.cpuid, |i| regs::get_desc(i, a.regnum))?;
+            Ok(())
+        }
+        req::VM_SET_SEGMENT_DESCRIPTOR => {
+            let a: &mut VmSegDesc = arg(data)?;
+            stopped(vm, a.cpuid, |i| regs::set_desc(i, a.regnum, a.desc))
+        }
+        req::VM_GET_REGISTER_SET | req::VM_SET_REGISTER_SET => {
+            let a: &mut VmRegisterSet = arg(data)?;
+            register_set(vm, *a, cmd == req::VM_SET_REGISTER_SET)
+        }
+        req::VM_INJECT_EXCEPTION => {
+            let a: &mut VmException = arg(data)?;
+            stopped(vm, a.cpuid, |i| i.inject_exception(a))
+        }
+        req::VM_RESTART_INSTRUCTION => {
+            let a: &mut i32 = arg(data)?;
+            stopped(vm, *a, |i| {
+                i.restart_instruction();
+                Ok(())
+            })
+        }
+        req::VM_SET_INTINFO => {
+            let a: &mut VmIntinfo = arg(data)?;
+            let event = vmm_core::intinfo::from_raw(a.info1).map_err(|_| errno::EINVAL)?;
+            stopped(vm, a.vcpuid, |i| {
+                i.vectoring = event;
+                i.attention = true;
+                Ok(())
+            })
+        }
+        req::VM_GET_INTINFO => {
+            let a: &mut VmIntinfo = arg(data)?;
+            (a.info1, a.info2) = stopped(vm, a.vcpuid, |i| {
+                Ok((
+                    i.vectoring.map_or(0, |e| vmm_core::intinfo::to_raw(&e)),
+                    i.exception.map_or(0, |e| vmm_core::intinfo::to_raw(&e)),
+                ))
+            })?;
+            Ok(())
+        }
+        req::VM_GET_CAPABILITY => {
+            let a: &mut VmCapability = arg(data)?;
+            let cap = Capability::from_raw(a.captype).ok_or(errno::EINVAL)?;
+            let vcpu = vm.ensure_vcpu(a.cpuid)?;
+            a.capval = vcpu.freeze().capability(cap)?;
+            Ok(())
+        }
+        req::VM_SET_CAPABILITY => {
+            let a: &mut VmCapability = arg(data)?;
+            let cap = Capability::from_raw(a.captype).ok_or(errno::EINVAL)?;
+            let on = a.capval != 0;
+            stopped(vm, a.cpuid, |i| i.set_capability(cap, on))
+        }
+        req::VM_GLA2GPA | req::VM_GLA2GPA_NOFAULT => {
+            let a: &mut VmGla2gpa = arg(data)?;
+            let vcpu = vm.ensure_vcpu(a.vcpuid)?;
+            crate::emulate::gla2gpa(vm, vcpu, a, cmd == req::VM_GLA2GPA)
+        }
+        _ => Err(NOT_MINE),
+    }
+}
+
+fn register_set(vm: &Vm, a: VmRegisterSet, write: bool) -> Result<(), i32> {
+    const MAX: usize = VM_REG_LAST_12 as usize;
+    let count = a.count as usize;
+    if count > MAX {
+        return Err(errno::EINVAL);
+    }
+    let mut names = [0i32; MAX];
+    let mut values = [0u64; MAX];
+    let names = names.get_mut(..count).ok_or(errno::EINVAL)?;
+    let values = values.get_mut(..count).ok_or(errno::EINVAL)?;
+    os::copyin(a.regnums, names.as_mut_bytes())?;
+    if write {
+        os::copyin(a.regvals, values.as_mut_bytes())?;
+    }
+    stopped(vm, a.cpuid, |i| {
+        for (name, value) in names.iter().zip(values.iter_mut()) {
+            if write {
+                regs::set(i, *name, *value)?;
+            } else {
+                *value = regs::get(i, *name)?;
+            }
+        }
+        Ok(())
+    })?;
+    if write {
+        Ok(())
+    } else {
+        os::copyout(values.as_bytes(), a.regvals)
+    }
+}
+
+fn interrupts(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
+    match cmd {
+        req::VM_INJECT_NMI => {
+            let a: &mut VmNmi = arg(data)?;
+            let vcpu = vm.ensure_vcpu(a.cpuid)?;
+            vcpu.mailbox.post_nmi();
+            vcpu.kick();
+            Ok(())
+        }
+        req::VM_LAPIC_IRQ => {
+            let a: &mut VmLapicIrq = arg(data)?;
+            let vector = u8::try_from(a.vector).map_err(|_| errno::EINVAL)?;
+            if vector < 16 {
+                return Err(errno::EINVAL);
+            }
+            let vcpu = existing(vm, a.cpuid)?;
+            vcpu.mailbox.post(vector, false);
+            vcpu.kick();
+            Ok(())
+        }
+        req::VM_LAPIC_LOCAL_IRQ => {
+            let a: &mut VmLapicIrq = arg(data)?;
+            let lvt = u32::try_from(a.vector)
+                .ok()
+                .and_then(vmm_core::lapic::Lvt::from_index)
+                .ok_or(errno::EINVAL)?;
+            let post = |v: &Vcpu| {
+                v.mailbox.post_local(lvt);
+                v.kick();
+            };
+            if a.cpuid == -1 {
+                vm.vcpus().for_each(post);
+            } else {
+                post(existing(vm, a.cpuid)?);
+            }
+            Ok(())
+        }
+        req::VM_LAPIC_MSI => {
+            let a: &mut VmLapicMsi = arg(data)?;
+            let message = vmm_core::apicbus::ApicMessage::from_msi(a.addr, a.msg)
+                .map_err(|_| errno::EINVAL)?;
+            vm.deliver(&message);
+            Ok(())
+        }
+        req::VM_IOAPIC_ASSERT_IRQ | req::VM_IOAPIC_DEASSERT_IRQ | req::VM_IOAPIC_PULSE_IRQ => {
+            let a: &mut VmIoapicIrq = arg(data)?;
+            let pin = u32::try_from(a.irq).map_err(|_| errno::EINVAL)?;
+            let ok = vm.with_chipset(|c, _, sink| match cmd {
+                req::VM_IOAPIC_ASSERT_IRQ => c.ioapic_assert(pin, sink),
+                req::VM_IOAPIC_DEASSERT_IRQ => c.ioapic_deassert(pin),
+                _ => c.ioapic_pulse(pin, sink),
+            });
+            ok.map_err(|_| errno::EINVAL)
+        }
+        req::VM_IOAPIC_PINCOUNT => {
+            let a: &mut i32 = arg(data)?;
+            *a = vm.chipset.lock().ioapic.pin_count() as i32;
+            Ok(())
+        }
+        req::VM_ISA_ASSERT_IRQ | req::VM_ISA_DEASSERT_IRQ | req::VM_ISA_PULSE_IRQ => {
+            let a: &mut VmIsaIrq = arg(data)?;
+            let irq = u8::try_from(a.atpic_irq).map_err(|_| errno::EINVAL)?;
+            let pin = match a.ioapic_irq {
+                -1 => None,
+                pin => Some(u8::try_from(pin).map_err(|_| errno::EINVAL)?),
+            };
+            let ok = vm.with_chipset(|c, _, sink| match cmd {
+                req::VM_ISA_ASSERT_IRQ => c.isa_assert(irq, pin, sink),
+                req::VM_ISA_DEASSERT_IRQ => c.isa_deassert(irq, pin, sink),
+                _ => c.isa_pulse(irq, pin, sink),
+            });
+            ok.map_err(|_| errno::EINVAL)
+        }
+        req::VM_ISA_SET_IRQ_TRIGGER => {
+            let a: &mut VmIsaIrqTrigger = arg(data)?;
+            let level = match IntrTrigger::from_raw(a.trigger) {
+                Some(IntrTrigger::Level) => true,
+                Some(IntrTrigger::Edge) => false,
+                None => return Err(errno::EINVAL),
+            };
+            let irq = u8::try_from(a.atpic_irq).map_err(|_| errno::EINVAL)?;
+            vm.with_chipset(|c, _, _| c.set_irq_trigger(irq, level))
+                .map_err(|_| errno::EINVAL)
+        }
+        _ => Err(NOT_MINE),
+    }
+}
+
+fn guest_memory(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
+    match cmd {
+        req::VM_ALLOC_MEMSEG => {
+            let a: &mut VmMemseg = arg(data)?;
+            vm.alloc_memseg(a.segid, a.len, &a.name)
+        }
+        req::VM_ALLOC_MEMSEG_13 => {
+            let a: &mut VmMemseg13 = arg(data)?;
+            vm.alloc_memseg(a.segid, a.len, &a.name)
+        }
+        req::VM_ALLOC_MEMSEG_15 => {
+            let a: &mut VmMemseg15 = arg(data)?;
+            vm.alloc_memseg(a.segid, a.len, &a.name)
+        }
+        req::VM_GET_MEMSEG => {
+            let a: &mut VmMemseg = arg(data)?;
+            a.len = vm.get_memseg(a.segid, &mut a.name)?;
+            Ok(())
+        }
+        req::VM_GET_MEMSEG_13 => {
+            let a: &mut VmMemseg13 = arg(data)?;
+            a.len = vm.get_memseg(a.segid, &mut a.name)?;
+            Ok(())
+        }
+        req::VM_GET_MEMSEG_15 => {
+            let a: &mut VmMemseg15 = arg(data)?;
+            a.len = vm.get_memseg(a.segid, &mut a.name)?;
+            Ok(())
+        }
+        req::VM_MMAP_MEMSEG => {
+            let a: &mut VmMemmap = arg(data)?;
+            let map = Map {
+                gpa: a.gpa,
+                len: a.len,
+                segid: usize::try_from(a.segid).map_err(|_| errno::EINVAL)?,
+                segoff: u64::try_from(a.segoff).map_err(|_| errno::EINVAL)?,
+                prot: a.prot,
+                flags: a.flags,
+            };
+            vm.mmap_memseg(map)
+        }
+        req::VM_MMAP_GETNEXT => {
+            let a: &mut VmMemmap = arg(data)?;
+            let m = vm.mem.lock().map.next(a.gpa).ok_or(errno::ENOENT)?;
+            *a = VmMemmap {
+                gpa: m.gpa,
+                segid: m.segid as i32,
+                segoff: m.segoff as i64,
+                len: m.len,
+                prot: m.prot,
+                flags: m.flags,
+                ..VmMemmap::default()
+            };
+            Ok(())
+        }
+        req::VM_MUNMAP_MEMSEG => {
+            let a: &mut VmMunmap = arg(data)?;
+            vm.munmap_memseg(a.gpa, a.len)
+        }
+        req::VM_GET_GPA_PMAP => {
+            let a: &mut VmGpaPte = arg(data)?;
+            let mem = vm.mem.lock();
+            let (ptes, n) = mem.ept.walk(a.gpa);
+            a.pte = ptes;
+            a.ptenum = n as i32;
+            Ok(())
+        }
+        _ => Err(NOT_MINE),
+    }
+}
+
+fn settings(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
+    match cmd {
+        req::VM_SET_X2APIC_STATE => {
+            let a: &mut VmX2apic = arg(data)?;
+            let on = match X2apicState::from_raw(a.state) {
+                Some(X2apicState::Enabled) => true,
+                Some(X2apicState::Disabled) => false,
+                None => return Err(errno::EINVAL),
+            };
+            let vcpu = vm.ensure_vcpu(a.cpuid)?;
+            let mut inner = vcpu.freeze();
+            inner.lapic.offer_x2apic(on);
+            inner.config_gen = 0;
+            Ok(())
+        }
+        req::VM_GET_X2APIC_STATE => {
+            let a: &mut VmX2apic = arg(data)?;
+            let vcpu = vm.ensure_vcpu(a.cpuid)?;
+            let on = vcpu.freeze().lapic.x2apic_offered();
+            a.state = if on {
+                X2apicState::Enabled
+            } else {
+                X2apicState::Disabled
+            }
+            .raw();
+            Ok(())
+        }
+        req::VM_GET_HPET_CAPABILITIES => {
+            let a: &mut VmHpetCap = arg(data)?;
+            a.capabilities = vm.chipset.lock().hpet.capabilities() as u32;
+            Ok(())
+        }
+        req::VM_SET_TOPOLOGY => {
+            let a: &mut VmCpuTopology = arg(data)?;
+            vm.set_topology(a)
+        }
+        req::VM_GET_TOPOLOGY => {
+            let a: &mut VmCpuTopology = arg(data)?;
+            let t = vm.topology();
+            *a = VmCpuTopology {
+                sockets: t.sockets,
+                cores: t.cores,
+                threads: t.threads,
+                maxcpus: crate::cpuset::MAX_VCPUS as u16,
+            };
+            Ok(())
+        }
+        req::VM_ACTIVATE_CPU => {
+            let a: &mut VmActivateCpu = arg(data)?;
+            vm.activate(a.vcpuid)
+        }
+        req::VM_SUSPEND_CPU => {
+            let a: &mut VmActivateCpu = arg(data)?;
+            vm.debug_cpu(a.vcpuid, true)
+        }
+        req::VM_RESUME_CPU => {
+            let a: &mut VmActivateCpu = arg(data)?;
+            vm.debug_cpu(a.vcpuid, false)
+        }
+        req::VM_GET_CPUS => {
+            let a: &mut VmCpuset = arg(data)?;
+            let set = match CpusetWhich::from_raw(a.which as u32) {
+                Some(CpusetWhich::Active) => &vm.active,
+                Some(CpusetWhich::Suspended) => &vm.suspended,
+                Some(CpusetWhich::Debug) => &vm.debug,
+                _ => return Err(errno::EINVAL),
+            };
+            let mut bytes = [0; crate::cpuset::MAX_VCPUS / 8];
+            let size = usize::try_from(a.cpusetsize).map_err(|_| errno::ERANGE)?;
+            if size < set.bytes_needed().max(8) {
+                return Err(errno::ERANGE);
+            }
+            let bytes = bytes.get_mut(..size).ok_or(errno::ERANGE)?;
+            set.bytes(bytes);
+            os::copyout(bytes, a.cpus)
+        }
+        req::VM_RTC_READ => {
+            let a: &mut VmRtcData = arg(data)?;
+            let offset = a.offset;
+            a.value = vm
+                .with_chipset(|c, now, _| c.rtc_read(offset, now))
+                .map_err(|_| errno::EINVAL)?;
+            Ok(())
+        }
+        req::VM_RTC_WRITE => {
+            let a: &mut VmRtcData = arg(data)?;
+            let (offset, value) = (a.offset, a.value);
+            vm.with_chipset(|c, now, _| c.rtc_write(offset, value, now))
+                .map_err(|_| errno::EINVAL)
+        }
+        req::VM_RTC_SETTIME => {
+            let a: &mut VmRtcTime = arg(data)?;
+            let secs = a.secs;
+            vm.with_chipset(|c, now, _| c.rtc_settime(secs, now))
+                .map_err(|e| match e {
+                    vmm_core::rtc::RtcError::Busy => errno::EBUSY,
+                    _ => errno::EINVAL,
+                })
+        }
+        req::VM_RTC_GETTIME => {
+            let a: &mut VmRtcTime = arg(data)?;
+            a.secs = vm.with_chipset(|c, now, _| c.rtc_gettime(now));
+            Ok(())
+        }
+        req::VM_STATS => {
+            let a: &mut VmStats = arg(data)?;
+            (a.num_entries, a.tv) = vm.stats(a.cpuid, 0, &mut a.statbuf)?;
+            Ok(())
+        }
+        req::VM_STATS_14 => {
+            let a: &mut VmStats14 = arg(data)?;
+            let first = usize::try_from(a.index).map_err(|_| errno::EINVAL)?;
+            (a.num_entries, a.tv) = vm.stats(a.cpuid, first, &mut a.statbuf)?;
+            Ok(())
+        }
+        req::VM_STAT_DESC => {
+            let a: &mut VmStatDesc = arg(data)?;
+            let index = usize::try_from(a.index).map_err(|_| errno::EINVAL)?;
+            let text = vmm_core::stats::description(index).ok_or(errno::EINVAL)?;
+            if set_c_name(&mut a.desc, text.as_bytes()) {
+                Ok(())
+            } else {
+                Err(errno::EINVAL)
+            }
+        }
+        // No passthrough yet: there is no device that could be meant.
+        req::VM_BIND_PPTDEV
+        | req::VM_UNBIND_PPTDEV
+        | req::VM_MAP_PPTDEV_MMIO
+        | req::VM_UNMAP_PPTDEV_MMIO
+        | req::VM_PPTDEV_MSI
+        | req::VM_PPTDEV_MSIX
+        | req::VM_PPTDEV_DISABLE_MSIX => Err(errno::ENOENT),
+        _ => Err(NOT_MINE),
+    }
+}
+
+impl Vm {
+    fn alloc_memseg(&self, segid: i32, len: u64, name: &[u8]) -> Result<(), i32> {
+        let name = c_name(name).ok_or(errno::EINVAL)?;
+        let mut mem = self.mem.lock();
+        if name.is_empty() {
+            return mem.map.alloc_segment(segid, len, None).map(|_| ());
+        }
+        let mut stored = [0; SEG_NAME_MAX + 1];
+        if !set_c_name(&mut stored, name) {
+            return Err(errno::ENAMETOOLONG);
+        }
+        let seg = mem.map.alloc_segment(segid, len, Some(stored))?;
+        match self.segment_node(name, segid) {
+            Ok(node) => {
+                seg.node = Some(node);
+                Ok(())
+            }
+            Err(e) => {
+                mem.map.free_segment(segid);
+                Err(e)
+            }
+        }
+    }
+
+    fn get_memseg(&self, segid: i32, name: &mut [u8]) -> Result<u64, i32> {
+        let id = usize::try_from(segid).map_err(|_| errno::EINVAL)?;
+        if id >= memory::MAX_SEGS {
+            return Err(errno::EINVAL);
+        }
+        name.fill(0);
+        let mem = self.mem.lock();
+        let Some(seg) = mem.map.segment(id) else {
+            return Ok(0);
+        };
+        if !seg.sysmem {
+            let text = c_name(&seg.name).unwrap_or_default();
+            if !set_c_name(name, text) {
+                return Err(errno::ENAMETOOLONG);
+            }
+        }
+        Ok(seg.len)
+    }
+
+    fn set_topology(&self, a: &VmCpuTopology) -> Result<(), i32> {
+        // As FreeBSD: maxcpus cannot be set.
+        if a.maxcpus != 0 || a.sockets == 0 || a.cores == 0 || a.threads == 0 {
+            return Err(errno::EINVAL);
+        }
+        let total = usize::from(a.sockets)
+            .checked_mul(usize::from(a.cores))
+            .and_then(|n| n.checked_mul(usize::from(a.threads)));
+        if total.is_none_or(|n| n > crate::cpuset::MAX_VCPUS) {
+            return Err(errno::EINVAL);
+        }
+        self.store_topology(a.sockets, a.cores, a.threads);
+        self.config_gen.fetch_add(1, Ordering::AcqRel);
+        Ok(())
+    }
+
+    fn activate(&self, id: i32) -> Result<(), i32> {
+        let vcpu = self.ensure_vcpu(id)?;
+        if self.active.set(vcpu.id as usize) {
+            Err(errno::EBUSY)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn debug_cpu(&self, id: i32, stop: bool) -> Result<(), i32> {
+        if id == -1 {
+            for v in self.vcpus() {
+                if stop && self.active.contains(v.id as usize) {
+                    self.debug.set(v.id as usize);
+                } else {
+                    self.debug.clear(v.id as usize);
+                }
+                v.poke();
+            }
+            return Ok(());
+        }
+        let vcpu = existing(self, id)?;
+        let n = vcpu.id as usize;
+        if !self.active.contains(n) {
+            return Err(errno::EINVAL);
+        }
+        if stop {
+            self.debug.set(n);
+            vcpu.poke();
+        } else if !self.debug.clear(n) {
+            return Err(errno::EINVAL);
+        }
+        Ok(())
+    }
+
+    fn stats(&self, id: i32, first: usize, to: &mut [u64]) -> Result<(i32, Timeval), i32> {
+        let vcpu = self.ensure_vcpu(id)?;
+        // What the VM holds is told with vCPU 0, as FreeBSD does.
+        let resident = if vcpu.id == 0 {
+            self.mem.lock().map.resident()
+        } else {
+            0
+        };
+        let mut n = 0;
+        for (i, slot) in to.iter_mut().enumerate() {
+            let Some(value) = vcpu.stats.value(first.saturating_add(i), resident) else {
+                break;
+            };
+            *slot = value;
+            n += 1;
+        }
+        Ok((
+            n,
+            Timeval {
+                tv_sec: os::wallclock(),
+                tv_usec: 0,
+            },
+        ))
+    }
+}

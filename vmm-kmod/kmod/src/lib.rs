@@ -1,0 +1,245 @@
+//! The kernel piece: what stands between `host.h` and the portable core.
+//!
+//! `vmm-hw` knows the CPU, `vmm-core` the devices and the meaning of exits;
+//! here are locks, timers, the life of VMs and vCPUs, the run loop and the
+//! ioctls. Everything a host kernel must offer is in `host.h`.
+#![no_std]
+
+extern crate alloc;
+
+mod cpuset;
+mod emulate;
+pub mod errno;
+mod exit;
+mod ffi;
+mod global;
+mod ioctl;
+mod memory;
+mod os;
+mod regs;
+mod run;
+mod snapshot;
+mod state;
+mod sync;
+mod vcpu;
+mod vm;
+
+use core::ffi::{c_int, c_void};
+use core::fmt::Write;
+use core::slice;
+
+use vmm_core::host::Host;
+
+use crate::vcpu::Vcpu;
+use crate::vm::Vm;
+
+#[global_allocator]
+static HEAP: os::HostAllocator = os::HostAllocator;
+
+#[panic_handler]
+fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
+    let mut line = os::Line::new();
+    // Cut if it is too long; `Line` never fails.
+    let _ = write!(line, "{info}");
+    let text = line.bytes();
+    // SAFETY: `text` is readable for its length.
+    unsafe { ffi::vmm_host_panic(text.as_ptr(), text.len()) }
+}
+
+/// At load: probes the CPU. The host calls `vmm_rust_cpu_online` on every CPU
+/// afterwards.
+///
+/// # Safety
+/// Called once, with a valid `info`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
+    // SAFETY: by the caller's word.
+    let info = unsafe { &*info };
+    os::init(info);
+    if info.tsc_hz == 0 {
+        klog!(
+            Error,
+            "the host's TSC frequency is unknown: its TSC is not usable"
+        );
+        return errno::ENXIO;
+    }
+    // SAFETY: CPL 0; CPUs of one machine are alike.
+    let backend = match unsafe { vmm_hw::vmx::Backend::<os::Os>::new() } {
+        Ok(b) => b,
+        Err(e) => {
+            klog!(Error, "VT-x cannot be used: {e}");
+            return errno::ENXIO;
+        }
+    };
+    let Ok(backend) = sync::try_arc(backend) else {
+        return errno::ENOMEM;
+    };
+    let g = global::Global {
+        cpuid_caps: global::caps(&backend, info),
+        // SAFETY: CPL 0; the MSRs are those of every CPU with VT-x, or
+        // announced by CPUID.
+        microcode: unsafe { global::microcode() },
+        // SAFETY: as above.
+        arch_capabilities: unsafe { global::arch_capabilities() },
+        tsc_hz: info.tsc_hz,
+        backend,
+    };
+    // SAFETY: the first thing that happens.
+    unsafe { global::set(g) };
+    0
+}
+
+/// At unload, after every CPU went through `vmm_rust_cpu_offline`.
+///
+/// # Safety
+/// No VM exists and no other entry point runs.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_exit() {
+    // SAFETY: by the caller's word.
+    unsafe { global::unset() };
+}
+
+fn set_vmxe(on: bool) {
+    // SAFETY: interrupts are off, as in both callers' contracts.
+    unsafe { ffi::vmm_host_set_vmxe(c_int::from(on)) }
+}
+
+/// VMX on, on this CPU.
+///
+/// # Safety
+/// Interrupts off.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_cpu_online() -> c_int {
+    let Some(g) = global::try_get() else {
+        return errno::ENXIO;
+    };
+    // SAFETY: CPL 0 with interrupts off.
+    match unsafe { g.backend.cpu_on(set_vmxe) } {
+        Ok(()) => 0,
+        Err(e) => {
+            klog!(
+                Error,
+                "CPU {}: VMX cannot be switched on: {e}",
+                os::Os::cpu()
+            );
+            match e {
+                vmm_hw::vmx::EnableError::InUse => errno::EBUSY,
+                _ => errno::ENXIO,
+            }
+        }
+    }
+}
+
+/// VMX off, on this CPU.
+///
+/// # Safety
+/// Interrupts off, no vCPU in the guest here.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_cpu_offline() {
+    if let Some(g) = global::try_get() {
+        // SAFETY: by the caller's word.
+        unsafe { g.backend.cpu_off(set_vmxe) };
+    }
+}
+
+/// A timer has fired.
+///
+/// # Safety
+/// `arg` is what `Timer::new` got.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_timer(arg: *mut c_void) {
+    let p = arg.cast::<u8>();
+    if p as usize & 1 != 0 {
+        // SAFETY: odd pointers are one past a vCPU, which owns the timer.
+        unsafe { (*p.wrapping_sub(1).cast::<Vcpu>()).timer_fired() }
+    } else {
+        // SAFETY: even ones are a VM, which owns the timer.
+        unsafe { (*p.cast::<Vm>()).timer_fired() }
+    }
+}
+
+/// One more open file.
+///
+/// # Safety
+/// `vm` is alive.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_vm_get(vm: *mut c_void) {
+    // SAFETY: by the caller's word.
+    unsafe { Vm::get(vm.cast()) }
+}
+
+/// One open file less.
+///
+/// # Safety
+/// Pairs with `vmm_rust_vm_get`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_vm_put(vm: *mut c_void) {
+    // SAFETY: by the caller's word.
+    unsafe { Vm::put(vm.cast()) }
+}
+
+/// A request on /dev/vmmctl.
+///
+/// # Safety
+/// `data` is writable for `len` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_ctl_ioctl(cmd: u32, data: *mut u8, len: usize) -> c_int {
+    // SAFETY: by the caller's word.
+    let data = unsafe { slice::from_raw_parts_mut(data, len) };
+    ioctl::ctl(cmd, data).err().unwrap_or(0)
+}
+
+/// A request on /dev/vmm/NAME.
+///
+/// # Safety
+/// `vm` is alive; `data` is writable for `len` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_vm_ioctl(
+    vm: *mut c_void,
+    cmd: u32,
+    data: *mut u8,
+    len: usize,
+) -> c_int {
+    // SAFETY: by the caller's word.
+    let (vm, data) = unsafe { (&*vm.cast::<Vm>(), slice::from_raw_parts_mut(data, len)) };
+    ioctl::vm(vm, cmd, data).err().unwrap_or(0)
+}
+
+/// The page behind an address of a VM's memory, for mapping it.
+///
+/// # Safety
+/// `vm` is alive; `pa` is writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_vm_page(
+    vm: *mut c_void,
+    segid: c_int,
+    off: u64,
+    pa: *mut u64,
+) -> c_int {
+    // SAFETY: by the caller's word.
+    let vm = unsafe { &*vm.cast::<Vm>() };
+    match vm.page(segid, off) {
+        Ok(hpa) => {
+            // SAFETY: by the caller's word.
+            unsafe { pa.write(hpa) };
+            0
+        }
+        Err(e) => e,
+    }
+}
+
+/// Whether a stretch of a VM's memory can be mapped.
+///
+/// # Safety
+/// `vm` is alive.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_vm_mmap_ok(
+    vm: *mut c_void,
+    segid: c_int,
+    off: u64,
+    len: u64,
+) -> c_int {
+    // SAFETY: by the caller's word.
+    let vm = unsafe { &*vm.cast::<Vm>() };
+    vm.mmap_ok(segid, off, len).err().unwrap_or(0)
+}

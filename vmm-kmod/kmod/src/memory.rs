@@ -1,0 +1,367 @@
+//! Guest memory: segments, where they stand in the guest's physical address
+//! space, and the nested page tables that are filled from them as the guest
+//! touches it.
+
+use alloc::boxed::Box;
+use core::ffi::c_uint;
+use core::ptr::NonNull;
+
+use vmm_core::cpu::Access;
+use vmm_core::host::{Gpa, Host, Hpa};
+use vmm_hw::ept::Prot;
+
+use crate::errno;
+use crate::ffi;
+use crate::os::Os;
+use crate::sync::NoMemory;
+
+/// Segments a VM can have: system memory, boot ROM, frame buffer, and room.
+pub const MAX_SEGS: usize = 8;
+/// Mappings a VM can have.
+pub const MAX_MAPS: usize = 16;
+/// Longest name of a device-memory segment, bytes without the NUL.
+pub const SEG_NAME_MAX: usize = 63;
+
+const PAGE: u64 = 4096;
+
+/// PROT_READ, PROT_WRITE, PROT_EXEC as both hosts number them.
+pub const PROT_READ: i32 = 1;
+/// See [`PROT_READ`].
+pub const PROT_WRITE: i32 = 2;
+/// See [`PROT_READ`].
+pub const PROT_EXEC: i32 = 4;
+const PROT_ALL: i32 = PROT_READ | PROT_WRITE | PROT_EXEC;
+
+/// Mapping is wired (VM_MEMMAP_F_WIRED).
+pub const MAP_WIRED: i32 = 1;
+/// A piece of memory that can be mapped into the guest.
+pub struct Segment {
+    raw: NonNull<ffi::Memseg>,
+    /// Bytes.
+    pub len: u64,
+    /// System memory, or device memory with a node of its own.
+    pub sysmem: bool,
+    /// Name of device memory, empty for system memory.
+    pub name: [u8; SEG_NAME_MAX + 1],
+    /// `/dev/vmm.io/VM.NAME` of device memory.
+    pub node: Option<NonNull<ffi::Node>>,
+}
+
+// SAFETY: the host's segment locks itself; the node is only used to remove it.
+unsafe impl Send for Segment {}
+
+impl Segment {
+    fn new(len: u64, sysmem: bool, name: [u8; SEG_NAME_MAX + 1]) -> Result<Self, NoMemory> {
+        // SAFETY: no preconditions; NULL is checked.
+        let raw = NonNull::new(unsafe { ffi::vmm_host_memseg_create(len) }).ok_or(NoMemory)?;
+        Ok(Segment {
+            raw,
+            len,
+            sysmem,
+            name,
+            node: None,
+        })
+    }
+
+    /// The page at `off`, allocated if need be, and the order of the
+    /// contiguous run it is in.
+    pub fn page(&self, off: u64) -> Result<(Hpa, u32), i32> {
+        let mut pa = 0;
+        let mut order: c_uint = 0;
+        // SAFETY: `raw` lives as long as self.
+        match unsafe { ffi::vmm_host_memseg_page(self.raw.as_ptr(), off, &mut pa, &mut order) } {
+            0 => Ok((pa, order)),
+            e => Err(e),
+        }
+    }
+
+    /// Bytes of host memory behind the segment.
+    pub fn resident(&self) -> u64 {
+        // SAFETY: `raw` lives as long as self.
+        unsafe { ffi::vmm_host_memseg_resident(self.raw.as_ptr()) }
+    }
+}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        if let Some(node) = self.node {
+            // SAFETY: the node is this segment's and is removed once.
+            unsafe { ffi::vmm_host_node_destroy(node.as_ptr()) }
+        }
+        // SAFETY: nothing maps the segment any more: the VM is being freed.
+        unsafe { ffi::vmm_host_memseg_destroy(self.raw.as_ptr()) }
+    }
+}
+
+/// A stretch of guest-physical addresses backed by a segment.
+#[derive(Clone, Copy, Debug)]
+pub struct Map {
+    /// First guest-physical address.
+    pub gpa: Gpa,
+    /// Bytes.
+    pub len: u64,
+    /// Segment.
+    pub segid: usize,
+    /// Offset into the segment.
+    pub segoff: u64,
+    /// PROT_* bits.
+    pub prot: i32,
+    /// MAP_* bits.
+    pub flags: i32,
+}
+
+impl Map {
+    fn end(&self) -> u64 {
+        self.gpa.saturating_add(self.len)
+    }
+
+    fn contains(&self, gpa: Gpa) -> bool {
+        gpa >= self.gpa && gpa < self.end()
+    }
+}
+
+/// What is at a guest-physical address.
+#[derive(Clone, Copy, Debug)]
+pub struct Backing {
+    /// Host-physical address of the 4 KiB page.
+    pub hpa: Hpa,
+    /// PROT_* bits.
+    pub prot: i32,
+    /// Largest page size (bytes) that one nested mapping around it may have.
+    pub size: u64,
+}
+
+/// Segments and mappings of a VM.
+#[derive(Default)]
+pub struct MemMap {
+    segs: [Option<Box<Segment>>; MAX_SEGS],
+    maps: [Option<Map>; MAX_MAPS],
+}
+
+impl MemMap {
+    /// Makes a segment.
+    ///
+    /// EINVAL for an impossible id or length or a different segment of that
+    /// id, EEXIST if it is there already, ENOMEM.
+    pub fn alloc_segment(
+        &mut self,
+        segid: i32,
+        len: u64,
+        name: Option<[u8; SEG_NAME_MAX + 1]>,
+    ) -> Result<&mut Segment, i32> {
+        let slot = usize::try_from(segid)
+            .ok()
+            .and_then(|i| self.segs.get_mut(i))
+            .ok_or(errno::EINVAL)?;
+        if len == 0 || len & (PAGE - 1) != 0 {
+            return Err(errno::EINVAL);
+        }
+        if let Some(old) = slot {
+            let same = old.len == len && old.sysmem == name.is_none();
+            return Err(if same { errno::EEXIST } else { errno::EINVAL });
+        }
+        let sysmem = name.is_none();
+        let seg = Segment::new(len, sysmem, name.unwrap_or([0; SEG_NAME_MAX + 1]))
+            .and_then(crate::sync::try_box)
+            .map_err(|_| errno::ENOMEM)?;
+        Ok(slot.insert(seg))
+    }
+
+    /// Takes back a segment that could not be given a node.
+    pub fn free_segment(&mut self, segid: i32) {
+        if let Some(slot) = usize::try_from(segid)
+            .ok()
+            .and_then(|i| self.segs.get_mut(i))
+        {
+            *slot = None;
+        }
+    }
+
+    /// A segment by its number.
+    pub fn segment(&self, segid: usize) -> Option<&Segment> {
+        self.segs.get(segid).and_then(|s| s.as_deref())
+    }
+
+    /// All bytes that the host holds for the guest, and those that are wired.
+    pub fn resident(&self) -> u64 {
+        self.segs.iter().flatten().map(|s| s.resident()).sum()
+    }
+
+    /// Maps part of a segment into the guest, as VM_MMAP_MEMSEG does.
+    pub fn map(&mut self, map: Map) -> Result<(), i32> {
+        if map.prot == 0 || map.prot & !PROT_ALL != 0 || map.flags & !MAP_WIRED != 0 {
+            return Err(errno::EINVAL);
+        }
+        let seg = self.segment(map.segid).ok_or(errno::EINVAL)?;
+        let last = map.segoff.checked_add(map.len).ok_or(errno::EINVAL)?;
+        let end = map.gpa.checked_add(map.len).ok_or(errno::EINVAL)?;
+        if map.len == 0 || last > seg.len || (map.segoff | map.len | map.gpa) & (PAGE - 1) != 0 {
+            return Err(errno::EINVAL);
+        }
+        // The nested page tables have four levels: 48 bits.
+        if end > 1 << 48 {
+            return Err(errno::EINVAL);
+        }
+        if self
+            .maps
+            .iter()
+            .flatten()
+            .any(|m| map.gpa < m.end() && m.gpa < end)
+        {
+            return Err(errno::EFAULT);
+        }
+        let slot = self
+            .maps
+            .iter_mut()
+            .find(|m| m.is_none())
+            .ok_or(errno::ENOSPC)?;
+        *slot = Some(map);
+        Ok(())
+    }
+
+    /// Undoes exactly one earlier mapping (FreeBSD 13's VM_MUNMAP_MEMSEG).
+    pub fn unmap(&mut self, gpa: Gpa, len: u64) -> Result<(), i32> {
+        let slot = self
+            .maps
+            .iter_mut()
+            .find(|m| m.is_some_and(|m| m.gpa == gpa && m.len == len))
+            .ok_or(errno::EINVAL)?;
+        *slot = None;
+        Ok(())
+    }
+
+    /// The first mapping at or above `gpa`.
+    pub fn next(&self, gpa: Gpa) -> Option<Map> {
+        self.maps
+            .iter()
+            .flatten()
+            .filter(|m| m.gpa >= gpa)
+            .min_by_key(|m| m.gpa)
+            .copied()
+    }
+
+    /// Whether all of `[gpa, gpa + len)` is system memory.
+    pub fn covers(&self, gpa: Gpa, len: u64) -> bool {
+        let Some(end) = gpa.checked_add(len) else {
+            return false;
+        };
+        let mut at = gpa;
+        while at < end {
+            match self.find(at) {
+                Some(m) if self.segment(m.segid).is_some_and(|s| s.sysmem) => at = m.end(),
+                _ => return false,
+            }
+        }
+        len != 0
+    }
+
+    fn find(&self, gpa: Gpa) -> Option<&Map> {
+        self.maps.iter().flatten().find(|m| m.contains(gpa))
+    }
+
+    /// Finds, allocating if need be, the memory at `gpa`. `Ok(None)`: no
+    /// memory there. ENOMEM when the host has none left.
+    pub fn backing(&self, gpa: Gpa) -> Result<Option<Backing>, i32> {
+        let Some(map) = self.find(gpa) else {
+            return Ok(None);
+        };
+        let Some(seg) = self.segment(map.segid) else {
+            return Ok(None);
+        };
+        let page = gpa & !(PAGE - 1);
+        let off = page - map.gpa + map.segoff;
+        let (hpa, order) = seg.page(off)?;
+        // The run may be mapped as one page only if the mapping covers it
+        // and the guest address is aligned like the host's.
+        let mut size = PAGE;
+        for larger in [2 << 20, 1 << 30_u64] {
+            let start = page & !(larger - 1);
+            let fits = (PAGE << order) >= larger
+                && (page ^ hpa) & (larger - 1) == 0
+                && start >= map.gpa
+                && start.checked_add(larger).is_some_and(|e| e <= map.end());
+            if fits {
+                size = larger;
+            }
+        }
+        Ok(Some(Backing {
+            hpa,
+            prot: map.prot,
+            size,
+        }))
+    }
+
+    /// Calls `f` with each piece of host memory behind `[gpa, gpa + len)`;
+    /// false if part of it is not memory (pieces before that were visited).
+    fn for_each_piece(
+        &self,
+        gpa: Gpa,
+        len: usize,
+        need: i32,
+        mut f: impl FnMut(usize, usize, usize),
+    ) -> bool {
+        let mut done = 0;
+        while done < len {
+            let Some(at) = gpa.checked_add(done as u64) else {
+                return false;
+            };
+            let Ok(Some(b)) = self.backing(at) else {
+                return false;
+            };
+            if b.prot & need != need {
+                return false;
+            }
+            let in_page = (at & (PAGE - 1)) as usize;
+            let n = (PAGE as usize - in_page).min(len - done);
+            f(Os::phys_to_virt(b.hpa) + in_page, done, n);
+            done += n;
+        }
+        true
+    }
+
+    /// Copies out of guest memory; false if part of it is not memory.
+    pub fn read(&self, gpa: Gpa, to: &mut [u8]) -> bool {
+        let len = to.len();
+        let to = to.as_mut_ptr();
+        self.for_each_piece(gpa, len, PROT_READ, |va, off, n| {
+            // SAFETY: `va` is guest memory of at least `n` bytes in the
+            // direct map, kept by the segment; the guest may write it at the
+            // same time, so the bytes are whatever they are, copied once.
+            unsafe { core::ptr::copy_nonoverlapping(va as *const u8, to.add(off), n) }
+        })
+    }
+
+    /// Copies into guest memory; false if part of it is not writable memory.
+    pub fn write(&self, gpa: Gpa, from: &[u8]) -> bool {
+        let src = from.as_ptr();
+        self.for_each_piece(gpa, from.len(), PROT_WRITE, |va, off, n| {
+            // SAFETY: as for `read`, in the other direction.
+            unsafe { core::ptr::copy_nonoverlapping(src.add(off), va as *mut u8, n) }
+        })
+    }
+
+    /// Host address of an aligned guest word, for atomic access.
+    pub fn word(&self, gpa: Gpa, size: u64) -> Option<usize> {
+        if gpa & (size - 1) != 0 {
+            return None;
+        }
+        let b = self.backing(gpa).ok()??;
+        Some(Os::phys_to_virt(b.hpa) + (gpa & (PAGE - 1)) as usize)
+    }
+}
+
+/// Whether PROT_* bits allow an access.
+pub fn allows(prot: i32, access: Access) -> bool {
+    !(access.contains(Access::READ) && prot & PROT_READ == 0
+        || access.contains(Access::WRITE) && prot & PROT_WRITE == 0
+        || access.contains(Access::EXEC) && prot & PROT_EXEC == 0)
+}
+
+/// PROT_* bits as the nested page tables' rights.
+pub fn ept_prot(prot: i32) -> Prot {
+    let mut p = Prot::empty();
+    p.set(Prot::READ, prot & PROT_READ != 0);
+    p.set(Prot::WRITE, prot & PROT_WRITE != 0);
+    p.set(Prot::EXEC, prot & PROT_EXEC != 0);
+    p
+}

@@ -1,0 +1,486 @@
+//! VM_RUN: the loop that enters the guest, takes its exits and leaves for
+//! userland when somebody there is needed.
+
+use vmm_abi::{Exit as UserExit, SuspendHow, VmExit};
+use vmm_core::cpu::{CpuState, Reg};
+use vmm_core::lapic::Changes;
+use vmm_core::stats::Stat;
+use vmm_hw::vmx::cr::Controls;
+use vmm_hw::vmx::{ApicVirt, Features, Reset};
+
+use crate::errno;
+use crate::ffi;
+use crate::os::{self, ThreadFlags};
+use crate::vcpu::{Inner, Vcpu, Wait};
+use crate::vm::Vm;
+
+/// Why the inner loop ended.
+pub enum Todo {
+    /// The host wants the CPU, or something has to be looked at outside.
+    Yield,
+    /// The exit in `inner.exit` is for userland.
+    User,
+    /// HLT.
+    Halt,
+    /// A guest-physical access that the nested tables do not allow.
+    Fault(crate::emulate::Fault),
+    /// Access to the local APIC's page that the CPU did not virtualize.
+    ApicAccess {
+        /// Guest-physical address.
+        gpa: u64,
+    },
+    /// A MOV to CR0 or CR4 that needs the PDPTEs from memory.
+    LoadPdptes(Controls),
+    /// INIT or SIPI was sent, perhaps to vCPUs that do not run yet.
+    Spinup,
+}
+
+/// A vCPU, its VM and the thread that runs it.
+pub struct Runner<'a> {
+    /// The VM.
+    pub vm: &'a Vm,
+    /// What others see of the vCPU.
+    pub vcpu: &'a Vcpu,
+    /// What this thread has to itself.
+    pub inner: &'a mut Inner,
+    /// PDPTEs for a MOV to CR0 or CR4 that is to be completed.
+    pub pdptes: Option<([u64; 4], Controls)>,
+    flags: ThreadFlags,
+    preemption_timer: bool,
+}
+
+/// Runs the vCPU until `inner.exit` has something for userland.
+///
+/// EINVAL: not active, or suspended. ENXIO: the VM was destroyed. ENOMEM: no
+/// memory for the guest.
+pub fn run(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
+    let id = vcpu.id as usize;
+    if !vm.active.contains(id) || vm.suspended.contains(id) {
+        return Err(errno::EINVAL);
+    }
+    if inner.config_gen != vm.config_gen.load(core::sync::atomic::Ordering::Acquire) {
+        vm.ensure_topology()?;
+        inner.refresh_config(vm, vcpu.id);
+    }
+    let preemption_timer = inner
+        .hw
+        .backend()
+        .caps
+        .features
+        .contains(Features::PREEMPTION_TIMER);
+    Runner {
+        vm,
+        vcpu,
+        inner,
+        pdptes: None,
+        flags: ThreadFlags::current(),
+        preemption_timer,
+    }
+    .outer()
+}
+
+impl Runner<'_> {
+    fn outer(&mut self) -> Result<(), i32> {
+        loop {
+            if self.must_leave()? {
+                return Ok(());
+            }
+            match self.inner.wait {
+                Wait::No => {}
+                Wait::Halt => {
+                    if self.halt()? {
+                        return Ok(());
+                    }
+                    continue;
+                }
+                Wait::Sipi => {
+                    self.wait_for_sipi();
+                    continue;
+                }
+            }
+            match self.window() {
+                Todo::Yield => {}
+                Todo::User => {
+                    self.vcpu.stats.inc(Stat::UserExits);
+                    return Ok(());
+                }
+                Todo::Halt => self.inner.wait = Wait::Halt,
+                Todo::Fault(fault) => {
+                    if self.fault(fault)? {
+                        return Ok(());
+                    }
+                }
+                Todo::ApicAccess { gpa } => {
+                    if self.emulate(gpa, None)? {
+                        return Ok(());
+                    }
+                }
+                Todo::LoadPdptes(new) => self.load_pdptes(&new),
+                Todo::Spinup => self.collect_spinups(),
+            }
+        }
+    }
+
+    /// Whether userland has to be told something before the guest goes on.
+    fn must_leave(&mut self) -> Result<bool, i32> {
+        use core::sync::atomic::Ordering::SeqCst;
+        if self.vm.dying() {
+            return Err(errno::ENXIO);
+        }
+        if self.vm.suspend.load(SeqCst) != 0 {
+            return self.suspended().map(|()| true);
+        }
+        if let Some((vcpu, vector)) = self.vm.next_spinup() {
+            let rip = u64::from(vector) << 12;
+            self.leave_with(UserExit::SpinupAp { vcpu, rip });
+            return Ok(true);
+        }
+        let stop = if self.vm.debug.contains(self.vcpu.id as usize) {
+            UserExit::Debug
+        } else if self.vcpu.reqidle.load(SeqCst) != 0 {
+            UserExit::Reqidle
+        } else if self.flags.work() && os::yield_now() {
+            UserExit::Bogus
+        } else {
+            return Ok(false);
+        };
+        self.leave_with(stop);
+        Ok(true)
+    }
+
+    /// An exit that no instruction caused: the guest goes on where it is.
+    fn leave_with(&mut self, exit: UserExit) {
+        let rip = self.rip_outside();
+        self.inner.exit = VmExit {
+            rip,
+            inst_length: 0,
+            exit,
+        }
+        .to_raw();
+        self.vcpu.stats.inc(Stat::UserExits);
+    }
+
+    /// RIP while the VMCS may not be current.
+    fn rip_outside(&mut self) -> u64 {
+        match self.inner.next_rip {
+            Some(rip) => rip,
+            None => crate::regs::with_current(self.inner, |inner| inner.hw.reg(Reg::Rip)),
+        }
+    }
+
+    /// The VM stops: waits until all active vCPUs know it.
+    fn suspended(&mut self) -> Result<(), i32> {
+        use core::sync::atomic::Ordering::SeqCst;
+        let how =
+            SuspendHow::from_raw(self.vm.suspend.load(SeqCst)).unwrap_or(SuspendHow::Poweroff);
+        self.vm.suspended.set(self.vcpu.id as usize);
+        for v in self.vm.vcpus() {
+            v.poke();
+        }
+        while !self.vm.active.subset_of(&self.vm.suspended) {
+            if self.vm.dying() {
+                return Err(errno::ENXIO);
+            }
+            let _ = self.inner.lapic.sync();
+            let vm = self.vm;
+            // Poked by whoever comes next; the time limit covers a vCPU
+            // whose thread never comes back from userland.
+            let signal = self.vcpu.sleep(1_000_000_000, || {
+                vm.active.subset_of(&vm.suspended) || vm.dying()
+            });
+            if signal && os::yield_now() {
+                break;
+            }
+        }
+        self.leave_with(UserExit::Suspended(how));
+        Ok(())
+    }
+
+    /// One stay with preemption and interrupts off.
+    fn window(&mut self) -> Todo {
+        self.inner.hw.prepare_migration();
+        // SAFETY: undone by guest_end below; nothing in between sleeps.
+        unsafe { ffi::vmm_host_guest_begin() };
+        // SAFETY: guest_begin saved the host's FPU state and turned
+        // preemption and interrupts off; the vCPU's lock is held.
+        let todo = if unsafe { self.inner.hw.load() }.is_ok() {
+            self.vcpu.enter_guest_mode();
+            if let Some(rip) = self.inner.next_rip.take() {
+                self.inner.hw.set_reg(Reg::Rip, rip);
+            }
+            if let Some((ptes, new)) = self.pdptes.take() {
+                self.complete_cr(ptes, &new);
+            }
+            let todo = self.inner_loop();
+            self.vcpu.leave_guest_mode();
+            // SAFETY: loaded above, on this CPU.
+            unsafe { self.inner.hw.unload() };
+            todo
+        } else {
+            // The thread moved to another CPU after prepare_migration.
+            Todo::Yield
+        };
+        // SAFETY: pairs with guest_begin.
+        unsafe { ffi::vmm_host_guest_end() };
+        todo
+    }
+
+    #[inline]
+    fn inner_loop(&mut self) -> Todo {
+        loop {
+            if self.inner.lapic.sync() || self.inner.attention {
+                if let Some(todo) = self.before_entry() {
+                    return todo;
+                }
+            }
+            if self.flags.work() {
+                return Todo::Yield;
+            }
+            if !self.set_timer() {
+                continue;
+            }
+            // SAFETY: between load and unload, interrupts off.
+            let exit = unsafe { self.inner.hw.enter() };
+            self.vcpu.stats.inc(Stat::Exits);
+            if let Some(event) = self.inner.hw.pending_vectoring() {
+                self.inner.vectoring = Some(event);
+                self.inner.attention = true;
+            }
+            if let Some(todo) = self.handle(exit) {
+                return todo;
+            }
+        }
+    }
+
+    /// Sees to it that the local APIC's timer ends the guest's stay in time;
+    /// false if it is due now.
+    #[inline]
+    fn set_timer(&mut self) -> bool {
+        let Some(deadline) = self.inner.lapic.timer_deadline() else {
+            if self.preemption_timer {
+                self.inner.hw.set_preemption_timer(None);
+            }
+            return true;
+        };
+        let now = os::rdtsc();
+        if deadline <= now {
+            self.inner.lapic.timer_tick(now);
+            self.inner.attention = true;
+            return false;
+        }
+        if self.preemption_timer {
+            self.inner.hw.set_preemption_timer(Some(deadline - now));
+        } else if self.inner.timer_armed != deadline {
+            self.inner.timer_armed = deadline;
+            self.vcpu
+                .arm_timer(self.vm.clock.to_ns.apply_up(deadline - now));
+        }
+        true
+    }
+
+    /// Injects what is due. Some: the guest cannot be entered now.
+    #[cold]
+    fn before_entry(&mut self) -> Option<Todo> {
+        use core::sync::atomic::Ordering::Relaxed;
+        if self.vm.suspend.load(Relaxed) != 0
+            || self.vm.dying()
+            || self.vcpu.reqidle.load(Relaxed) != 0
+            || self.vm.debug.contains(self.vcpu.id as usize)
+        {
+            return Some(Todo::Yield);
+        }
+        let inner = &mut *self.inner;
+        if inner.lapic.take_init() {
+            // The bootstrap processor would go to its firmware, of which
+            // there is none.
+            if self.vcpu.id != 0 {
+                inner.hw.reset(Reset::Init);
+                inner.lapic.init();
+                inner.vectoring = None;
+                inner.exception = None;
+                inner.wait = Wait::Sipi;
+                return Some(Todo::Yield);
+            }
+        }
+        // A start-up IPI to a CPU that runs is ignored (SDM Vol. 3A §8.4.3).
+        let _ = inner.lapic.take_sipi();
+        self.inject();
+        None
+    }
+
+    fn inject(&mut self) {
+        let inner = &mut *self.inner;
+        // An interrupted delivery first, then exceptions, NMI, interrupts
+        // (SDM Vol. 3A §6.9).
+        let mut busy = inner.hw.entry_event().is_some();
+        if !busy && let Some(event) = inner.vectoring.take().or_else(|| inner.exception.take()) {
+            inner.hw.inject(event);
+            busy = true;
+        }
+        let mut nmi_window = false;
+        if inner.lapic.nmi_pending() {
+            let can = !busy && inner.hw.nmi_interruptible();
+            if can && inner.lapic.take_nmi(false) {
+                inner.hw.inject(vmm_core::cpu::Event {
+                    kind: vmm_core::cpu::EventKind::Nmi,
+                    vector: 2,
+                    error_code: None,
+                    inst_len: 0,
+                });
+                busy = true;
+            }
+            if inner.hw.nmi_blocked() {
+                // Only one stays latched meanwhile.
+                let _ = inner.lapic.take_nmi(true);
+            }
+            nmi_window = inner.lapic.nmi_pending();
+        }
+        let mut window = false;
+        if inner.lapic.extint_pending() {
+            if !busy && inner.hw.interruptible() {
+                let (vector, more) = self.vm.acknowledge_extint();
+                inner.lapic.extint_done(more);
+                if let Some(vector) = vector {
+                    inner.hw.inject(external(vector));
+                    busy = true;
+                }
+            }
+            window = inner.lapic.extint_pending();
+        }
+        let virt = inner.hw.apic_virt();
+        if virt.contains(ApicVirt::INTERRUPTS) {
+            let changes = inner.lapic.take_changes();
+            if changes.contains(Changes::IRR) {
+                inner.hw.set_rvi(inner.lapic.rvi());
+            }
+            if changes.contains(Changes::ISR) {
+                inner.hw.set_svi(inner.lapic.svi());
+            }
+            if changes.contains(Changes::TMR) {
+                inner.hw.set_eoi_exit_bitmap(inner.lapic.eoi_exit_bitmap());
+            }
+        } else if let Some(vector) = inner.lapic.pending() {
+            if !busy && inner.hw.interruptible() {
+                inner.lapic.accept(vector);
+                inner.hw.inject(external(vector));
+                window |= inner.lapic.pending().is_some();
+            } else {
+                window = true;
+            }
+        }
+        if virt & (ApicVirt::TPR_SHADOW | ApicVirt::INTERRUPTS) == ApicVirt::TPR_SHADOW {
+            inner
+                .hw
+                .set_tpr_threshold(inner.lapic.tpr_threshold() as u8);
+        }
+        inner.hw.set_interrupt_window(window);
+        inner.hw.set_nmi_window(nmi_window);
+        // What could not be injected for a planned event comes next time.
+        inner.attention =
+            window || nmi_window || inner.vectoring.is_some() || inner.exception.is_some();
+    }
+
+    /// Asleep in HLT. True: an exit for userland is in place.
+    fn halt(&mut self) -> Result<bool, i32> {
+        let enabled = crate::regs::with_current(self.inner, |inner| {
+            inner.hw.reg(Reg::Rflags) & vmm_core::cpu::RFLAGS_IF != 0
+        });
+        let id = self.vcpu.id as usize;
+        let inner = &mut *self.inner;
+        inner.lapic.sync();
+        let now = os::rdtsc();
+        if inner.lapic.timer_deadline().is_some_and(|d| d <= now) {
+            inner.lapic.timer_tick(now);
+        }
+        let wakes = inner.lapic.nmi_pending()
+            || inner.vectoring.is_some()
+            || inner.exception.is_some()
+            || enabled && (inner.lapic.pending().is_some() || inner.lapic.extint_pending())
+            || inner.lapic.init_pending();
+        if wakes {
+            self.vm.halted.clear(id);
+            inner.wait = Wait::No;
+            inner.attention = true;
+            return Ok(false);
+        }
+        if !enabled {
+            self.vm.halted.set(id);
+            if self.vm.active.subset_of(&self.vm.halted) {
+                // Nobody is left to wake anybody: as FreeBSD's vmm has it,
+                // the machine has halted.
+                let _ = self.vm.suspend(SuspendHow::Halt.raw());
+                return Ok(false);
+            }
+        }
+        let ns = inner.lapic.timer_deadline().map_or(u64::MAX, |d| {
+            self.vm.clock.to_ns.apply_up(d.saturating_sub(now))
+        });
+        let (vm, vcpu) = (self.vm, self.vcpu);
+        let signal = self.vcpu.sleep(ns, || leave_sleep(vm, vcpu));
+        if signal && os::yield_now() {
+            self.leave_with(UserExit::Bogus);
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// Waits for a start-up IPI.
+    fn wait_for_sipi(&mut self) {
+        let inner = &mut *self.inner;
+        inner.lapic.sync();
+        let _ = inner.lapic.take_init();
+        if let Some(vector) = inner.lapic.take_sipi() {
+            crate::regs::with_current(inner, |inner| inner.hw.sipi(vector));
+            inner.wait = Wait::No;
+            inner.next_rip = None;
+            inner.attention = true;
+            return;
+        }
+        // Awake again for other reasons is possible, so ask each time.
+        let (vm, vcpu) = (self.vm, self.vcpu);
+        let _ = self.vcpu.sleep(u64::MAX, || leave_sleep(vm, vcpu));
+    }
+}
+
+impl Runner<'_> {
+    /// Looks which vCPUs that userland has not started yet got a start-up
+    /// IPI: their own threads cannot.
+    pub fn collect_spinups(&mut self) {
+        for v in self.vm.vcpus() {
+            let id = v.id as usize;
+            if id == self.vcpu.id as usize || self.vm.active.contains(id) {
+                continue;
+            }
+            let Some(mut inner) = v.try_freeze() else {
+                continue;
+            };
+            inner.lapic.sync();
+            if inner.lapic.take_init() {
+                crate::regs::with_current(&mut inner, |i| i.hw.reset(Reset::Init));
+                inner.lapic.init();
+            }
+            if let Some(vector) = inner.lapic.take_sipi() {
+                drop(inner);
+                self.vm.add_spinup(v.id, vector);
+            }
+        }
+    }
+}
+
+/// Whether something other than the mailbox wants a sleeping vCPU.
+fn leave_sleep(vm: &Vm, vcpu: &Vcpu) -> bool {
+    use core::sync::atomic::Ordering::SeqCst;
+    vm.dying()
+        || vm.suspend.load(SeqCst) != 0
+        || vcpu.reqidle.load(SeqCst) != 0
+        || vm.debug.contains(vcpu.id as usize)
+}
+
+fn external(vector: u8) -> vmm_core::cpu::Event {
+    vmm_core::cpu::Event {
+        kind: vmm_core::cpu::EventKind::External,
+        vector,
+        error_code: None,
+        inst_len: 0,
+    }
+}

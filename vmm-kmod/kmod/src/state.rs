@@ -1,0 +1,103 @@
+//! What ioctls may do to a vCPU that is out of the guest.
+
+use vmm_abi::Capability;
+use vmm_abi::layout::VmException;
+use vmm_core::cpu::{CpuState, Event, Reg};
+use vmm_hw::vmx::{Features, PauseExiting};
+
+use crate::errno;
+use crate::vcpu::Inner;
+
+/// A guest that spins this long (TSC ticks between PAUSEs, and in all) waits
+/// for another vCPU; the CPU it burns may be the one that the other needs.
+pub const PAUSE_LOOP: PauseExiting = PauseExiting::Loop {
+    gap: 128,
+    window: 4096,
+};
+
+impl Inner {
+    /// VM_INJECT_EXCEPTION. EINVAL: no such exception. EBUSY: another is
+    /// pending.
+    pub fn inject_exception(&mut self, a: &VmException) -> Result<(), i32> {
+        let vector = u8::try_from(a.vector).map_err(|_| errno::EINVAL)?;
+        // As FreeBSD: NMI has a request of its own; a double fault must carry
+        // its error code.
+        if vector >= 32 || vector == 2 {
+            return Err(errno::EINVAL);
+        }
+        let pushes = matches!(vector, 8 | 10..=14 | 17);
+        let protected = self.hw.reg(Reg::Cr0) & vmm_core::cpu::CR0_PE != 0;
+        if vector == 8 && a.error_code_valid == 0 {
+            return Err(errno::EINVAL);
+        }
+        if self.exception.is_some() {
+            return Err(errno::EBUSY);
+        }
+        // Real mode pushes no error codes.
+        let error_code = (a.error_code_valid != 0 && pushes && protected).then_some(a.error_code);
+        self.exception = Some(Event {
+            error_code,
+            ..Event::exception(vector)
+        });
+        self.attention = true;
+        if a.restart_instruction != 0 {
+            self.restart_instruction();
+        }
+        // Blocking by STI or MOV SS ends with the instruction that faulted.
+        self.hw.set_interrupt_shadow(false);
+        Ok(())
+    }
+
+    /// VM_RESTART_INSTRUCTION: the instruction that caused the last exit is
+    /// executed again.
+    pub fn restart_instruction(&mut self) {
+        self.next_rip = None;
+        self.exit.inst_length = 0;
+    }
+
+    /// VM_GET_CAPABILITY. ENOENT: the CPU has it not.
+    pub fn capability(&self, cap: Capability) -> Result<i32, i32> {
+        let on = match cap {
+            Capability::HaltExit => self.halt_exit,
+            Capability::MtrapExit => self.mtrap_exit,
+            Capability::PauseExit => self.pause_exit,
+            Capability::UnrestrictedGuest => true,
+            Capability::EnableInvpcid => self.invpcid,
+            Capability::Rdtscp | Capability::Rdpid => {
+                self.hw.backend().caps.features.contains(Features::RDTSCP)
+            }
+            _ => return Err(errno::ENOENT),
+        };
+        Ok(i32::from(on))
+    }
+
+    /// VM_SET_CAPABILITY; the VMCS is current. ENOENT: the CPU has it not.
+    pub fn set_capability(&mut self, cap: Capability, on: bool) -> Result<(), i32> {
+        let ok = match cap {
+            // HLT always exits, so that an idle guest sleeps; what the
+            // request says is only remembered.
+            Capability::HaltExit => {
+                self.halt_exit = on;
+                true
+            }
+            Capability::PauseExit => {
+                self.pause_exit = on;
+                self.hw
+                    .set_pause_exiting(if on { PauseExiting::Every } else { PAUSE_LOOP })
+                    || !on
+            }
+            Capability::MtrapExit => {
+                self.mtrap_exit = on;
+                self.hw.set_mtf(on)
+            }
+            Capability::EnableInvpcid => {
+                self.invpcid = on;
+                self.hw.set_invpcid(on)
+            }
+            // Required of the CPU, so it is on.
+            Capability::UnrestrictedGuest => on,
+            _ => false,
+        };
+        if ok { Ok(()) } else { Err(errno::ENOENT) }
+    }
+}

@@ -1,0 +1,346 @@
+//! A virtual CPU: what its own thread has to itself, and what others may do
+//! to it meanwhile.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::ffi::c_void;
+use core::ops::Deref;
+use core::ptr;
+use core::sync::atomic::{AtomicU32, Ordering, fence};
+
+use vmm_abi::raw_exit::VmExitRaw;
+use vmm_core::cpu::Event;
+use vmm_core::cpuid::{CpuidConfig, CpuidTable, Vendor, lapic_timer_hz};
+use vmm_core::host::Host;
+use vmm_core::lapic::{Lapic, LapicConfig, LapicPage, Mailbox};
+use vmm_core::msr::{MsrConfig, MsrState};
+use vmm_core::stats::Stats;
+use vmm_core::time::Ratio;
+use vmm_hw::vmx::{self, ApicVirt, Reset};
+
+use crate::ffi;
+use crate::global;
+use crate::klog;
+use crate::os::Os;
+use crate::regs;
+use crate::state::PAUSE_LOOP;
+use crate::sync::{self, Mutex, MutexGuard, NoMemory, Sleeper, Timer};
+use crate::vm::Vm;
+
+/// The vCPU's thread is not in the guest; it looks before it enters.
+const OUTSIDE: u32 = 0;
+/// In the inner loop on CPU `cpu`: an interrupt there makes it look.
+const GUEST: u32 = 1;
+/// Asleep, or about to be.
+const ASLEEP: u32 = 2;
+
+/// Points to a vCPU's mailbox from the vCPU's own local APIC.
+#[derive(Clone, Copy)]
+pub struct MailboxRef(*const Mailbox);
+
+impl Deref for MailboxRef {
+    type Target = Mailbox;
+    #[inline(always)]
+    fn deref(&self) -> &Mailbox {
+        // SAFETY: the mailbox is in the `Vcpu` that owns the local APIC that
+        // owns this pointer, and that `Vcpu` never moves.
+        unsafe { &*self.0 }
+    }
+}
+
+/// What a vCPU that is not running waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Nothing: it runs.
+    No,
+    /// An interrupt, after HLT.
+    Halt,
+    /// A start-up IPI, after INIT.
+    Sipi,
+}
+
+/// The part of a vCPU that belongs to whoever holds its lock: its thread
+/// while it runs, an ioctl while it does not.
+pub struct Inner {
+    /// VMCS and registers.
+    pub hw: vmx::Vcpu<Os>,
+    /// Local APIC.
+    pub lapic: Lapic<MailboxRef>,
+    /// CPUID answers.
+    pub cpuid: Box<CpuidTable>,
+    /// Emulated MSRs.
+    pub msr: MsrState,
+    /// Version of the VM's settings that `cpuid` was made from; 0 = none.
+    pub config_gen: u32,
+    /// The exit last given to userland.
+    pub exit: VmExitRaw,
+    /// Where the next run begins, if not where the guest stopped.
+    pub next_rip: Option<u64>,
+    /// Event whose delivery was interrupted; goes first.
+    pub vectoring: Option<Event>,
+    /// Exception to deliver.
+    pub exception: Option<Event>,
+    /// Something may have to be injected, or a window is open.
+    pub attention: bool,
+    /// What it waits for.
+    pub wait: Wait,
+    /// Extra TSC offset of this vCPU (IA32_TSC and IA32_TSC_ADJUST writes).
+    pub tsc_adjust: u64,
+    /// Leave the guest on HLT even to userland? (VM_CAP_HALT_EXIT as set.)
+    pub halt_exit: bool,
+    /// VM_CAP_PAUSE_EXIT as set.
+    pub pause_exit: bool,
+    /// VM_CAP_MTRAP_EXIT as set.
+    pub mtrap_exit: bool,
+    /// VM_CAP_ENABLE_INVPCID as set.
+    pub invpcid: bool,
+    /// Deadline that the host's timer was last armed for, host TSC.
+    pub timer_armed: u64,
+}
+
+/// A virtual CPU.
+pub struct Vcpu {
+    /// Where others leave interrupts.
+    pub mailbox: Box<Mailbox>,
+    mode: AtomicU32,
+    cpu: AtomicU32,
+    /// Threads that wait for the vCPU to leave the guest and stay out.
+    pub reqidle: AtomicU32,
+    /// Number.
+    pub id: u32,
+    sleeper: Sleeper,
+    timer: Option<Timer>,
+    /// Counters, written by the vCPU's thread.
+    pub stats: Stats,
+    inner: Mutex<Inner>,
+}
+
+impl Vcpu {
+    /// A vCPU in power-on state.
+    pub fn new(vm: &Vm, id: u32) -> Result<Box<Vcpu>, NoMemory> {
+        let g = global::get();
+        let mailbox = sync::try_box(Mailbox::new(id))?;
+        let to_mailbox = MailboxRef(ptr::from_ref::<Mailbox>(&mailbox));
+        // SAFETY: a page of zeroed atomics is a valid page.
+        let page: Box<LapicPage> = unsafe { sync::try_box_zeroed()? };
+        let page_pa = global::virt_to_phys(ptr::from_ref::<LapicPage>(&page) as usize);
+        let lapic_hz = lapic_timer_hz(g.tsc_hz);
+        let cpuid = sync::try_box(CpuidTable::new(&cpuid_config(vm, id, false), global::cpuid))?;
+        let config = LapicConfig {
+            to_apic: Ratio::new(lapic_hz, g.tsc_hz),
+            from_apic: Ratio::new(g.tsc_hz, lapic_hz),
+            min_interval: g.tsc_hz / MAX_TIMER_HZ,
+            phys_bits: cpuid.phys_bits(),
+            x2apic: false,
+            bsp: id == 0,
+        };
+        let msr = MsrState::new(&msr_config(), &cpuid);
+        let hw = vmx::Vcpu::new(
+            Arc::clone(&g.backend),
+            vmx::Config {
+                vm: vm.hw_id,
+                eptp: vm.eptp,
+                generation: Arc::clone(&vm.generation),
+                virtual_apic: Some(page_pa),
+                apic_access: Some(vm.apic_access_pa()),
+                apic_virt: ApicVirt::all(),
+            },
+        )
+        .map_err(|e| {
+            klog!(Error, "no vCPU {id}: {e}");
+            NoMemory
+        })?;
+        let mut lapic = Lapic::new(page, to_mailbox, config);
+        lapic.use_virtual_delivery(hw.apic_virt().contains(ApicVirt::INTERRUPTS));
+        let mut vcpu = sync::try_box(Vcpu {
+            mailbox,
+            mode: AtomicU32::new(OUTSIDE),
+            cpu: AtomicU32::new(0),
+            reqidle: AtomicU32::new(0),
+            id,
+            sleeper: Sleeper::new()?,
+            timer: None,
+            stats: Stats::new(),
+            inner: Mutex::new(Inner {
+                hw,
+                lapic,
+                cpuid,
+                msr,
+                config_gen: 0,
+                exit: VmExitRaw::default(),
+                next_rip: None,
+                vectoring: None,
+                exception: None,
+                attention: true,
+                wait: Wait::No,
+                tsc_adjust: 0,
+                halt_exit: false,
+                pause_exit: false,
+                mtrap_exit: false,
+                invpcid: false,
+                timer_armed: 0,
+            })?,
+        })?;
+        {
+            let mut inner = vcpu.freeze();
+            regs::with_current(&mut inner, |i| {
+                i.apply_tsc(vm);
+                i.hw.set_pause_exiting(PAUSE_LOOP);
+            });
+        }
+        let target = ptr::from_mut::<Vcpu>(&mut vcpu)
+            .cast::<u8>()
+            .wrapping_add(1);
+        vcpu.timer = Some(Timer::new(target.cast::<c_void>())?);
+        Ok(vcpu)
+    }
+
+    /// Has the vCPU to oneself; it is made to leave the guest if it runs.
+    pub fn freeze(&self) -> MutexGuard<'_, Inner> {
+        if let Some(inner) = self.inner.try_lock() {
+            return inner;
+        }
+        self.reqidle.fetch_add(1, Ordering::SeqCst);
+        self.poke();
+        let inner = self.inner.lock();
+        self.reqidle.fetch_sub(1, Ordering::SeqCst);
+        inner
+    }
+
+    /// As `freeze`, unless somebody has it.
+    pub fn try_freeze(&self) -> Option<MutexGuard<'_, Inner>> {
+        self.inner.try_lock()
+    }
+
+    /// After something was put into the mailbox: makes the vCPU look.
+    #[inline]
+    pub fn kick(&self) {
+        fence(Ordering::SeqCst);
+        match self.mode.load(Ordering::SeqCst) {
+            GUEST => {
+                let cpu = self.cpu.load(Ordering::Relaxed);
+                // On the same CPU the guest is not running now, and the
+                // mailbox is looked at before it runs again.
+                if cpu != Os::cpu() {
+                    // SAFETY: works in any context.
+                    unsafe { ffi::vmm_host_kick_cpu(cpu) }
+                }
+            }
+            ASLEEP => self.sleeper.wake(),
+            _ => {}
+        }
+    }
+
+    /// Makes the vCPU look at everything.
+    pub fn poke(&self) {
+        self.mailbox.poke();
+        self.kick();
+    }
+
+    /// The inner loop begins on this CPU (interrupts are off); what is put
+    /// into the mailbox from here on comes with a kick.
+    #[inline]
+    pub fn enter_guest_mode(&self) {
+        self.cpu.store(Os::cpu(), Ordering::Relaxed);
+        self.mode.store(GUEST, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+    }
+
+    /// The inner loop is over.
+    #[inline]
+    pub fn leave_guest_mode(&self) {
+        self.mode.store(OUTSIDE, Ordering::SeqCst);
+    }
+
+    /// Sleeps until kicked, `ns` nanoseconds have passed, or a signal came
+    /// (true); not at all if `ready` finds a reason.
+    pub fn sleep(&self, ns: u64, ready: impl FnOnce() -> bool) -> bool {
+        self.sleeper.prepare();
+        self.mode.store(ASLEEP, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let signal = if self.mailbox.pending() || ready() {
+            false
+        } else {
+            self.sleeper.sleep(ns)
+        };
+        self.mode.store(OUTSIDE, Ordering::SeqCst);
+        signal
+    }
+
+    /// Arms the timer that kicks the vCPU, for CPUs without a preemption
+    /// timer.
+    pub fn arm_timer(&self, ns: u64) {
+        if let Some(t) = &self.timer {
+            t.arm(ns);
+        }
+    }
+
+    /// The timer has fired (interrupt context).
+    pub fn timer_fired(&self) {
+        self.poke();
+    }
+}
+
+impl Inner {
+    /// Makes the CPUID table anew if the VM's settings have changed.
+    pub fn refresh_config(&mut self, vm: &Vm, id: u32) {
+        let generation = vm.config_gen.load(Ordering::Acquire);
+        if self.config_gen != generation {
+            let cfg = cpuid_config(vm, id, self.lapic.x2apic_offered());
+            *self.cpuid = CpuidTable::new(&cfg, global::cpuid);
+            self.config_gen = generation;
+        }
+    }
+
+    /// Brings the vCPU back to power-on state (VM_REINIT).
+    pub fn reset(&mut self, vm: &Vm) {
+        self.hw.reset(Reset::PowerOn);
+        self.lapic.reset();
+        self.msr = MsrState::new(&msr_config(), &self.cpuid);
+        self.exit = VmExitRaw::default();
+        self.next_rip = None;
+        self.vectoring = None;
+        self.exception = None;
+        self.attention = true;
+        self.wait = Wait::No;
+        self.tsc_adjust = 0;
+        self.apply_tsc(vm);
+    }
+
+    /// Tells the CPU the guest's TSC offset.
+    pub fn apply_tsc(&mut self, vm: &Vm) {
+        let offset = self.tsc_adjust.wrapping_sub(vm.tsc_base);
+        self.hw.set_tsc_offset(offset as i64);
+    }
+}
+
+/// Shortest period of a local APIC timer: more often than that it would
+/// keep a host CPU busy.
+const MAX_TIMER_HZ: u64 = 50_000;
+
+fn cpuid_config(vm: &Vm, id: u32, x2apic: bool) -> CpuidConfig {
+    let g = global::get();
+    CpuidConfig {
+        vendor: Vendor::Intel,
+        vcpu_id: id,
+        apic_id: id,
+        topology: vm.topology(),
+        tsc_hz: g.tsc_hz,
+        lapic_hz: lapic_timer_hz(g.tsc_hz),
+        x2apic,
+        hypervisor: true,
+        kvm_signature: true,
+        phys_bits: 0,
+        caps: g.cpuid_caps,
+    }
+}
+
+fn msr_config() -> MsrConfig {
+    let g = global::get();
+    MsrConfig {
+        vendor: Vendor::Intel,
+        microcode: g.microcode,
+        arch_capabilities: g.arch_capabilities,
+        tsc_hz: g.tsc_hz,
+    }
+}

@@ -1,0 +1,681 @@
+//! A virtual machine, and the list of all of them.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::ffi::{c_char, c_void};
+use core::ops::Deref;
+use core::ptr::{self, NonNull};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use vmm_core::apicbus::{self, ApicMessage, IrqSink};
+use vmm_core::chipset::Chipset;
+use vmm_core::cpuid::Topology;
+use vmm_core::lapic::{DEFAULT_BASE, Lvt, Mailbox};
+use vmm_core::time::Clock;
+use vmm_hw::ept::{Ept, Generation, Invalidation, MemType, Prot};
+use vmm_hw::page::Pages;
+use vmm_hw::vmx::ApicVirt;
+
+use crate::cpuset::{CpuSet, MAX_VCPUS};
+use crate::errno;
+use crate::ffi;
+use crate::global;
+use crate::memory::MemMap;
+use crate::os::{self, Os};
+use crate::sync::{self, Mutex, NoMemory, SpinLock, Timer};
+use crate::vcpu::Vcpu;
+
+/// Longest name, bytes without the NUL (FreeBSD 13's VM_MAX_NAMELEN).
+pub const NAME_MAX: usize = 229;
+
+/// vCPUs that can wait at once to be started by userland: all there are.
+const MAX_SPINUPS: usize = MAX_VCPUS;
+
+/// Guest memory and the tables that map it.
+pub struct Memory {
+    /// Segments and mappings.
+    pub map: MemMap,
+    /// Nested page tables.
+    pub ept: Ept<Os>,
+}
+
+/// A reference to a vCPU, or to none, as interrupt routing sees it.
+pub struct Slot(AtomicPtr<Vcpu>);
+
+static NOBODY: Mailbox = Mailbox::new(u32::MAX);
+
+impl AsRef<Mailbox> for Slot {
+    #[inline]
+    fn as_ref(&self) -> &Mailbox {
+        self.get().map_or(&NOBODY, |v| &v.mailbox)
+    }
+}
+
+impl Slot {
+    #[inline]
+    fn get(&self) -> Option<&Vcpu> {
+        let p = self.0.load(Ordering::Acquire);
+        // SAFETY: a vCPU, once published here, lives as long as its VM.
+        unsafe { p.as_ref() }
+    }
+}
+
+/// A virtual machine.
+pub struct Vm {
+    refs: AtomicUsize,
+    next: AtomicPtr<Vm>,
+    name: [u8; NAME_MAX + 1],
+    name_len: usize,
+    node: AtomicPtr<ffi::Node>,
+    dying: AtomicBool,
+    /// How TSC ticks relate to other clocks.
+    pub clock: Clock,
+    /// Host TSC at which the guest's TSC is 0.
+    pub tsc_base: u64,
+    /// Guest memory.
+    pub mem: Mutex<Memory>,
+    /// EPT pointer of the nested page tables.
+    pub eptp: u64,
+    /// Which generation of them the CPUs have seen.
+    pub generation: Arc<Generation>,
+    /// Devices that are not a vCPU's own.
+    pub chipset: SpinLock<Chipset>,
+    chipset_timer: Option<Timer>,
+    slots: Box<[Slot]>,
+    nslots: AtomicUsize,
+    /// Serializes the making of vCPUs.
+    making: Mutex<()>,
+    /// Sockets, cores and threads, 16 bits each from the lowest up.
+    topology: AtomicU64,
+    /// Changes whenever `topology` does.
+    pub config_gen: AtomicU32,
+    /// Whose turn it is among equals in lowest-priority arbitration.
+    turn: AtomicU32,
+    /// Page behind the local APIC's address while the CPU virtualizes it; its
+    /// contents are never used.
+    apic_access: Pages<Os>,
+    /// Number that tells VMs apart for the CPU backend.
+    pub hw_id: u64,
+    /// SuspendHow, 0 while the VM runs.
+    pub suspend: AtomicU32,
+    /// vCPUs that may run.
+    pub active: CpuSet,
+    /// vCPUs that have seen `suspend`.
+    pub suspended: CpuSet,
+    /// vCPUs that a debugger stopped.
+    pub debug: CpuSet,
+    /// vCPUs that executed HLT with interrupts off.
+    pub halted: CpuSet,
+    /// vCPUs that a SIPI asks userland to start, with their vectors in the
+    /// low 8 bits and the vCPU above; 0 = free.
+    spinups: [AtomicU32; MAX_SPINUPS],
+    spinup_count: AtomicU32,
+}
+
+// SAFETY: fields that are not atomic or locked are constant once the VM has
+// been published; `chipset_timer` is the host's, which locks itself.
+unsafe impl Sync for Vm {}
+// SAFETY: as above.
+unsafe impl Send for Vm {}
+
+struct List(*mut Vm);
+// SAFETY: the list is only touched under its lock.
+unsafe impl Send for List {}
+
+static VMS: SpinLock<List> = SpinLock::new(List(ptr::null_mut()));
+
+/// A counted reference to a VM.
+pub struct VmRef(NonNull<Vm>);
+
+impl Deref for VmRef {
+    type Target = Vm;
+    fn deref(&self) -> &Vm {
+        // SAFETY: the reference is counted.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl Drop for VmRef {
+    fn drop(&mut self) {
+        // SAFETY: gives back this reference.
+        unsafe { Vm::put(self.0.as_ptr()) }
+    }
+}
+
+impl Vm {
+    /// Makes a VM and its device node.
+    ///
+    /// EINVAL for a name that no node can have, ENAMETOOLONG, EEXIST, ENOMEM.
+    pub fn create(name: &[u8]) -> Result<(), i32> {
+        check_name(name)?;
+        let vm = Self::build(name).map_err(|_| errno::ENOMEM)?;
+        let vm = Box::into_raw(vm);
+        {
+            let mut list = VMS.lock();
+            if !list.find(name).is_null() {
+                drop(list);
+                // SAFETY: never published; this is the only pointer.
+                drop(unsafe { Box::from_raw(vm) });
+                return Err(errno::EEXIST);
+            }
+            // SAFETY: `vm` is valid; the list lock is held.
+            unsafe { (*vm).next.store(list.0, Ordering::Relaxed) };
+            list.0 = vm;
+        }
+        let mut node = ptr::null_mut();
+        // SAFETY: `vm` lives while it is on the list; the name ends with NUL.
+        let error = unsafe {
+            ffi::vmm_host_node_create(
+                (*vm).name.as_ptr().cast::<c_char>(),
+                vm.cast(),
+                -1,
+                &mut node,
+            )
+        };
+        if error != 0 {
+            VMS.lock().remove(vm);
+            // SAFETY: gives back the list's reference.
+            unsafe { Vm::put(vm) };
+            return Err(error);
+        }
+        // SAFETY: as above.
+        unsafe { (*vm).node.store(node, Ordering::Release) };
+        Ok(())
+    }
+
+    fn build(name: &[u8]) -> Result<Box<Vm>, NoMemory> {
+        let g = global::get();
+        let clock = Clock::new(g.tsc_hz);
+        let now = os::rdtsc();
+        let mut ept = Ept::<Os>::new(g.backend.caps.ept_options()).map_err(|_| NoMemory)?;
+        let eptp = ept.eptp();
+        let generation = ept.generation();
+        let apic_access = Pages::new(0).map_err(|_| NoMemory)?;
+        if ApicVirt::supported(&g.backend.caps).contains(ApicVirt::ACCESS_PAGE) {
+            let prot = Prot::READ | Prot::WRITE;
+            // Nothing was mapped, so nothing is stale.
+            let _ = ept
+                .map(
+                    DEFAULT_BASE,
+                    apic_access.pa(),
+                    4096,
+                    prot,
+                    MemType::WriteBack,
+                )
+                .map_err(|_| NoMemory)?;
+        }
+        let mut stored = [0; NAME_MAX + 1];
+        for (to, from) in stored.iter_mut().zip(name) {
+            *to = *from;
+        }
+        let mut vm = sync::try_box(Vm {
+            refs: AtomicUsize::new(1),
+            next: AtomicPtr::new(ptr::null_mut()),
+            name: stored,
+            name_len: name.len(),
+            node: AtomicPtr::new(ptr::null_mut()),
+            dying: AtomicBool::new(false),
+            clock,
+            tsc_base: now,
+            mem: Mutex::new(Memory {
+                map: MemMap::default(),
+                ept,
+            })?,
+            eptp,
+            generation,
+            chipset: SpinLock::new(Chipset::new(&clock, now, os::wallclock())),
+            chipset_timer: None,
+            slots: sync::try_slice(MAX_VCPUS, |_| Slot(AtomicPtr::new(ptr::null_mut())))?,
+            nslots: AtomicUsize::new(0),
+            making: Mutex::new(())?,
+            topology: AtomicU64::new(1 | 1 << 16 | 1 << 32),
+            config_gen: AtomicU32::new(1),
+            turn: AtomicU32::new(0),
+            apic_access,
+            hw_id: g.backend.new_vm_id(),
+            suspend: AtomicU32::new(0),
+            active: CpuSet::new(),
+            suspended: CpuSet::new(),
+            debug: CpuSet::new(),
+            halted: CpuSet::new(),
+            spinups: [const { AtomicU32::new(0) }; MAX_SPINUPS],
+            spinup_count: AtomicU32::new(0),
+        })?;
+        let target = ptr::from_mut::<Vm>(&mut vm).cast::<c_void>();
+        vm.chipset_timer = Some(Timer::new(target)?);
+        Ok(vm)
+    }
+
+    /// Finds a VM by name.
+    pub fn lookup(name: &[u8]) -> Option<VmRef> {
+        let list = VMS.lock();
+        let vm = NonNull::new(list.find(name))?;
+        // SAFETY: on the list, so alive.
+        unsafe { vm.as_ref() }.refs.fetch_add(1, Ordering::Relaxed);
+        Some(VmRef(vm))
+    }
+
+    /// Takes the VM's node and name away and makes every vCPU leave; its
+    /// memory goes with the last open file. ENXIO: no such VM. EBUSY: somebody
+    /// else is at it.
+    pub fn destroy(name: &[u8]) -> Result<(), i32> {
+        let vm = Self::lookup(name).ok_or(errno::ENXIO)?;
+        let node = vm.node.swap(ptr::null_mut(), Ordering::AcqRel);
+        if node.is_null() {
+            return Err(errno::EBUSY);
+        }
+        vm.dying.store(true, Ordering::SeqCst);
+        // SAFETY: whoever got the node out of `node` removes it.
+        unsafe { ffi::vmm_host_node_destroy(node) };
+        vm.kick_all();
+        VMS.lock().remove(vm.0.as_ptr());
+        // SAFETY: gives back the list's reference.
+        unsafe { Vm::put(vm.0.as_ptr()) };
+        Ok(())
+    }
+
+    /// Adds a reference.
+    ///
+    /// # Safety
+    /// `vm` is alive.
+    pub unsafe fn get(vm: *mut Vm) {
+        // SAFETY: by the caller's word.
+        unsafe { (*vm).refs.fetch_add(1, Ordering::Relaxed) };
+    }
+
+    /// Gives a reference back.
+    ///
+    /// # Safety
+    /// The caller has one.
+    pub unsafe fn put(vm: *mut Vm) {
+        // SAFETY: by the caller's word it is still alive here.
+        if unsafe { (*vm).refs.fetch_sub(1, Ordering::AcqRel) } == 1 {
+            // SAFETY: that was the last reference.
+            drop(unsafe { Box::from_raw(vm) });
+        }
+    }
+
+    /// Physical address of the APIC-access page.
+    pub fn apic_access_pa(&self) -> u64 {
+        self.apic_access.pa()
+    }
+
+    /// The VM's name.
+    pub fn name(&self) -> &[u8] {
+        self.name.get(..self.name_len).unwrap_or_default()
+    }
+
+    /// Whether the VM has been destroyed.
+    #[inline]
+    pub fn dying(&self) -> bool {
+        self.dying.load(Ordering::SeqCst)
+    }
+
+    /// The vCPU, if it has been made.
+    #[inline]
+    pub fn vcpu(&self, id: usize) -> Option<&Vcpu> {
+        self.slots.get(id)?.get()
+    }
+
+    /// The vCPUs that have been made.
+    pub fn vcpus(&self) -> impl Iterator<Item = &Vcpu> {
+        self.slots().iter().filter_map(Slot::get)
+    }
+
+    /// Slots up to the highest vCPU that has been made.
+    #[inline]
+    pub fn slots(&self) -> &[Slot] {
+        self.slots
+            .get(..self.nslots.load(Ordering::Acquire))
+            .unwrap_or_default()
+    }
+
+    /// The vCPU, made if need be. EINVAL: no such number. ENOMEM.
+    pub fn ensure_vcpu(&self, id: i32) -> Result<&Vcpu, i32> {
+        let id = usize::try_from(id).map_err(|_| errno::EINVAL)?;
+        let slot = self.slots.get(id).ok_or(errno::EINVAL)?;
+        if let Some(v) = slot.get() {
+            return Ok(v);
+        }
+        let making = self.making.lock();
+        if slot.get().is_none() {
+            let vcpu = Vcpu::new(self, id as u32).map_err(|_| errno::ENOMEM)?;
+            slot.0.store(Box::into_raw(vcpu), Ordering::Release);
+            self.nslots.fetch_max(id + 1, Ordering::AcqRel);
+        }
+        drop(making);
+        slot.get().ok_or(errno::EINVAL)
+    }
+
+    /// Makes every vCPU look at the VM's state.
+    pub fn kick_all(&self) {
+        for v in self.vcpus() {
+            v.poke();
+        }
+    }
+
+    /// Notes that userland is to start a vCPU.
+    pub fn add_spinup(&self, vcpu: u32, vector: u8) {
+        let value = 1 << 31 | vcpu << 8 | u32::from(vector);
+        for slot in &self.spinups {
+            if slot
+                .compare_exchange(0, value, Ordering::SeqCst, Ordering::SeqCst)
+                .is_ok()
+            {
+                self.spinup_count.fetch_add(1, Ordering::SeqCst);
+                return;
+            }
+        }
+    }
+
+    /// The next vCPU that userland is to start, and where.
+    #[inline]
+    pub fn next_spinup(&self) -> Option<(i32, u8)> {
+        if self.spinup_count.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        self.spinups.iter().find_map(|slot| {
+            let value = slot.swap(0, Ordering::SeqCst);
+            (value != 0).then(|| {
+                self.spinup_count.fetch_sub(1, Ordering::SeqCst);
+                (((value & !(1 << 31)) >> 8) as i32, value as u8)
+            })
+        })
+    }
+
+    /// Makes one vCPU look.
+    #[inline]
+    pub fn kick(&self, id: usize) {
+        if let Some(v) = self.vcpu(id) {
+            v.kick();
+        }
+    }
+
+    /// Routes an interrupt message to the vCPUs that it addresses. INIT and
+    /// start-up messages included.
+    pub fn deliver(&self, message: &ApicMessage) -> usize {
+        apicbus::deliver(self.slots(), message, &self.turn, |id| self.kick(id))
+    }
+
+    /// Acknowledges the 8259 pair: the vector, if it still wants one taken,
+    /// and whether there is more.
+    pub fn acknowledge_extint(&self) -> (Option<u8>, bool) {
+        self.with_chipset(|c, _, _| c.extint_acknowledge())
+    }
+
+    /// Sockets, cores, threads.
+    pub fn topology(&self) -> Topology {
+        let t = self.topology.load(Ordering::Acquire);
+        Topology {
+            sockets: t as u16,
+            cores: (t >> 16) as u16,
+            threads: (t >> 32) as u16,
+        }
+    }
+
+    /// Sets them; vCPUs take it over when they run next.
+    pub fn store_topology(&self, sockets: u16, cores: u16, threads: u16) {
+        let t = u64::from(sockets) | u64::from(cores) << 16 | u64::from(threads) << 32;
+        self.topology.store(t, Ordering::Release);
+    }
+
+    /// Makes every vCPU that the topology names, so that messages to all
+    /// reach those that userland has not started yet.
+    pub fn ensure_topology(&self) -> Result<(), i32> {
+        let t = self.topology();
+        let n = usize::from(t.sockets) * usize::from(t.cores) * usize::from(t.threads);
+        for id in 0..n.min(MAX_VCPUS) {
+            self.ensure_vcpu(id as i32)?;
+        }
+        Ok(())
+    }
+
+    /// The node of a device-memory segment: `/dev/vmm.io/VM.SEGMENT`.
+    pub fn segment_node(&self, segment: &[u8], segid: i32) -> Result<NonNull<ffi::Node>, i32> {
+        let mut name = [0; NAME_MAX + crate::memory::SEG_NAME_MAX + 2];
+        let parts = self.name().iter().chain(b".").chain(segment);
+        for (to, from) in name.iter_mut().zip(parts) {
+            *to = *from;
+        }
+        check_name(segment)?;
+        let mut node = ptr::null_mut();
+        // SAFETY: this VM is alive, and a segment's node goes before it does;
+        // the name ends with NUL, as it is one longer than what fits.
+        let error = unsafe {
+            ffi::vmm_host_node_create(
+                name.as_ptr().cast::<c_char>(),
+                ptr::from_ref(self).cast_mut().cast(),
+                segid,
+                &mut node,
+            )
+        };
+        if error != 0 {
+            return Err(error);
+        }
+        NonNull::new(node).ok_or(errno::ENOMEM)
+    }
+
+    /// Maps part of a segment into the guest.
+    pub fn mmap_memseg(&self, map: crate::memory::Map) -> Result<(), i32> {
+        let mut mem = self.mem.lock();
+        mem.map.map(map)?;
+        if map.flags & crate::memory::MAP_WIRED != 0 {
+            // Wired memory is there from the start.
+            let mut at = 0;
+            while at < map.len {
+                let gpa = map.gpa + at;
+                let Some(b) = mem.map.backing(gpa)? else {
+                    break;
+                };
+                mem.enter(gpa, &b)?;
+                at += b.size - (gpa & (b.size - 1));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a mapping away and makes every vCPU forget it.
+    pub fn munmap_memseg(&self, gpa: u64, len: u64) -> Result<(), i32> {
+        let mut mem = self.mem.lock();
+        mem.map.unmap(gpa, len)?;
+        let stale = mem.ept.unmap(gpa, len).map_err(|_| errno::ENOMEM)?;
+        drop(mem);
+        if stale == Invalidation::Required {
+            // Each vCPU leaves the guest once, and invalidates on its way
+            // back. The memory itself stays with its segment.
+            self.kick_all();
+        }
+        Ok(())
+    }
+
+    /// The page behind an address of the guest's memory (`segid` < 0), or of
+    /// a device segment. EFAULT: there is none. ENOMEM.
+    pub fn page(&self, segid: i32, off: u64) -> Result<u64, i32> {
+        let mem = self.mem.lock();
+        match usize::try_from(segid) {
+            Ok(id) => mem
+                .map
+                .segment(id)
+                .ok_or(errno::EFAULT)?
+                .page(off)
+                .map(|(hpa, _)| hpa),
+            Err(_) => Ok(mem.map.backing(off)?.ok_or(errno::EFAULT)?.hpa),
+        }
+    }
+
+    /// Whether a stretch of memory can be mapped by userland. EINVAL.
+    pub fn mmap_ok(&self, segid: i32, off: u64, len: u64) -> Result<(), i32> {
+        let mem = self.mem.lock();
+        let ok = match usize::try_from(segid) {
+            Ok(id) => mem
+                .map
+                .segment(id)
+                .is_some_and(|s| off.checked_add(len).is_some_and(|end| end <= s.len)),
+            Err(_) => mem.map.covers(off, len),
+        };
+        if ok { Ok(()) } else { Err(errno::EINVAL) }
+    }
+
+    /// Brings the VM back to power-on state. EBUSY while vCPUs run.
+    pub fn reinit(&self) -> Result<(), i32> {
+        if !self.active.same(&self.suspended) {
+            return Err(errno::EBUSY);
+        }
+        for v in self.vcpus() {
+            let mut inner = v.freeze();
+            crate::regs::with_current(&mut inner, |i| i.reset(self));
+        }
+        self.with_chipset(|c, now, sink| c.reset(now, sink));
+        self.suspend.store(0, Ordering::SeqCst);
+        self.active.zero();
+        self.suspended.zero();
+        self.halted.zero();
+        while self.next_spinup().is_some() {}
+        self.debug.zero();
+        Ok(())
+    }
+
+    /// Host TSC ticks to the guest's TSC.
+    pub fn guest_tsc(&self, host: u64) -> u64 {
+        host.wrapping_sub(self.tsc_base)
+    }
+
+    /// Does `f` with the chipset; interrupts that come of it are delivered
+    /// and the chipset's timer follows.
+    pub fn with_chipset<R>(&self, f: impl FnOnce(&mut Chipset, u64, &mut Sink<'_>) -> R) -> R {
+        let now = os::rdtsc();
+        let mut chipset = self.chipset.lock();
+        let before = chipset.next_deadline();
+        let r = f(&mut chipset, now, &mut Sink(self));
+        let after = chipset.next_deadline();
+        if after != before {
+            self.arm(after, now);
+        }
+        r
+    }
+
+    fn arm(&self, deadline: Option<u64>, now: u64) {
+        let Some(timer) = &self.chipset_timer else {
+            return;
+        };
+        match deadline {
+            Some(at) => timer.arm(self.clock.to_ns.apply_up(at.saturating_sub(now))),
+            None => timer.disarm(),
+        }
+    }
+
+    /// The chipset's timer has fired (interrupt context).
+    pub fn timer_fired(&self) {
+        let now = os::rdtsc();
+        let mut chipset = self.chipset.lock();
+        chipset.service(now, &mut Sink(self));
+        let next = chipset.next_deadline();
+        self.arm(next, os::rdtsc());
+    }
+
+    /// Stops all vCPUs for the given reason. EINVAL, EALREADY.
+    pub fn suspend(&self, how: u32) -> Result<(), i32> {
+        if how == 0 || how > 4 {
+            return Err(errno::EINVAL);
+        }
+        self.suspend
+            .compare_exchange(0, how, Ordering::SeqCst, Ordering::SeqCst)
+            .map_err(|_| errno::EALREADY)?;
+        self.kick_all();
+        Ok(())
+    }
+}
+
+impl Memory {
+    /// Puts backing memory into the nested page tables.
+    pub fn enter(&mut self, gpa: u64, b: &crate::memory::Backing) -> Result<(), i32> {
+        let mask = b.size - 1;
+        self.ept
+            .map(
+                gpa & !mask,
+                b.hpa & !mask,
+                b.size,
+                crate::memory::ept_prot(b.prot),
+                MemType::WriteBack,
+            )
+            .map(|_| ())
+            .map_err(|_| errno::ENOMEM)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // The timer first: its callback uses the chipset and the vCPUs.
+        self.chipset_timer = None;
+        for slot in &self.slots {
+            let v = slot.0.swap(ptr::null_mut(), Ordering::AcqRel);
+            if !v.is_null() {
+                // SAFETY: made by `ensure_vcpu`; nobody runs it any more, as
+                // every thread inside holds a reference to the VM.
+                drop(unsafe { Box::from_raw(v) });
+            }
+        }
+    }
+}
+
+impl List {
+    fn find(&self, name: &[u8]) -> *mut Vm {
+        let mut at = self.0;
+        // SAFETY: everything on the list is alive.
+        while let Some(vm) = unsafe { at.as_ref() } {
+            if vm.name() == name {
+                return at;
+            }
+            at = vm.next.load(Ordering::Relaxed);
+        }
+        ptr::null_mut()
+    }
+
+    fn remove(&mut self, vm: *mut Vm) {
+        // SAFETY: `vm` and everything on the list is alive.
+        let next = unsafe { (*vm).next.load(Ordering::Relaxed) };
+        if self.0 == vm {
+            self.0 = next;
+            return;
+        }
+        let mut at = self.0;
+        // SAFETY: as above.
+        while let Some(prev) = unsafe { at.as_ref() } {
+            let following = prev.next.load(Ordering::Relaxed);
+            if following == vm {
+                prev.next.store(next, Ordering::Relaxed);
+                return;
+            }
+            at = following;
+        }
+    }
+}
+
+fn check_name(name: &[u8]) -> Result<(), i32> {
+    if name.len() > NAME_MAX {
+        return Err(errno::ENAMETOOLONG);
+    }
+    // The name becomes a file's: no separator (nor what devtmpfs takes for
+    // one), nothing unprintable, not a directory's own name.
+    let bad = |b: &u8| !b.is_ascii_graphic() || matches!(b, b'/' | b'!' | b'\\');
+    if name.is_empty() || name.iter().any(bad) || name == b"." || name == b".." {
+        return Err(errno::EINVAL);
+    }
+    Ok(())
+}
+
+/// Where the chipset's interrupts go.
+pub struct Sink<'a>(pub &'a Vm);
+
+impl IrqSink for Sink<'_> {
+    fn message(&mut self, message: &ApicMessage) -> bool {
+        self.0.deliver(message) != 0
+    }
+
+    fn lint0(&mut self) {
+        if let Some(v) = self.0.vcpu(0) {
+            v.mailbox.post_local(Lvt::Lint0);
+            v.kick();
+        }
+    }
+}
