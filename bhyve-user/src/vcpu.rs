@@ -4,6 +4,7 @@ pub mod dump;
 pub mod inout;
 pub mod msr;
 pub mod ops;
+pub mod regfile;
 pub mod strings;
 
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use std::sync::Arc;
 use vmmapi::{Exit, SuspendHow, Vcpu, VmExit};
 
 use crate::ending::Failed;
+use crate::mmio;
 use crate::vm::Vm;
 use ops::VcpuOps;
 
@@ -28,7 +30,7 @@ pub enum Next {
 /// #UD.
 const UD: u8 = 6;
 /// #GP.
-const GP: u8 = 13;
+pub(crate) const GP: u8 = 13;
 
 /// Runs a vCPU until the VM stops. `Ok` says how; errors have been reported.
 pub fn run(vm: &Arc<Vm>, vcpu: &Vcpu) -> Result<SuspendHow, Failed> {
@@ -68,7 +70,7 @@ fn other(vm: &Arc<Vm>, vcpu: &Vcpu, exit: &VmExit) -> vmmapi::Result<Next> {
         Exit::InoutStr(s) => {
             strings::emulate(&vm.buses.ports, vm.config.strict_io, vcpu, &vm.memory, s)?
         }
-        Exit::InstEmul(e) => vm.mmio.emulate(vm, vcpu, exit, e)?,
+        Exit::InstEmul(e) => mmio::emulate(&vm.buses.mmio, &vm.memory, vcpu, exit, e)?,
         Exit::Rdmsr { msr } => vm.msrs.read(vcpu, *msr)?,
         Exit::Wrmsr { msr, value } => vm.msrs.write(vcpu, *msr, *value)?,
         Exit::SpinupAp { vcpu: id, rip } => crate::vm::spin_up(vm, *id, *rip)?,

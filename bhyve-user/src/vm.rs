@@ -19,7 +19,6 @@ use crate::ending::{Ending, Failed};
 use crate::i8042::I8042;
 use crate::legacy::Legacy;
 use crate::machine::{Machine, Suspend};
-use crate::mmio::Mmio;
 use crate::pci::bar::Windows;
 use crate::pci::intx::Router;
 use crate::pci::root::{PciError, PciRoot};
@@ -129,8 +128,6 @@ pub struct Vm {
     pub buses: Arc<Buses>,
     /// MSRs left to userland.
     pub msrs: Msrs,
-    /// Memory-mapped devices.
-    pub mmio: Mmio,
     /// Counters.
     pub stats: Stats,
     ending: Arc<Ending>,
@@ -277,7 +274,6 @@ impl Vm {
 
         let vm = Arc::new(Vm {
             msrs: Msrs::new(Vendor::host(), config.strict_msr),
-            mmio: Mmio,
             stats: Stats::new(config.exit_stats.is_some()),
             started: Mutex::default(),
             config,

@@ -289,10 +289,10 @@ mod tests {
     fn ins_backwards_with_16_bit_addresses_keeps_the_upper_halves() {
         let r = rig();
         r.cpu
-            .set_register(RegName::Rdi, 0xaaaa_bbbb_cccc_0000)
+            .set_register(RegName::Rdi, 0xaaaa_bbbb_cccc_0001)
             .unwrap();
         r.cpu.set_register(RegName::Rcx, 0x1234_0002).unwrap();
-        let mut s = exit(true, 1, 0xaaaa_bbbb_cccc_0000, 0x1234_0002);
+        let mut s = exit(true, 1, 0xaaaa_bbbb_cccc_0001, 0x1234_0002);
         s.addrsize = 2;
         s.rflags |= RFLAGS_DF;
         s.seg_name = RegName::Es;
@@ -303,8 +303,8 @@ mod tests {
             access: 0x93,
         };
         go(&r, &s);
-        assert_eq!(r.cpu.memory.borrow()[0x2000], 0x10);
-        assert_eq!(r.cpu.get(RegName::Rdi), Some(0xaaaa_bbbb_cccc_fffe));
+        assert_eq!(r.cpu.memory.borrow()[0x2000..0x2002], [0x11, 0x10]);
+        assert_eq!(r.cpu.get(RegName::Rdi), Some(0xaaaa_bbbb_cccc_ffff));
         assert_eq!(r.cpu.get(RegName::Rcx), Some(0x1234_0000));
     }
 
