@@ -69,7 +69,7 @@ static long request(void *vm, unsigned int cmd, unsigned long arg)
 	return -error;
 }
 
-static int vm_open(struct inode *inode, struct file *file)
+static int vmmdev_open(struct inode *inode, struct file *file)
 {
 	struct open_vm *open = kzalloc(sizeof(*open), GFP_KERNEL_ACCOUNT);
 	struct vmm_node *node;
@@ -92,7 +92,7 @@ static int vm_open(struct inode *inode, struct file *file)
 	return 0;
 }
 
-static int vm_release(struct inode *inode, struct file *file)
+static int vmmdev_release(struct inode *inode, struct file *file)
 {
 	struct open_vm *open = file->private_data;
 
@@ -101,7 +101,7 @@ static int vm_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
-static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+static long vmmdev_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
 	struct open_vm *open = file->private_data;
 
@@ -110,7 +110,7 @@ static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 	return request(open->vm, cmd, arg);
 }
 
-static vm_fault_t vm_fault(struct vm_fault *vmf)
+static vm_fault_t vmmdev_fault(struct vm_fault *vmf)
 {
 	struct open_vm *open = vmf->vma->vm_file->private_data;
 	struct page *page;
@@ -127,11 +127,11 @@ static vm_fault_t vm_fault(struct vm_fault *vmf)
 	return 0;
 }
 
-static const struct vm_operations_struct vm_vmops = {
-	.fault = vm_fault,
+static const struct vm_operations_struct vmmdev_vmops = {
+	.fault = vmmdev_fault,
 };
 
-static int vm_mmap(struct file *file, struct vm_area_struct *vma)
+static int vmmdev_mmap(struct file *file, struct vm_area_struct *vma)
 {
 	struct open_vm *open = file->private_data;
 	int error;
@@ -148,16 +148,16 @@ static int vm_mmap(struct file *file, struct vm_area_struct *vma)
 #else
 	vma->vm_flags |= VM_DONTEXPAND | VM_DONTDUMP;
 #endif
-	vma->vm_ops = &vm_vmops;
+	vma->vm_ops = &vmmdev_vmops;
 	return 0;
 }
 
-static const struct file_operations vm_fops = {
+static const struct file_operations vmmdev_fops = {
 	.owner = THIS_MODULE,
-	.open = vm_open,
-	.release = vm_release,
-	.unlocked_ioctl = vm_ioctl,
-	.mmap = vm_mmap,
+	.open = vmmdev_open,
+	.release = vmmdev_release,
+	.unlocked_ioctl = vmmdev_ioctl,
+	.mmap = vmmdev_mmap,
 	.llseek = noop_llseek,
 };
 
@@ -241,7 +241,7 @@ int vmm_device_init(void)
 	error = alloc_chrdev_region(&vmm_devt, 0, MAX_NODES, "vmm");
 	if (error != 0)
 		return error;
-	cdev_init(&vmm_cdev, &vm_fops);
+	cdev_init(&vmm_cdev, &vmmdev_fops);
 	vmm_cdev.owner = THIS_MODULE;
 	error = cdev_add(&vmm_cdev, vmm_devt, MAX_NODES);
 	if (error != 0)

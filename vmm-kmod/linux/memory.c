@@ -1,5 +1,6 @@
 /* Kernel memory, guest memory segments, copies from and to userland. */
 #include <linux/gfp.h>
+#include <linux/io.h>
 #include <linux/mm.h>
 #include <linux/mutex.h>
 #include <linux/preempt.h>
