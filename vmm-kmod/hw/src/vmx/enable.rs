@@ -55,6 +55,9 @@ impl fmt::Display for EnableError {
 }
 
 const NO_CPU: u32 = u32::MAX;
+/// How often to ask a CPU to give up a VMCS; more than one only while CPUs come
+/// and go.
+const TRIES: u32 = 16;
 
 /// A VMCS and where it is active; part of a list that only that CPU touches.
 pub(super) struct VmcsNode<H: Host> {
@@ -297,20 +300,25 @@ impl<H: Host> Backend<H> {
     }
 
     /// VMCLEARs a VMCS wherever it is active, unless that is CPU `but`.
-    /// Interrupts must be on (it may wait for another CPU).
-    pub(super) fn clear(&self, node: &VmcsNode<H>, but: Option<u32>) {
-        while let Some(cpu) = node.active() {
+    /// Interrupts must be on (it may wait for another CPU). False if it is
+    /// active still.
+    pub(super) fn clear(&self, node: &VmcsNode<H>, but: Option<u32>) -> bool {
+        for _ in 0..TRIES {
+            let Some(cpu) = node.active() else {
+                return true;
+            };
             if Some(cpu) == but {
-                return;
+                return true;
             }
             let mut arg = ClearArg {
                 backend: self,
                 node,
             };
-            // False means that the CPU went offline, which cleared the VMCS:
-            // the loop's condition sees it.
+            // False means that the CPU went offline, and `cpu_off` cleared
+            // the VMCS there: the next look at it tells.
             H::run_on_cpu(cpu, clear_thunk::<H>, (&raw mut arg).cast());
         }
+        node.active().is_none()
     }
 
     /// Makes a VMCS current on this CPU. The CPU's index, and whether the

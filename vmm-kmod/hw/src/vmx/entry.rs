@@ -1,12 +1,11 @@
 //! VM entry and the way back.
 
 use super::caps::Features;
-use super::enable::VmcsNode;
 use super::exit::raw;
-use super::fields::{msr, vmcs};
+use super::fields::{msr, reason, vmcs};
 use super::instr::{self, vmwrite};
 use super::vcpu::{Vcpu, work};
-use core::arch::naked_asm;
+use core::arch::{asm, naked_asm};
 use core::mem::offset_of;
 use core::sync::atomic::Ordering;
 use vmm_core::cpu::Exit;
@@ -29,20 +28,18 @@ const LAUNCHED: u32 = 1;
 /// Overwrite the CPU's buffers before the entry.
 pub(super) const VERW: u32 = 2;
 
-/// Enters the guest. 0 after a VM exit, 1 if the entry instruction failed.
+/// Enters the guest: RDI points to [`Regs`], ESI holds flags. Returns in EAX
+/// 0 after a VM exit, 1 if the entry instruction failed. Keeps RBX and RBP,
+/// which inline assembly cannot give up, and no other register.
 ///
 /// # Safety
-/// The vCPU's VMCS is current, interrupts are off, `flags` bit 0 tells its
-/// launch state.
+/// Called by `enter` only: the vCPU's VMCS is current, interrupts are off,
+/// bit 0 of the flags tells its launch state.
 #[unsafe(naked)]
-unsafe extern "sysv64" fn enter_guest(regs: *mut Regs, flags: u32) -> u32 {
+unsafe extern "sysv64" fn enter_guest() {
     naked_asm!(
         "push rbp",
         "push rbx",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
         "push rdi",
         "cmp rsp, [rdi + {host_rsp}]",
         "je 2f",
@@ -86,10 +83,6 @@ unsafe extern "sysv64" fn enter_guest(regs: *mut Regs, flags: u32) -> u32 {
         // Only a failed entry comes here, on the stack it left from.
         "mov eax, 1",
         "pop rdi",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
         "pop rbx",
         "pop rbp",
         "ret",
@@ -129,8 +122,7 @@ pub(super) unsafe extern "sysv64" fn exit_from_guest() {
         "mov [rdi + 56], rax",
         "mov rax, cr2",
         "mov [rdi + {cr2}], rax",
-        // Guest values must not steer the host's speculation; the others are
-        // overwritten by the pops.
+        // Guest values must not steer the host's speculation.
         "xor eax, eax",
         "xor ecx, ecx",
         "xor edx, edx",
@@ -139,11 +131,11 @@ pub(super) unsafe extern "sysv64" fn exit_from_guest() {
         "xor r9d, r9d",
         "xor r10d, r10d",
         "xor r11d, r11d",
+        "xor r12d, r12d",
+        "xor r13d, r13d",
+        "xor r14d, r14d",
+        "xor r15d, r15d",
         "pop rdi",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
         "pop rbx",
         "pop rbp",
         "ret",
@@ -161,15 +153,12 @@ impl<H: Host> Vcpu<H> {
     #[inline]
     pub unsafe fn enter(&mut self) -> Exit {
         let todo = self.work;
-        if todo != 0 {
-            if todo & work::RIP != 0 {
-                // SAFETY: our VMCS is current; a bad RIP fails the entry.
-                unsafe { vmwrite(vmcs::GUEST_RIP, self.rip) };
-            }
-            if todo & !work::RIP != 0 {
-                self.entry_work(todo);
-            }
-            self.work = todo & work::STICKY;
+        if todo == work::RIP {
+            self.work = 0;
+            // SAFETY: our VMCS is current; a bad RIP fails the entry.
+            unsafe { vmwrite(vmcs::GUEST_RIP, self.rip) };
+        } else if todo != 0 {
+            self.entry_work(todo);
         }
         // Interrupts are off: whoever raises the generation after this kicks
         // us out of the guest.
@@ -180,15 +169,27 @@ impl<H: Host> Vcpu<H> {
         // SAFETY: CPL 0. The host may have changed both from an interrupt
         // since `load`.
         let (cr3, cr4) = unsafe { (instr::read_cr3(), instr::read_cr4()) };
-        if cr3 != self.host.cr3 || cr4 != self.host.cr4 {
+        if (cr3 ^ self.host.cr3) | (cr4 ^ self.host.cr4) != 0 {
             self.host.set_cr3_cr4(cr3, cr4);
         }
-        let node: &VmcsNode<H> = &self.node;
-        let launched = node.launched.load(Ordering::Relaxed);
-        // SAFETY: by the caller's promise; the launch state is the node's.
-        let failed =
-            unsafe { enter_guest(&raw mut self.regs, self.entry_flags | u32::from(launched)) };
-        if todo & work::SPEC_CTRL != 0 {
+        let failed: u32;
+        // SAFETY: by the caller's promise, our VMCS is current and interrupts
+        // are off; `load` took the launch state into the flags. The callee
+        // keeps RBX and RBP, everything else is declared lost; vector
+        // registers are the guest's, and kernel code uses none.
+        unsafe {
+            asm!(
+                "call {enter}",
+                enter = sym enter_guest,
+                inout("rdi") &raw mut self.regs => _,
+                inout("esi") self.entry_flags => _,
+                out("eax") failed,
+                out("rcx") _, out("rdx") _,
+                out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+                out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+            );
+        }
+        if self.spec_ctrl_used {
             self.restore_spec_ctrl();
         }
         if failed != 0 {
@@ -197,8 +198,8 @@ impl<H: Host> Vcpu<H> {
             };
         }
         let raw = raw::read();
-        if !launched && raw.reason >> 31 == 0 {
-            self.node.launched.store(true, Ordering::Relaxed);
+        if self.entry_flags & LAUNCHED == 0 {
+            self.note_launch(raw.reason);
         }
         self.entry_info = 0;
         self.exit_reason = raw.reason;
@@ -207,12 +208,34 @@ impl<H: Host> Vcpu<H> {
         self.decode_exit(raw.reason)
     }
 
+    /// The launch state after a first entry: still "clear" if the entry
+    /// failed (SDM Vol. 3C §26.8).
+    #[cold]
+    fn note_launch(&mut self, why: u32) {
+        if why & reason::ENTRY_FAILURE == 0 {
+            self.entry_flags |= LAUNCHED;
+            self.node.launched.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The launch state for the entries to come.
+    pub(super) fn take_launch_state(&mut self) {
+        self.entry_flags &= !LAUNCHED;
+        if self.node.launched.load(Ordering::Relaxed) {
+            self.entry_flags |= LAUNCHED;
+        }
+    }
+
     #[cold]
     fn entry_work(&mut self, todo: u32) {
+        self.work = todo & work::STICKY;
         let caps = &self.backend.caps;
         // SAFETY: CPL 0 with our VMCS current; each MSR and INVVPID is used
         // only where the CPU has it.
         unsafe {
+            if todo & work::RIP != 0 {
+                vmwrite(vmcs::GUEST_RIP, self.rip);
+            }
             if todo & work::FLUSH_VPID != 0
                 && self.vpid != 0
                 && caps.features.contains(Features::VPID)

@@ -2,7 +2,6 @@
 //! than once per exit.
 
 use super::caps::Features;
-use super::cr::CR4_OSXSAVE;
 use super::fields::{msr, vmcs};
 use super::instr::{self, TableRegister, rdmsr, vmwrite, wrmsr};
 use super::vcpu::{Vcpu, work};
@@ -281,6 +280,7 @@ impl<H: Host> Vcpu<H> {
                 ];
             }
         }
+        self.take_launch_state();
         self.loaded = true;
         self.drs_loaded = false;
         self.load_debug_registers();
@@ -402,6 +402,7 @@ impl<H: Host> Vcpu<H> {
                 if value != 0 {
                     // From its first use on the guest has it for itself.
                     self.work |= work::SPEC_CTRL;
+                    self.spec_ctrl_used = true;
                     self.msr_bitmap.pass(msr::SPEC_CTRL, true, true);
                 }
                 return MsrWrite::Done;
@@ -446,11 +447,6 @@ impl<H: Host> Vcpu<H> {
         let loaded = self.loaded;
         self.fpu.set_xcr0(value, loaded);
         true
-    }
-
-    /// Whether the host uses XSAVE, so that a guest may.
-    pub fn host_has_xsave(&self) -> bool {
-        self.host.cr4 & CR4_OSXSAVE != 0 && self.backend.caps.xcr0 != 0
     }
 }
 

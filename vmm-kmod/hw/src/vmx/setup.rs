@@ -158,7 +158,8 @@ impl<H: Host> Vcpu<H> {
         self.reset(Reset::PowerOn);
     }
 
-    /// Registers as after power-on or INIT. The VMCS is current. The APIC's
+    /// Registers as after power-on or INIT. The VMCS is current; for power-on
+    /// the vCPU is not loaded (its FPU state must be in memory). The APIC's
     /// mode, TSC and MTRRs are not touched.
     pub fn reset(&mut self, kind: Reset) {
         self.regs.gpr = [0; 16];

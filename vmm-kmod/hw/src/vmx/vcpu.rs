@@ -14,7 +14,8 @@ use crate::error::Error;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::ffi::c_void;
-use vmm_core::host::{Host, Hpa};
+use core::mem::ManuallyDrop;
+use vmm_core::host::{Host, Hpa, LogLevel};
 
 /// What is due before the next entry.
 pub(super) mod work {
@@ -67,6 +68,8 @@ pub struct Vcpu<H: Host> {
     pub(super) tpr_threshold: u8,
     pub(super) loaded: bool,
     pub(super) drs_loaded: bool,
+    /// The guest has IA32_SPEC_CTRL for itself.
+    pub(super) spec_ctrl_used: bool,
     pub(super) vpid: u16,
     /// CPU of the last `load`.
     pub(super) cpu: u32,
@@ -75,7 +78,7 @@ pub struct Vcpu<H: Host> {
     pub(super) proc2: u32,
     pub(super) entry_ctl: u32,
     pub(super) generation: Arc<Generation>,
-    pub(super) node: Box<VmcsNode<H>>,
+    pub(super) node: ManuallyDrop<Box<VmcsNode<H>>>,
     pub(super) backend: Arc<Backend<H>>,
     pub(super) host: HostState,
     pub(super) msrs: GuestMsrs,
@@ -150,6 +153,7 @@ impl<H: Host> Vcpu<H> {
             tpr_threshold: 0,
             loaded: false,
             drs_loaded: false,
+            spec_ctrl_used: false,
             vpid,
             cpu: u32::MAX,
             pin: 0,
@@ -157,7 +161,7 @@ impl<H: Host> Vcpu<H> {
             proc2: 0,
             entry_ctl: 0,
             generation: config.generation,
-            node,
+            node: ManuallyDrop::new(node),
             backend,
             host: HostState::default(),
             msrs: GuestMsrs::default(),
@@ -280,7 +284,16 @@ impl<H: Host> Vcpu<H> {
 
 impl<H: Host> Drop for Vcpu<H> {
     fn drop(&mut self) {
-        self.backend.clear(&self.node, None);
+        if self.backend.clear(&self.node, None) {
+            // SAFETY: nothing uses the node after this.
+            unsafe { ManuallyDrop::drop(&mut self.node) };
+        } else {
+            // The CPU may still write to the region: losing a page is better.
+            H::log(
+                LogLevel::Error,
+                format_args!("vmm: a VMCS is stuck on an unreachable CPU; its page is lost"),
+            );
+        }
         if self.vpid != 0 {
             self.backend.vpids.free(self.vpid);
         }
