@@ -21,7 +21,7 @@ const TX_RING: usize = 8192;
 /// Output that is written without waiting for more.
 const TX_BATCH: usize = 2048;
 /// How long output waits for more to come with it.
-const TX_DELAY: Duration = Duration::from_millis(4);
+const TX_DELAY: Duration = Duration::from_millis(8);
 
 struct State {
     uart: Uart,

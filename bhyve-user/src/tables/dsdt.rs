@@ -169,6 +169,7 @@ fn root_bridge(facts: &Facts<'_>, bus: u8, w: &BusWindows) -> Raw {
         Path::new(&format!("PC{bus:02X}")),
         vec![
             &hid("PNP0A03"),
+            &Name::new(Path::new("_ADR"), &ZERO),
             &Name::new(Path::new("_BBN"), &bus),
             &Name::new(Path::new("_UID"), &bus),
             &crs,
