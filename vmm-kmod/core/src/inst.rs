@@ -8,6 +8,7 @@ mod decode;
 mod emulate;
 mod operand;
 mod prefix;
+mod shift;
 mod strings;
 mod vex;
 mod vie;
@@ -90,6 +91,29 @@ pub enum Op {
     Btr,
     Btc,
     Bextr,
+    Bsf,
+    Bsr,
+    Rol,
+    Ror,
+    Rcl,
+    Rcr,
+    Shl,
+    Shr,
+    Sar,
+    Shld,
+    Shrd,
+    /// One operand, result in rDX:rAX (AX).
+    Mul,
+    /// IMUL with one operand.
+    ImulWide,
+    /// IMUL with two or three operands.
+    Imul,
+    Div,
+    Idiv,
+    /// CMOVcc; the condition is in [`Raw::opcode`].
+    Cmov,
+    /// SETcc likewise.
+    Set,
     Movs,
     Cmps,
     Stos,
@@ -243,7 +267,7 @@ pub struct Inst {
     pub mem: Mem,
     /// VEX-encoded.
     pub vex: bool,
-    /// Second source of three-operand instructions (BEXTR).
+    /// Second source of three-operand instructions (BEXTR, IMUL, SHLD, SHRD).
     pub extra: Operand,
     /// Parts of the encoding.
     pub raw: Raw,

@@ -23,7 +23,7 @@ fn sign(size: u8) -> u64 {
 }
 
 /// ZF, SF and PF of a result that is cut to size.
-fn zsp(v: u64, size: u8) -> u64 {
+pub(super) fn zsp(v: u64, size: u8) -> u64 {
     let mut f = 0;
     if v == 0 {
         f |= ZF;

@@ -19,6 +19,8 @@ const ALU: [Op; 8] = [
     Op::Xor,
     Op::Cmp,
 ];
+/// Group 2; /6 is an alias that nothing uses.
+const SHIFT: [Op; 6] = [Op::Rol, Op::Ror, Op::Rcl, Op::Rcr, Op::Shl, Op::Shr];
 const BIT: [Op; 4] = [Op::Bt, Op::Bts, Op::Btr, Op::Btc];
 
 /// Operations that take a LOCK prefix with a memory destination (SDM Vol. 2A
@@ -187,6 +189,12 @@ impl Decoder<'_> {
                 let src = if self.p.operand_size() == 2 { 2 } else { 4 };
                 self.extend(Op::Movsx, src)
             }
+            0x69 | 0x6b => {
+                let size = self.p.operand_size();
+                self.ge(Op::Imul, size)?;
+                self.inst.extra = Operand::Imm;
+                self.imm(if b == 0x69 { size.min(4) } else { 1 })
+            }
             0x6c..=0x6f => {
                 // There are no 64-bit ports: REX.W is ignored.
                 let op = if b < 0x6e { Op::Ins } else { Op::Outs };
@@ -226,6 +234,7 @@ impl Decoder<'_> {
                 }
                 self.ei(Op::Mov, &m, size, size.min(4))
             }
+            0xc0 | 0xc1 | 0xd0..=0xd3 => self.group2(b, size),
             0xcc => self.bare(Op::Int3),
             0xcd => {
                 self.bare(Op::Int)?;
@@ -240,12 +249,19 @@ impl Decoder<'_> {
                 let m = self.modrm()?;
                 match m.ext() {
                     0 => self.ei(Op::Test, &m, size, size.min(4)),
-                    n @ (2 | 3) => {
-                        let op = if n == 2 { Op::Not } else { Op::Neg };
+                    1 => Err(Unsupported),
+                    n => {
+                        let op = match n {
+                            2 => Op::Not,
+                            3 => Op::Neg,
+                            4 => Op::Mul,
+                            5 => Op::ImulWide,
+                            6 => Op::Div,
+                            _ => Op::Idiv,
+                        };
                         self.set(op, m.rm(size), Operand::None, size);
                         Ok(())
                     }
-                    _ => Err(Unsupported),
                 }
             }
             0xfe | 0xff => {
@@ -260,6 +276,42 @@ impl Decoder<'_> {
                 Ok(())
             }
             _ => Err(Unsupported),
+        }
+    }
+
+    /// Shifts and rotations by an immediate operand, by 1, by CL.
+    fn group2(&mut self, b: u8, size: u8) -> Result<()> {
+        let m = self.modrm()?;
+        let op = match m.ext() {
+            7 => Op::Sar,
+            n => *SHIFT.get(usize::from(n)).ok_or(Unsupported)?,
+        };
+        let by_cl = b & 0xfe == 0xd2;
+        let src = if by_cl {
+            Operand::Reg(Gpr::Rcx)
+        } else {
+            Operand::Imm
+        };
+        self.set(op, m.rm(size), src, size);
+        self.inst.src_size = 1;
+        if b < 0xd0 {
+            self.imm(1)
+        } else {
+            self.inst.imm = i64::from(!by_cl);
+            Ok(())
+        }
+    }
+
+    /// SHLD and SHRD.
+    fn double_shift(&mut self, b: u8) -> Result<()> {
+        let size = self.p.operand_size();
+        self.eg(if b < 0xa8 { Op::Shld } else { Op::Shrd }, size)?;
+        if b & 1 == 0 {
+            self.inst.extra = Operand::Imm;
+            self.imm(1)
+        } else {
+            self.inst.extra = Operand::Reg(Gpr::Rcx);
+            Ok(())
         }
     }
 
@@ -326,7 +378,26 @@ impl Decoder<'_> {
             0x32 => self.bare(Op::Rdmsr),
             0x33 => self.bare(Op::Rdpmc),
             0x38 => self.three_byte(),
+            0x40..=0x4f => {
+                let size = self.p.operand_size();
+                self.ge(Op::Cmov, size)
+            }
+            0x90..=0x9f => {
+                let m = self.modrm()?;
+                self.set(Op::Set, m.rm(1), Operand::None, 1);
+                Ok(())
+            }
             0xa2 => self.bare(Op::Cpuid),
+            0xa4 | 0xa5 | 0xac | 0xad => self.double_shift(b),
+            0xaf => {
+                let size = self.p.operand_size();
+                self.ge(Op::Imul, size)
+            }
+            // With F3 they are TZCNT and LZCNT.
+            0xbc | 0xbd if self.p.rep == Rep::None => {
+                let size = self.p.operand_size();
+                self.ge(if b == 0xbc { Op::Bsf } else { Op::Bsr }, size)
+            }
             0xa3 | 0xab | 0xb3 | 0xbb => {
                 let op = *BIT.get(usize::from(b >> 3 & 3)).ok_or(Unsupported)?;
                 self.eg(op, size)

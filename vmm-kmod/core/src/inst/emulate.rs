@@ -7,7 +7,7 @@
 
 use super::address::{LinearAddress, exception, linear_address};
 use super::alu::{self, Res};
-use super::{CodeMode, Inst, Mem, Op, Operand, size_mask, strings};
+use super::{CodeMode, Inst, Mem, Op, Operand, shift, size_mask, strings};
 use crate::cpu::{Access, CpuState, Event, Gpr, Reg, Seg};
 use crate::paging::WalkError;
 
@@ -399,6 +399,82 @@ impl<C: CpuState, B: Bus> Machine<'_, C, B> {
                 self.set_flags(r.flags);
                 Ok(())
             }
+            Op::Rol | Op::Ror | Op::Rcl | Op::Rcr | Op::Shl | Op::Shr | Op::Sar => {
+                let count = self.get_reg(src, 1);
+                self.modify(dst, size, |a| shift::shift(op, a, count, size, flags))
+            }
+            Op::Shld | Op::Shrd => {
+                let fill = self.get_reg(src, size);
+                let count = self.get_reg(self.inst.extra, 1);
+                self.modify(dst, size, |a| {
+                    shift::double(op, a, fill, count, size, flags)
+                })
+            }
+            Op::Bsf | Op::Bsr => {
+                let v = self.read(src, size)?;
+                let n = if op == Op::Bsf {
+                    v.trailing_zeros()
+                } else {
+                    63 ^ v.leading_zeros()
+                };
+                if v != 0 {
+                    self.set_reg(dst, size, u64::from(n));
+                }
+                self.set_flags(if v == 0 {
+                    flags | alu::ZF
+                } else {
+                    flags & !alu::ZF
+                });
+                Ok(())
+            }
+            Op::Imul => {
+                let a = self.read(src, size)?;
+                let b = match self.inst.extra {
+                    Operand::None => self.get_reg(dst, size),
+                    o => self.get_reg(o, size),
+                };
+                let (v, _, over) = shift::multiply(a, b, size, true);
+                self.set_reg(dst, size, v);
+                self.set_flags(shift::overflow(flags, over));
+                Ok(())
+            }
+            Op::Mul | Op::ImulWide => {
+                let b = self.read(dst, size)?;
+                let a = self.cpu.gpr(Gpr::Rax);
+                let (lo, hi, over) = shift::multiply(a, b, size, op == Op::ImulWide);
+                self.set_wide(size, lo, hi);
+                self.set_flags(shift::overflow(flags, over));
+                Ok(())
+            }
+            Op::Div | Op::Idiv => {
+                let d = self.read(dst, size)?;
+                let a = self.cpu.gpr(Gpr::Rax);
+                let hi = if size == 1 {
+                    a >> 8
+                } else {
+                    self.cpu.gpr(Gpr::Rdx)
+                };
+                let (q, r) = shift::divide(a, hi, d, size, op == Op::Idiv)
+                    .ok_or(Stop::Fault(Event::exception(0)))?;
+                self.set_wide(size, q, r);
+                Ok(())
+            }
+            Op::Cmov => {
+                // The operand is read, and the upper half cleared, either way.
+                let v = self.read(src, size)?;
+                let old = self.get_reg(dst, size);
+                let taken = shift::condition(self.inst.raw.opcode, flags);
+                self.set_reg(dst, size, if taken { v } else { old });
+                Ok(())
+            }
+            Op::Set => {
+                let v = shift::condition(self.inst.raw.opcode, flags);
+                self.write(dst, 1, u64::from(v))
+            }
+            Op::Smsw => {
+                let v = self.cpu.reg(Reg::Cr0);
+                self.write(dst, size, v)
+            }
             Op::Push => {
                 let v = self.read(dst, size)?;
                 let (sp, stack) = self.stack_pointer();
@@ -413,6 +489,17 @@ impl<C: CpuState, B: Bus> Machine<'_, C, B> {
             // The line of a device's register is not cached.
             Op::Clflush => self.mem(1, Access::READ).map(|_| ()),
             _ => Err(Stop::Unsupported),
+        }
+    }
+
+    /// Two results: AL and AH, or rAX and rDX.
+    fn set_wide(&mut self, size: u8, lo: u64, hi: u64) {
+        let rax = Operand::Reg(Gpr::Rax);
+        if size == 1 {
+            self.set_reg(rax, 2, lo & 0xff | hi << 8);
+        } else {
+            self.set_reg(rax, size, lo);
+            self.set_reg(Operand::Reg(Gpr::Rdx), size, hi);
         }
     }
 

@@ -453,3 +453,42 @@ fn what_is_only_decoded_is_unsupported() {
         assert_eq!(run(&mut c, &mut b, bytes), Outcome::Unsupported);
     }
 }
+
+#[test]
+fn what_kvm_unit_tests_do_to_emulated_memory() {
+    let (mut c, mut b) = (long(), bus());
+    b.answer = 0;
+    done(&mut c, &mut b, &[0x0f, 0x01, 0x23]); // smsw [rbx]
+    assert_eq!(b.log.last(), Some(&('w', 0, 2, 0x11)));
+    c.set_gpr(Gpr::Rax, 7);
+    done(&mut c, &mut b, &[0x0f, 0xbc, 0x03]); // bsf eax, [rbx]: zero leaves eax
+    assert_eq!((c.gpr(Gpr::Rax), c.rflags & 0x40), (7, 0x40));
+    b.answer = 0xc000_0002;
+    done(&mut c, &mut b, &[0x0f, 0xbc, 0x03]);
+    assert_eq!((c.gpr(Gpr::Rax), c.rflags & 0x40), (1, 0));
+    done(&mut c, &mut b, &[0x0f, 0xbd, 0x03]); // bsr
+    assert_eq!(c.gpr(Gpr::Rax), 31);
+    b.answer = 0x40;
+    done(&mut c, &mut b, &[0x6b, 0x03, 51]); // imul eax, [rbx], 51
+    assert_eq!((c.gpr(Gpr::Rax), c.rflags & 1), (0xcc0, 0));
+    c.set_gpr(Gpr::Rcx, 4);
+    done(&mut c, &mut b, &[0xd3, 0x23]); // shl dword [rbx], cl
+    assert_eq!(b.log.last(), Some(&('w', 0, 4, 0x400)));
+    done(&mut c, &mut b, &[0xd1, 0x2b]); // shr dword [rbx], 1
+    assert_eq!(b.log.last(), Some(&('w', 0, 4, 0x20)));
+    b.answer = 0;
+    assert_eq!(
+        run(&mut c, &mut b, &[0xf7, 0x33]),
+        Outcome::Fault(Event::exception(0))
+    );
+    c.set_gpr(Gpr::Rax, !0);
+    c.rflags |= 0x40;
+    done(&mut c, &mut b, &[0x0f, 0x45, 0x03]); // cmovne eax, [rbx]: not taken
+    assert_eq!(c.gpr(Gpr::Rax), 0xffff_ffff);
+    done(&mut c, &mut b, &[0x0f, 0x94, 0x03]); // sete
+    assert_eq!(b.log.last(), Some(&('w', 0, 1, 1)));
+    b.answer = 0x33;
+    c.set_gpr(Gpr::Rax, 0x1111_1111_1111_1111);
+    done(&mut c, &mut b, &[0xf6, 0x23]); // mul byte
+    assert_eq!(c.gpr(Gpr::Rax), 0x1111_1111_1111_0363);
+}

@@ -28,6 +28,15 @@ fn iced(bytes: &[u8], mode: CodeMode) -> Instruction {
     Decoder::with_ip(bits(mode), bytes, 0x1000, DecoderOptions::NONE).decode()
 }
 
+const CMOV: [&str; 16] = [
+    "Cmovo", "Cmovno", "Cmovb", "Cmovae", "Cmove", "Cmovne", "Cmovbe", "Cmova", "Cmovs", "Cmovns",
+    "Cmovp", "Cmovnp", "Cmovl", "Cmovge", "Cmovle", "Cmovg",
+];
+const SET: [&str; 16] = [
+    "Seto", "Setno", "Setb", "Setae", "Sete", "Setne", "Setbe", "Seta", "Sets", "Setns", "Setp",
+    "Setnp", "Setl", "Setge", "Setle", "Setg",
+];
+
 /// Names that iced gives to our operation.
 fn names(i: &Inst) -> Vec<String> {
     let suffix = match i.size {
@@ -47,6 +56,9 @@ fn names(i: &Inst) -> Vec<String> {
             "Vmovapd", "Vmovdqa", "Vmovntps", "Vmovntpd", "Vmovntdq",
         ],
         Op::VecMovLow => &["Movss", "Movsd", "Movd", "Movq"],
+        Op::ImulWide => &["Imul"],
+        Op::Cmov => &CMOV[usize::from(i.raw.opcode & 15)..][..1],
+        Op::Set => &SET[usize::from(i.raw.opcode & 15)..][..1],
         Op::Clflush => &["Clflush", "Clflushopt"],
         Op::MovCr | Op::MovDr => &["Mov"],
         Op::Virtualization => &[
@@ -221,7 +233,12 @@ fn check(bytes: &[u8], mode: CodeMode, cpu: &TestCpu) -> bool {
                 check_operand(&i, &ii, 1, i.src, s, cpu, mode);
             }
             if i.extra != Operand::None {
-                check_operand(&i, &ii, 2, i.extra, i.size, cpu, mode);
+                let size = if matches!(i.op, Op::Shld | Op::Shrd) {
+                    1
+                } else {
+                    i.size
+                };
+                check_operand(&i, &ii, 2, i.extra, size, cpu, mode);
             }
         }
     };
