@@ -24,7 +24,7 @@ const EXIT_STATS: &str = "/tmp/exits.json";
 /// What the console of a guest whose userland is up says.
 const LINUX_UP: &str = r"guest# ";
 const FREEBSD_UP: &str =
-    r"guest userland: |login: |Enter full pathname of shell|(?m)^# $|mountroot> |Uptime: ";
+    r"guest userland: |login: |Enter full pathname of shell|(?m)^# $|mountroot> |BHYVE-RS GUEST UP";
 
 /// Engines by name on the command line.
 #[derive(Debug, Clone, Copy, ValueEnum)]

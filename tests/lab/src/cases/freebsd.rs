@@ -4,7 +4,7 @@ use crate::guest::{Guest, Load};
 use crate::host::{Config, Host};
 use crate::images;
 use crate::runner::{Case, Group, Lab};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use std::time::Duration;
 
 /// The host and its tests.
@@ -49,15 +49,26 @@ fn to_power_off(host: &mut Host, vcpus: u32, root: bool) -> Result<()> {
         },
     );
     guest.vcpus = vcpus;
+    // The memory disk's /etc/rc obeys it.
+    guest.environment.push("bhyvers.poweroff=1".to_owned());
     guest.start(host)?;
     let console = host.guest();
-    console.expect("FreeBSD 12.1", Duration::from_secs(120))?;
-    if vcpus > 1 {
-        console.expect(
-            &format!("FreeBSD/SMP: Multiprocessor System Detected: {vcpus} CPUs"),
-            Duration::from_secs(120),
-        )?;
-    }
-    guest.expect_exit(host, 1, Duration::from_secs(300))?;
+    let up = console.expect(
+        r"(?s)FreeBSD 12\.1.*timecounter\.hardware: (\S+).*clock_gettime\(CLOCK_MONOTONIC\) mean=(\d+).*GUEST UP ncpu=(\d+)",
+        Duration::from_secs(300),
+    )?;
+    ensure!(
+        up.group(1) == "TSC",
+        "the guest's timecounter is {}, not TSC",
+        up.group(1)
+    );
+    let clock: u32 = up.group(2).parse()?;
+    ensure!(clock <= 300, "clock_gettime takes {clock} instructions");
+    ensure!(
+        up.group(3) == vcpus.to_string(),
+        "the guest has {} CPUs, not {vcpus}",
+        up.group(3)
+    );
+    guest.expect_exit(host, 1, Duration::from_secs(120))?;
     guest.destroy(host)
 }
