@@ -158,12 +158,11 @@ fn fadt(facs: u32, dsdt: u32) -> Sdt {
     t.write_u8(108, 0x32);
     // No VGA, no ASPM, no 8042 that matters.
     t.write_u16(109, 0x14);
-    // WBINVD works, C1, no fixed sleep button, 32-bit timer, reset register,
-    // headless, physical APIC destinations.
-    t.write_u32(
-        112,
-        1 | 1 << 2 | 1 << 5 | 1 << 8 | 1 << 10 | 1 << 12 | 1 << 19,
-    );
+    // WBINVD works, C1, no fixed sleep button, no RTC alarm among the fixed
+    // events, 32-bit timer, reset register, headless, physical APIC
+    // destinations.
+    let flags = [0, 2, 5, 6, 8, 10, 12, 19];
+    t.write_u32(112, flags.iter().fold(0, |f, bit| f | 1 << bit));
     t.write_bytes(116, &io(8, 1, pm::RESET));
     t.write_u8(128, 6);
     t.write_u8(131, 1);
