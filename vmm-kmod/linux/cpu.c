@@ -3,6 +3,7 @@
 #include <linux/preempt.h>
 #include <linux/smp.h>
 #include <linux/sched.h>
+#include <asm/desc.h>
 #include <asm/fpu/api.h>
 #include <asm/tlbflush.h>
 
@@ -59,6 +60,9 @@ void vmm_host_guest_begin(void)
 
 void vmm_host_guest_end(void)
 {
+	/* A VM exit leaves TR's limit at 67H, short of the I/O bitmap
+	 * (SDM Vol. 3C 27.5.2). */
+	invalidate_tss_limit();
 	local_irq_enable();
 	kernel_fpu_end();
 }

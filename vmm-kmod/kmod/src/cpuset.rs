@@ -60,6 +60,11 @@ impl CpuSet {
             .all(|(a, b)| a.load(Ordering::SeqCst) & !b.load(Ordering::SeqCst) == 0)
     }
 
+    /// Whether nothing is in it.
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(|w| w.load(Ordering::SeqCst) == 0)
+    }
+
     /// The set as bytes, least significant bit first; as many as fit.
     pub fn bytes(&self, to: &mut [u8]) {
         for (chunk, w) in to.chunks_mut(8).zip(&self.0) {

@@ -310,7 +310,9 @@ impl Runner<'_> {
                 };
                 self.inner.hw.set_apic_mode(mode);
                 self.inner.attention = true;
-                None
+                Some(Todo::ApicMode {
+                    virtualized: mode == ApicMode::XApic,
+                })
             }
             other => apply(self.vm, other).then_some(Todo::Spinup),
         }

@@ -2,6 +2,7 @@
 //! run.
 
 use vmm_abi::layout::{GuestPaging, SegDesc as AbiDesc};
+use vmm_abi::limits::REG_HARDWARE;
 use vmm_abi::{CpuMode, PagingMode, RegName, TaskSwitchReason};
 use vmm_core::cpu::{CR0_PE, CR0_PG, CR4_PAE, CpuState, EFER_LMA, Gpr, Reg, Seg, SegDesc};
 use vmm_core::cpuid::CpuidTable;
@@ -100,6 +101,11 @@ fn name(regnum: i32) -> Result<RegName, i32> {
 /// A register by its number; the VMCS is current. EINVAL: no such register.
 pub fn get(inner: &Inner, regnum: i32) -> Result<u64, i32> {
     let hw = &inner.hw;
+    // bhyvectl looks at the VMCS itself. Fields can be read, never written.
+    if regnum as u32 & REG_HARDWARE != 0 {
+        let encoding = u16::try_from(regnum as u32 & !REG_HARDWARE).map_err(|_| errno::EINVAL)?;
+        return hw.field(encoding).ok_or(errno::EINVAL);
+    }
     match name(regnum)? {
         RegName::FsBase => return Ok(hw.seg(Seg::Fs).base),
         RegName::GsBase => return Ok(hw.seg(Seg::Gs).base),

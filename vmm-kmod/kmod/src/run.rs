@@ -31,6 +31,11 @@ pub enum Todo {
     },
     /// A MOV to CR0 or CR4 that needs the PDPTEs from memory.
     LoadPdptes(Controls),
+    /// The local APIC has changed its mode.
+    ApicMode {
+        /// It is reached through the APIC-access page.
+        virtualized: bool,
+    },
     /// INIT or SIPI was sent, perhaps to vCPUs that do not run yet.
     Spinup,
 }
@@ -62,6 +67,8 @@ pub fn run(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
         vm.ensure_topology()?;
         inner.refresh_config(vm, vcpu.id);
     }
+    // Userland may have loaded secrets into the caches since the last run.
+    inner.hw.request_l1d_flush();
     let preemption_timer = inner
         .hw
         .backend()
@@ -116,6 +123,10 @@ impl Runner<'_> {
                     }
                 }
                 Todo::LoadPdptes(new) => self.load_pdptes(&new),
+                Todo::ApicMode { virtualized } => {
+                    self.vm
+                        .apic_mode_changed(self.vcpu.id as usize, virtualized)?;
+                }
                 Todo::Spinup => self.collect_spinups(),
             }
         }

@@ -16,7 +16,7 @@ use vmm_core::lapic::{Lapic, LapicConfig, LapicPage, Mailbox};
 use vmm_core::msr::{MsrConfig, MsrState};
 use vmm_core::stats::Stats;
 use vmm_core::time::Ratio;
-use vmm_hw::vmx::{self, ApicVirt, Reset};
+use vmm_hw::vmx::{self, ApicMode, ApicVirt, Reset};
 
 use crate::ffi;
 use crate::global;
@@ -295,6 +295,7 @@ impl Inner {
     /// Brings the vCPU back to power-on state (VM_REINIT).
     pub fn reset(&mut self, vm: &Vm) {
         self.hw.reset(Reset::PowerOn);
+        self.hw.set_apic_mode(ApicMode::XApic);
         self.lapic.reset();
         self.msr = MsrState::new(&msr_config(), &self.cpuid);
         self.exit = VmExitRaw::default();

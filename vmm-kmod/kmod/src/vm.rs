@@ -94,6 +94,9 @@ pub struct Vm {
     /// Page behind the local APIC's address while the CPU virtualizes it; its
     /// contents are never used.
     apic_access: Pages<Os>,
+    apic_page_used: bool,
+    /// vCPUs whose local APIC is not reached through that page.
+    no_apic_page: CpuSet,
     /// Number that tells VMs apart for the CPU backend.
     pub hw_id: u64,
     /// SuspendHow, 0 while the VM runs.
@@ -187,23 +190,11 @@ impl Vm {
         let g = global::get();
         let clock = Clock::new(g.tsc_hz);
         let now = os::rdtsc();
-        let mut ept = Ept::<Os>::new(g.backend.caps.ept_options()).map_err(|_| NoMemory)?;
+        let ept = Ept::<Os>::new(g.backend.caps.ept_options()).map_err(|_| NoMemory)?;
         let eptp = ept.eptp();
         let generation = ept.generation();
         let apic_access = Pages::new(0).map_err(|_| NoMemory)?;
-        if ApicVirt::supported(&g.backend.caps).contains(ApicVirt::ACCESS_PAGE) {
-            let prot = Prot::READ | Prot::WRITE;
-            // Nothing was mapped, so nothing is stale.
-            let _ = ept
-                .map(
-                    DEFAULT_BASE,
-                    apic_access.pa(),
-                    4096,
-                    prot,
-                    MemType::WriteBack,
-                )
-                .map_err(|_| NoMemory)?;
-        }
+        let apic_page_used = ApicVirt::supported(&g.backend.caps).contains(ApicVirt::ACCESS_PAGE);
         let mut stored = [0; NAME_MAX + 1];
         for (to, from) in stored.iter_mut().zip(name) {
             *to = *from;
@@ -232,6 +223,8 @@ impl Vm {
             config_gen: AtomicU32::new(1),
             turn: AtomicU32::new(0),
             apic_access,
+            apic_page_used,
+            no_apic_page: CpuSet::new(),
             hw_id: g.backend.new_vm_id(),
             suspend: AtomicU32::new(0),
             active: CpuSet::new(),
@@ -241,6 +234,11 @@ impl Vm {
             spinups: [const { AtomicU32::new(0) }; MAX_SPINUPS],
             spinup_count: AtomicU32::new(0),
         })?;
+        {
+            let mut mem = vm.mem.lock();
+            vm.map_apic_page(&mut mem.ept, Prot::READ | Prot::WRITE)
+                .map_err(|_| NoMemory)?;
+        }
         let target = ptr::from_mut::<Vm>(&mut vm).cast::<c_void>();
         vm.chipset_timer = Some(Timer::new(target)?);
         Ok(vm)
@@ -481,9 +479,51 @@ impl Vm {
         let stale = mem.ept.unmap(gpa, len).map_err(|_| errno::ENOMEM)?;
         drop(mem);
         if stale == Invalidation::Required {
-            // Each vCPU leaves the guest once, and invalidates on its way
-            // back. The memory itself stays with its segment.
-            self.kick_all();
+            // Whoever has been stopped once has left the guest, and
+            // invalidates on its way back. Then the tables can go.
+            for v in self.vcpus() {
+                drop(v.freeze());
+            }
+            self.mem.lock().ept.reclaim();
+        }
+        Ok(())
+    }
+
+    /// A vCPU's local APIC has changed its mode: the APIC-access page is
+    /// mapped only while every vCPU's accesses to it are virtualized.
+    /// Elsewhere they fault, and are emulated or found to hit nothing.
+    pub fn apic_mode_changed(&self, vcpu: usize, virtualized: bool) -> Result<(), i32> {
+        let changed = if virtualized {
+            self.no_apic_page.clear(vcpu)
+        } else {
+            !self.no_apic_page.set(vcpu)
+        };
+        if !changed {
+            return Ok(());
+        }
+        let mut mem = self.mem.lock();
+        let prot = if self.no_apic_page.is_empty() {
+            Prot::READ | Prot::WRITE
+        } else {
+            Prot::empty()
+        };
+        self.map_apic_page(&mut mem.ept, prot)
+    }
+
+    fn map_apic_page(&self, ept: &mut Ept<Os>, prot: Prot) -> Result<(), i32> {
+        if self.apic_page_used {
+            // Raises the generation; whoever still has the old mapping uses
+            // it at most until the next exit, and it leads to a page of this
+            // VM's own.
+            let _ = ept
+                .map(
+                    DEFAULT_BASE,
+                    self.apic_access.pa(),
+                    4096,
+                    prot,
+                    MemType::WriteBack,
+                )
+                .map_err(|_| errno::ENOMEM)?;
         }
         Ok(())
     }
@@ -524,6 +564,9 @@ impl Vm {
         for v in self.vcpus() {
             let mut inner = v.freeze();
             crate::regs::with_current(&mut inner, |i| i.reset(self));
+        }
+        for v in self.vcpus() {
+            self.apic_mode_changed(v.id as usize, true)?;
         }
         self.with_chipset(|c, now, sink| c.reset(now, sink));
         self.suspend.store(0, Ordering::SeqCst);

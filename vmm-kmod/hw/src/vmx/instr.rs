@@ -88,6 +88,21 @@ pub unsafe fn vmread(field: u32) -> u64 {
     value
 }
 
+/// VMREAD of a field that the CPU may not have; `None` then.
+///
+/// # Safety
+/// As [`vmread`].
+pub unsafe fn try_vmread(field: u32) -> Option<u64> {
+    let value: u64;
+    let (cf, zf): (u8, u8);
+    // SAFETY: by the caller's promise; no memory is touched.
+    unsafe {
+        asm!("vmread {0}, {1}", "setc {2}", "setz {3}", out(reg) value, in(reg) u64::from(field),
+             out(reg_byte) cf, out(reg_byte) zf, options(nomem, nostack));
+    }
+    outcome(cf, zf).ok().map(|()| value)
+}
+
 /// VMWRITE of a field of the current VMCS.
 ///
 /// # Safety

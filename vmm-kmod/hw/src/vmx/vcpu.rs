@@ -270,6 +270,13 @@ impl<H: Host> Vcpu<H> {
         (p1, p2)
     }
 
+    /// Any field of the VMCS by its encoding (SDM Vol. 3D appendix B), for
+    /// those who look into a VM; `None` if the CPU has no such field.
+    pub fn field(&self, encoding: u16) -> Option<u64> {
+        // SAFETY: the VMCS is current.
+        unsafe { instr::try_vmread(u32::from(encoding)) }
+    }
+
     /// General statistics of the last exit, raw: (reason, qualification,
     /// instruction length, interruption info).
     pub fn raw_exit(&self) -> (u32, u64, u32, u32) {
