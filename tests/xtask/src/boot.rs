@@ -439,7 +439,12 @@ impl<'a> Script<'a> {
             }
             if Instant::now() > deadline {
                 let wanted = self.goal.as_ref().unwrap_or(&self.up);
-                bail!("no /{wanted}/ within {} s", timeout.as_secs());
+                let what = if self.until_exit && self.is_up {
+                    "bhyve still runs after".to_owned()
+                } else {
+                    format!("no /{wanted}/ within")
+                };
+                bail!("{what} {} s", timeout.as_secs());
             }
         }
     }
