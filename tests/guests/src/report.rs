@@ -11,8 +11,9 @@ pub struct Report {
 }
 
 impl Report {
-    /// No checks yet.
-    pub const fn new(name: &'static str) -> Self {
+    /// No checks yet, and the console set up.
+    pub fn new(name: &'static str) -> Self {
+        crate::serial::init();
         Self {
             name,
             checks: 0,

@@ -1,7 +1,7 @@
 //! Starting another CPU: INIT, SIPI, and a trampoline from real mode.
 
 use crate::apic::Apic;
-use crate::{KERNBASE, cpu, memory, trap};
+use crate::{KERNBASE, cpu, memory, preload, trap};
 use core::arch::global_asm;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -44,6 +44,14 @@ pub fn prepare(cr3: u64, body: Body) {
         ((TRAMPOLINE + offset(&raw const ap_stack)) as *mut u64)
             .write_unaligned(&raw const STACK as u64 + 32768);
     }
+}
+
+/// Whether the VM was started with `-e guest.cpus=N`, N above 1: then another CPU
+/// must start. CPUID does not tell, as the CPUs may be packages of their own.
+pub fn promised() -> bool {
+    preload::variable("guest.cpus")
+        .and_then(|n| n.parse::<u32>().ok())
+        .is_some_and(|n| n > 1)
 }
 
 /// Sends INIT and two SIPIs to a CPU (SDM Vol. 3A §9.4.4.1); true once it runs.

@@ -171,8 +171,11 @@ unsafe extern "C" {
     static trap_stubs: [[u8; 16]; 256];
 }
 
-/// Loads our GDT, TSS and IDT. Double faults (8) have a stack of their own.
+/// Loads our GDT, TSS and IDT, and masks the 8259s, which firmware may have left
+/// at vector 8. Double faults (8) have a stack of their own.
 pub fn init() {
+    cpu::outb(0x21, 0xff);
+    cpu::outb(0xa1, 0xff);
     let idt = &raw mut IDT;
     let gdt = &raw mut GDT;
     let tss = &raw mut TSS;
