@@ -21,6 +21,8 @@ struct vmm_host_info {
 	uint64_t thread_flags;    /* bits of *vmm_host_thread_flags() that end the inner loop */
 	uint32_t max_cpus;        /* CPU slots */
 	uint32_t tsc_invariant;   /* the TSC never stops nor changes its rate */
+	uint32_t account;         /* count the TSC ticks that vCPUs spend in the guest */
+	uint32_t pad;
 };
 
 /* ---- memory --------------------------------------------------------- */

@@ -12,6 +12,11 @@
 
 static int hotplug_state = -1;
 
+static bool account;
+module_param(account, bool, 0444);
+MODULE_PARM_DESC(account,
+    "count the time spent in guests (statistic \"vcpu total runtime\", TSC ticks)");
+
 static int cpu_up(unsigned int cpu)
 {
 	unsigned long flags;
@@ -43,6 +48,7 @@ static int __init vmm_init(void)
 		.max_cpus = nr_cpu_ids,
 		.tsc_invariant = boot_cpu_has(X86_FEATURE_CONSTANT_TSC) &&
 		    boot_cpu_has(X86_FEATURE_NONSTOP_TSC),
+		.account = account,
 	};
 	int error;
 

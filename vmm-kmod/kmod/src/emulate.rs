@@ -166,6 +166,7 @@ impl Runner<'_> {
         let mut mem = self.vm.mem.lock();
         match mem.map.backing(f.gpa)? {
             Some(b) if memory::allows(b.prot, f.access) => {
+                self.vcpu.stats.inc(Stat::NestedFault);
                 mem.enter(f.gpa, &b)?;
                 Ok(false)
             }
@@ -215,6 +216,7 @@ impl Runner<'_> {
     /// An instruction touched `gpa`, where there is no memory. True: an exit
     /// for userland is in place.
     pub fn emulate(&mut self, gpa: u64, gla: Option<u64>) -> Result<bool, i32> {
+        self.vcpu.stats.inc(Stat::InstEmul);
         let mut cpu = regs::with_current(self.inner, |i| Snapshot::take(&i.hw, i.next_rip));
         let walk = self.paging(&cpu);
         let mem = self.vm.mem.lock();

@@ -50,15 +50,12 @@ impl Runner<'_> {
                 gla,
                 access,
                 during_walk,
-            } => {
-                self.vcpu.stats.inc(Stat::NestedFault);
-                Some(Todo::Fault(Fault {
-                    gpa,
-                    gla,
-                    access,
-                    during_walk,
-                }))
-            }
+            } => Some(Todo::Fault(Fault {
+                gpa,
+                gla,
+                access,
+                during_walk,
+            })),
             Exit::ApicWrite { offset } => self.apic_write(offset),
             Exit::ApicAccess { offset, .. } => {
                 self.vcpu.stats.inc(Stat::ApicAccess);
@@ -94,6 +91,7 @@ impl Runner<'_> {
                     return Some(self.user(0, UserExit::Pause));
                 }
                 // Somebody else may hold what the guest spins for.
+                self.inner.spun(self.vm.active_count());
                 Some(Todo::Yield)
             }
             Exit::Monitor | Exit::Mwait | Exit::VirtualizationInstruction => {

@@ -11,6 +11,8 @@ pub struct HostInfo {
     pub thread_flags: u64,
     pub max_cpus: u32,
     pub tsc_invariant: u32,
+    pub account: u32,
+    pub pad: u32,
 }
 
 macro_rules! opaque {

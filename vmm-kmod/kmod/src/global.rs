@@ -20,6 +20,8 @@ pub struct Global {
     pub tsc_hz: u64,
     /// What guests are offered.
     pub cpuid_caps: CpuidCaps,
+    /// Whether vCPUs count the TSC ticks that they spend in the guest.
+    pub account: bool,
     /// Microcode revision.
     pub microcode: u32,
     /// IA32_ARCH_CAPABILITIES of the host; 0 if it has none.

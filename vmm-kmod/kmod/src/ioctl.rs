@@ -572,10 +572,10 @@ impl Vm {
 
     fn activate(&self, id: i32) -> Result<(), i32> {
         let vcpu = self.ensure_vcpu(id)?;
-        if self.active.set(vcpu.id as usize) {
-            Err(errno::EBUSY)
-        } else {
+        if self.set_active(vcpu.id as usize) {
             Ok(())
+        } else {
+            Err(errno::EBUSY)
         }
     }
 

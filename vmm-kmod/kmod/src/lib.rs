@@ -82,6 +82,7 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         // SAFETY: as above.
         arch_capabilities: unsafe { global::arch_capabilities() },
         tsc_hz: info.tsc_hz,
+        account: info.account != 0,
         backend,
     };
     // SAFETY: the first thing that happens.

@@ -2,7 +2,7 @@
 //! userland when somebody there is needed.
 
 use vmm_abi::{Exit as UserExit, SuspendHow, VmExit};
-use vmm_core::cpu::{CpuState, Reg};
+use vmm_core::cpu::{CpuState, Exit, Reg};
 use vmm_core::lapic::Changes;
 use vmm_core::stats::Stat;
 use vmm_hw::vmx::cr::Controls;
@@ -52,6 +52,7 @@ pub struct Runner<'a> {
     pub pdptes: Option<([u64; 4], Controls)>,
     flags: ThreadFlags,
     preemption_timer: bool,
+    account: bool,
 }
 
 /// Runs the vCPU until `inner.exit` has something for userland.
@@ -82,6 +83,7 @@ pub fn run(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
         pdptes: None,
         flags: ThreadFlags::current(),
         preemption_timer,
+        account: crate::global::get().account,
     }
     .outer()
 }
@@ -219,6 +221,11 @@ impl Runner<'_> {
             if let Some(rip) = self.inner.next_rip.take() {
                 self.inner.hw.set_reg(Reg::Rip, rip);
             }
+            let active = self.vm.active_count();
+            if active != self.inner.active_seen {
+                self.inner.active_seen = active;
+                self.inner.forget_spinning();
+            }
             if let Some((ptes, new)) = self.pdptes.take() {
                 self.complete_cr(ptes, &new);
             }
@@ -251,7 +258,7 @@ impl Runner<'_> {
                 continue;
             }
             // SAFETY: between load and unload, interrupts off.
-            let exit = unsafe { self.inner.hw.enter() };
+            let exit = unsafe { self.enter() };
             self.vcpu.stats.inc(Stat::Exits);
             if let Some(event) = self.inner.hw.pending_vectoring() {
                 self.inner.vectoring = Some(event);
@@ -261,6 +268,21 @@ impl Runner<'_> {
                 return todo;
             }
         }
+    }
+
+    /// # Safety
+    /// As `vmx::Vcpu::enter`.
+    #[inline]
+    unsafe fn enter(&mut self) -> Exit {
+        if !self.account {
+            // SAFETY: by the caller's word.
+            return unsafe { self.inner.hw.enter() };
+        }
+        let before = os::rdtsc();
+        // SAFETY: by the caller's word.
+        let exit = unsafe { self.inner.hw.enter() };
+        self.vcpu.stats.add(Stat::Runtime, os::rdtsc() - before);
+        exit
     }
 
     /// Sees to it that the local APIC's timer ends the guest's stay in time;

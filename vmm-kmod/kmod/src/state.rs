@@ -8,14 +8,52 @@ use vmm_hw::vmx::{Features, PauseExiting};
 use crate::errno;
 use crate::vcpu::Inner;
 
-/// A guest that spins this long (TSC ticks between PAUSEs, and in all) waits
-/// for another vCPU; the CPU it burns may be the one that the other needs.
-pub const PAUSE_LOOP: PauseExiting = PauseExiting::Loop {
-    gap: 128,
-    window: 4096,
-};
+/// PAUSEs no further apart than this, TSC ticks, are one loop.
+const PAUSE_GAP: u32 = 128;
+/// A guest that spins this long at first, TSC ticks, waits for another vCPU;
+/// the CPU it burns may be the one that the other needs.
+const PAUSE_WINDOW: u32 = 4096;
+/// Where giving way does not end the loop, the patience doubles up to this.
+const PAUSE_WINDOW_MAX: u32 = 1 << 22;
 
 impl Inner {
+    /// Exits from PAUSE loops, where the CPU tells them from single PAUSEs.
+    pub fn watch_pause_loops(&mut self) {
+        self.pause_window = PAUSE_WINDOW;
+        let when = PauseExiting::Loop {
+            gap: PAUSE_GAP,
+            window: PAUSE_WINDOW,
+        };
+        if !self.hw.set_pause_exiting(when) {
+            self.hw.set_pause_exiting(PauseExiting::Off);
+        }
+    }
+
+    /// A PAUSE loop has exited: it exits less often from now on, and not at
+    /// all where there is no other vCPU that it could wait for.
+    pub fn spun(&mut self, active: u32) {
+        if self.pause_exit {
+            return;
+        }
+        if active <= 1 {
+            self.pause_window = 0;
+            self.hw.set_pause_exiting(PauseExiting::Off);
+            return;
+        }
+        self.pause_window = self.pause_window.saturating_mul(2).min(PAUSE_WINDOW_MAX);
+        self.hw.set_pause_exiting(PauseExiting::Loop {
+            gap: PAUSE_GAP,
+            window: self.pause_window,
+        });
+    }
+
+    /// The number of vCPUs has changed: loops may wait for somebody again.
+    pub fn forget_spinning(&mut self) {
+        if !self.pause_exit && self.pause_window != PAUSE_WINDOW {
+            self.watch_pause_loops();
+        }
+    }
+
     /// VM_INJECT_EXCEPTION. EINVAL: no such exception. EBUSY: another is
     /// pending.
     pub fn inject_exception(&mut self, a: &VmException) -> Result<(), i32> {
@@ -82,9 +120,12 @@ impl Inner {
             }
             Capability::PauseExit => {
                 self.pause_exit = on;
-                self.hw
-                    .set_pause_exiting(if on { PauseExiting::Every } else { PAUSE_LOOP })
-                    || !on
+                if on {
+                    self.hw.set_pause_exiting(PauseExiting::Every)
+                } else {
+                    self.watch_pause_loops();
+                    true
+                }
             }
             Capability::MtrapExit => {
                 self.mtrap_exit = on;

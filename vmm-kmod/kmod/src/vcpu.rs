@@ -23,7 +23,6 @@ use crate::global;
 use crate::klog;
 use crate::os::Os;
 use crate::regs;
-use crate::state::PAUSE_LOOP;
 use crate::sync::{self, Mutex, MutexGuard, NoMemory, Sleeper, Timer};
 use crate::vm::Vm;
 
@@ -94,6 +93,10 @@ pub struct Inner {
     pub mtrap_exit: bool,
     /// VM_CAP_ENABLE_INVPCID as set.
     pub invpcid: bool,
+    /// Patience with PAUSE loops, TSC ticks; 0 = without limit.
+    pub pause_window: u32,
+    /// Active vCPUs when it was last looked.
+    pub active_seen: u32,
     /// Deadline that the host's timer was last armed for, host TSC.
     pub timer_armed: u64,
 }
@@ -178,6 +181,8 @@ impl Vcpu {
                 pause_exit: false,
                 mtrap_exit: false,
                 invpcid: false,
+                pause_window: 0,
+                active_seen: 1,
                 timer_armed: 0,
             })?,
         })?;
@@ -185,7 +190,7 @@ impl Vcpu {
             let mut inner = vcpu.freeze();
             regs::with_current(&mut inner, |i| {
                 i.apply_tsc(vm);
-                i.hw.set_pause_exiting(PAUSE_LOOP);
+                i.watch_pause_loops();
             });
         }
         let target = ptr::from_mut::<Vcpu>(&mut vcpu)

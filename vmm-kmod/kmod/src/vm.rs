@@ -103,6 +103,7 @@ pub struct Vm {
     pub suspend: AtomicU32,
     /// vCPUs that may run.
     pub active: CpuSet,
+    active_count: AtomicU32,
     /// vCPUs that have seen `suspend`.
     pub suspended: CpuSet,
     /// vCPUs that a debugger stopped.
@@ -228,6 +229,7 @@ impl Vm {
             hw_id: g.backend.new_vm_id(),
             suspend: AtomicU32::new(0),
             active: CpuSet::new(),
+            active_count: AtomicU32::new(0),
             suspended: CpuSet::new(),
             debug: CpuSet::new(),
             halted: CpuSet::new(),
@@ -393,6 +395,21 @@ impl Vm {
     /// start-up messages included.
     pub fn deliver(&self, message: &ApicMessage) -> usize {
         apicbus::deliver(self.slots(), message, &self.turn, |id| self.kick(id))
+    }
+
+    /// Puts a vCPU among the active ones; false if it was one.
+    pub fn set_active(&self, id: usize) -> bool {
+        if self.active.set(id) {
+            return false;
+        }
+        self.active_count.fetch_add(1, Ordering::SeqCst);
+        true
+    }
+
+    /// How many vCPUs are active.
+    #[inline]
+    pub fn active_count(&self) -> u32 {
+        self.active_count.load(Ordering::Relaxed)
     }
 
     /// Acknowledges the 8259 pair: the vector, if it still wants one taken,
@@ -571,6 +588,7 @@ impl Vm {
         self.with_chipset(|c, now, sink| c.reset(now, sink));
         self.suspend.store(0, Ordering::SeqCst);
         self.active.zero();
+        self.active_count.store(0, Ordering::SeqCst);
         self.suspended.zero();
         self.halted.zero();
         while self.next_spinup().is_some() {}
