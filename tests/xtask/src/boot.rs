@@ -104,6 +104,9 @@ pub struct Options {
     /// Added to the host kernel's command line
     #[arg(long, default_value = "")]
     host_cmdline: String,
+    /// Options for vmm.ko, as insmod takes them (account=1)
+    #[arg(long, default_value = "")]
+    vmm_options: String,
     /// Give the guest an x2APIC (bhyve -x)
     #[arg(long)]
     x2apic: bool,
@@ -163,7 +166,7 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     let mut host = step(&format!("host on {engine}"), || {
         Host::boot(dirs, &kit, &config, "boot")
     })?;
-    host.must("insmod /vmm.ko", SHORT)?;
+    host.must(&format!("insmod /vmm.ko {}", options.vmm_options), SHORT)?;
     let first = host.tsc()?;
     let clock = Instant::now();
     let spec = in_host(&guest, options, memory_mib);
