@@ -108,9 +108,9 @@ impl Guest {
             ..
         } = self;
         format!(
-            "rm -f /tmp/bhyve.end; (bhyve -A -H -c {vcpus} -m {memory_mib}M -s 0,hostbridge -s 31,lpc \
+            "rm -f /tmp/bhyve.end /tmp/bhyve.idle; (bhyve -A -H -c {vcpus} -m {memory_mib}M -s 0,hostbridge -s 31,lpc \
              -l com1,stdio {options} {vm} </dev/ttyS1 >/dev/ttyS1 2>/tmp/bhyve.err; status=$?; \
-             tsc >/tmp/bhyve.end; echo \"{GUEST_EXIT}$status\") &"
+             tsc >/tmp/bhyve.end; cut -d' ' -f2 /proc/uptime >/tmp/bhyve.idle; echo \"{GUEST_EXIT}$status\") &"
         )
     }
 

@@ -315,6 +315,23 @@ impl Host {
             .with_context(|| format!("tsc said {text:?}"))
     }
 
+    /// TSC ticks that the host's CPUs have spent idle: an emulator lets time
+    /// pass in HLT without executing anything. To 10 ms, as the kernel tells.
+    ///
+    /// # Errors
+    /// The host has gone.
+    pub fn idle_ticks(&mut self, tsc_hz: u32) -> Result<u64> {
+        let text = self.must(
+            "cat /tmp/bhyve.idle 2>/dev/null || cut -d' ' -f2 /proc/uptime",
+            SHORT,
+        )?;
+        let seconds: f64 = text
+            .trim()
+            .parse()
+            .with_context(|| format!("/proc/uptime said {text:?}"))?;
+        Ok((seconds * f64::from(tsc_hz)) as u64)
+    }
+
     /// The statistics of the VM `name`, summed over its vCPUs.
     ///
     /// # Errors

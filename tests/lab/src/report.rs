@@ -19,7 +19,7 @@ pub struct Report {
     /// The guest's memory in MiB.
     pub memory_mib: u32,
     /// Host and guest instructions from before bhyveload until bhyve's end (or
-    /// the stop), where the engine counts them.
+    /// the stop), less idle time, where the engine counts them.
     pub instructions: Option<u64>,
     /// Real seconds of the same span.
     pub seconds: f64,

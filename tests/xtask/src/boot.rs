@@ -167,6 +167,7 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
         Host::boot(dirs, &kit, &config, "boot")
     })?;
     host.must(&format!("insmod /vmm.ko {}", options.vmm_options), SHORT)?;
+    let idle_before = host.idle_ticks(lab::bochs::IPS)?;
     let first = host.tsc()?;
     let clock = Instant::now();
     let spec = in_host(&guest, options, memory_mib);
@@ -184,7 +185,12 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     let userland = host.must(&format!("cat {EXIT_STATS} 2>/dev/null || true"), SHORT)?;
     let last = host.must("cat /tmp/bhyve.end 2>/dev/null || tsc", SHORT)?;
     let instructions = match last.trim().parse::<u64>() {
-        Ok(last) if engine.counts_instructions() => Some(last.saturating_sub(first)),
+        Ok(last) if engine.counts_instructions() => {
+            let idle = host
+                .idle_ticks(lab::bochs::IPS)?
+                .saturating_sub(idle_before);
+            Some(last.saturating_sub(first).saturating_sub(idle))
+        }
         _ => None,
     };
     host.no_complaints()?;
