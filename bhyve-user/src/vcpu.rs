@@ -21,6 +21,8 @@ use ops::VcpuOps;
 pub enum Next {
     /// Run the guest again.
     Run,
+    /// Run the guest again with this in RAX: an IN is done.
+    RunWithRax(u64),
     /// The VM is stopping; this vCPU is done.
     Stop(SuspendHow),
     /// The guest cannot go on; says why and what to do.
@@ -35,8 +37,13 @@ pub(crate) const GP: u8 = 13;
 /// Runs a vCPU until the VM stops. `Ok` says how; errors have been reported.
 pub fn run(vm: &Arc<Vm>, vcpu: &Vcpu) -> Result<SuspendHow, Failed> {
     let stats = vm.stats.vcpu();
+    let mut rax = None;
     loop {
-        let exit = match vcpu.run() {
+        let result = match rax.take() {
+            None => vcpu.run(),
+            Some(rax) => vcpu.run_with_rax(rax),
+        };
+        let exit = match result {
             Ok(exit) => exit,
             Err(e) => {
                 eprintln!("{e}");
@@ -46,11 +53,12 @@ pub fn run(vm: &Arc<Vm>, vcpu: &Vcpu) -> Result<SuspendHow, Failed> {
         stats.count(&exit.exit);
         // The fast path; everything else is behind a call.
         let next = match &exit.exit {
-            Exit::Inout(io) => inout::emulate(&vm.buses.ports, vm.config.strict_io, vcpu, io),
+            Exit::Inout(io) => Ok(inout::emulate(&vm.buses.ports, vm.config.strict_io, io)),
             _ => other(vm, vcpu, &exit),
         };
         match next {
             Ok(Next::Run) => {}
+            Ok(Next::RunWithRax(value)) => rax = Some(value),
             Ok(Next::Stop(how)) => return Ok(how),
             Ok(Next::Fail(why)) => {
                 eprint!("{}", dump::report(vcpu, &vm.memory, &exit, &why));

@@ -127,7 +127,7 @@ pub fn emulate(
     }
     let device = ports.get(io.port);
     if device.is_none() && strict {
-        return unclaimed(io);
+        return Ok(unclaimed(io));
     }
     let index_reg = if io.input { RegName::Rdi } else { RegName::Rsi };
     let step = if s.rflags & RFLAGS_DF != 0 {

@@ -9,6 +9,7 @@ use std::io;
 use vmm_abi::layout::*;
 use vmm_abi::limits::PROT_READ;
 use vmm_abi::names::{Capability, CpuMode, PagingMode, RegName, X2apicState};
+use vmm_abi::raw_exit::VmExitRaw;
 use vmm_abi::request::*;
 use vmm_abi::{Exit, VmExit};
 
@@ -61,14 +62,41 @@ impl Vcpu {
             cpuid: self.id,
             ..VmRun::default()
         };
-        match sys::ioctl(self.vm.fd(), VM_RUN, &mut arg) {
-            Ok(()) => Ok(VmExit::from_raw(&arg.vm_exit)),
+        let result = sys::ioctl(self.vm.fd(), VM_RUN, &mut arg);
+        self.ran(VM_RUN, result, &arg.vm_exit)
+    }
+
+    /// Completes the IN that the last exit was with this value of RAX, and
+    /// runs the vCPU on. One request where the kernel piece is ours, two
+    /// where it is FreeBSD's own.
+    ///
+    /// # Errors
+    /// As [`Vcpu::run`].
+    pub fn run_with_rax(&self, rax: u64) -> Result<VmExit> {
+        if !self.vm.has(EXT_F_RUN) {
+            self.set_register(RegName::Rax, rax)?;
+            return self.run();
+        }
+        let mut arg = VmExtRun {
+            cpuid: self.id,
+            flags: EXT_RUN_RAX,
+            rax,
+            ..VmExtRun::default()
+        };
+        let result = sys::ioctl(self.vm.fd(), VM_EXT_RUN, &mut arg);
+        self.ran(VM_EXT_RUN, result, &arg.vm_exit)
+    }
+
+    #[inline]
+    fn ran(&self, request: u32, result: io::Result<()>, exit: &VmExitRaw) -> Result<VmExit> {
+        match result {
+            Ok(()) => Ok(VmExit::from_raw(exit)),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(VmExit {
                 rip: 0,
                 inst_length: 0,
                 exit: Exit::Bogus,
             }),
-            Err(e) => Err(self.vm.error(VM_RUN, Some(self.id), e)),
+            Err(e) => Err(self.vm.error(request, Some(self.id), e)),
         }
     }
 

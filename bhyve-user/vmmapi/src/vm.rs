@@ -23,6 +23,8 @@ pub struct Vm {
 struct Inner {
     dev: File,
     name: String,
+    /// `EXT_F_*` of the kernel piece.
+    features: u32,
 }
 
 /// A mapping of a memory segment into guest-physical memory.
@@ -124,10 +126,17 @@ impl Vm {
         check_name(name)?;
         let path = format!("/dev/vmm/{name}");
         let dev = sys::open(&path).map_err(|source| Error::Open { path, source })?;
+        let mut ext = VmExtVersion::default();
+        // FreeBSD's own kernel piece does not know the request.
+        let features = match sys::ioctl(dev.as_fd(), VM_EXT_VERSION, &mut ext) {
+            Ok(()) if ext.abi_version == EXT_ABI_VERSION => ext.features,
+            _ => 0,
+        };
         Ok(Vm {
             inner: Arc::new(Inner {
                 dev,
                 name: name.into(),
+                features,
             }),
         })
     }
@@ -205,6 +214,12 @@ impl Vm {
     pub fn ext_version(&self) -> Option<ExtVersion> {
         let mut arg = VmExtVersion::default();
         self.request(VM_EXT_VERSION, &mut arg).ok().map(|()| arg)
+    }
+
+    /// Whether the kernel piece has a feature (`EXT_F_*`) beyond FreeBSD's
+    /// interface.
+    pub fn has(&self, feature: u32) -> bool {
+        self.inner.features & feature != 0
     }
 
     /// Stops the VM.

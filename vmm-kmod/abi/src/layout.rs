@@ -647,6 +647,26 @@ abi_struct! {
     }
 }
 
+abi_struct! {
+    /// Argument of `VM_EXT_RUN`: as [`VmRun`], and RAX for the IN that the
+    /// last exit was.
+    VmExtRun, 152 {
+        /// vCPU.
+        cpuid: i32 = 0,
+        /// `EXT_RUN_*`.
+        flags: u32 = 4,
+        /// RAX, with [`EXT_RUN_RAX`].
+        rax: u64 = 8,
+        /// Filled in by the kernel.
+        vm_exit: VmExitRaw = 16,
+    }
+}
+
+/// `VmExtVersion::features`: `VM_EXT_RUN` is there.
+pub const EXT_F_RUN: u32 = 1;
+/// `VmExtRun::flags`: set RAX before the guest goes on.
+pub const EXT_RUN_RAX: u32 = 1;
+
 /// Version of our extension range; changes when a request of it changes.
 pub const EXT_ABI_VERSION: u32 = 1;
 

@@ -168,6 +168,8 @@ requests! {
     /// What this kernel piece has beyond FreeBSD's interface (ours; both
     /// devices answer it).
     VM_EXT_VERSION = ior::<VmExtVersion>(GROUP, EXT_FIRST);
+    /// Completes an IN and runs the vCPU on (ours).
+    VM_EXT_RUN = iowr::<VmExtRun>(GROUP, EXT_FIRST + 1);
 }
 
 /// Name of a request, for messages.

@@ -268,7 +268,10 @@ impl Runner<'_> {
                 let host = value
                     .wrapping_sub(inner.tsc_adjust)
                     .wrapping_add(self.vm.tsc_base);
-                let effect = inner.lapic.set_tsc_deadline(value, host, os::rdtsc());
+                let now = os::rdtsc();
+                let effect = inner.lapic.set_tsc_deadline(value, host, now);
+                // One that has passed has fired.
+                inner.attention |= host <= now;
                 self.finish();
                 return self.effect(effect);
             }

@@ -6,6 +6,7 @@ use vmm_abi::layout::*;
 use vmm_abi::names::VM_REG_LAST_12;
 use vmm_abi::request as req;
 use vmm_abi::{Capability, CpusetWhich, IntrTrigger, X2apicState};
+use vmm_core::cpu::{CpuState, Gpr};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::errno;
@@ -41,7 +42,7 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
     let a: &mut VmExtVersion = arg(data)?;
     *a = VmExtVersion {
         abi_version: EXT_ABI_VERSION,
-        features: 0,
+        features: EXT_F_RUN,
     };
     Ok(())
 }
@@ -60,6 +61,20 @@ pub fn vm(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
         return Ok(());
     }
     match cmd {
+        req::VM_EXT_RUN => {
+            let a: &mut VmExtRun = arg(data)?;
+            if a.flags & !EXT_RUN_RAX != 0 {
+                return Err(errno::EINVAL);
+            }
+            let vcpu = existing(vm, a.cpuid)?;
+            let mut inner = vcpu.freeze();
+            if a.flags & EXT_RUN_RAX != 0 {
+                inner.hw.set_gpr(Gpr::Rax, a.rax);
+            }
+            run::run(vm, vcpu, &mut inner)?;
+            a.vm_exit = inner.exit;
+            Ok(())
+        }
         req::VM_RUN_14 => {
             let a: &mut VmRun14 = arg(data)?;
             let vcpu = existing(vm, a.cpuid)?;

@@ -257,8 +257,13 @@ impl Runner<'_> {
             if !self.set_timer() {
                 continue;
             }
-            // SAFETY: between load and unload, interrupts off.
-            let exit = unsafe { self.enter() };
+            let exit = if self.account {
+                // SAFETY: as below.
+                unsafe { self.enter_counted() }
+            } else {
+                // SAFETY: between load and unload, interrupts off.
+                unsafe { self.inner.hw.enter() }
+            };
             self.vcpu.stats.inc(Stat::Exits);
             if let Some(event) = self.inner.hw.pending_vectoring() {
                 self.inner.vectoring = Some(event);
@@ -272,12 +277,9 @@ impl Runner<'_> {
 
     /// # Safety
     /// As `vmx::Vcpu::enter`.
-    #[inline]
-    unsafe fn enter(&mut self) -> Exit {
-        if !self.account {
-            // SAFETY: by the caller's word.
-            return unsafe { self.inner.hw.enter() };
-        }
+    #[cold]
+    #[inline(never)]
+    unsafe fn enter_counted(&mut self) -> Exit {
         let before = os::rdtsc();
         // SAFETY: by the caller's word.
         let exit = unsafe { self.inner.hw.enter() };

@@ -150,7 +150,7 @@ impl<H: Host> Vcpu<H> {
     /// # Safety
     /// Between [`Vcpu::load`] and [`Vcpu::unload`], on the same CPU, with
     /// interrupts off.
-    #[inline]
+    #[inline(always)]
     pub unsafe fn enter(&mut self) -> Exit {
         let todo = self.work;
         if todo == work::RIP {
