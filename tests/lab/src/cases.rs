@@ -1,6 +1,7 @@
 //! The lab tests: what a user or a guest sees of vmm.ko, bhyveload and bhyve.
 
 mod freebsd;
+pub mod guests;
 mod kvm_unit_tests;
 mod lifecycle;
 mod linux;
@@ -13,10 +14,12 @@ use anyhow::Result;
 /// # Errors
 /// An image directory cannot be read.
 pub fn all(lab: &Lab) -> Result<Vec<Group>> {
+    // The longest first, so that the two hosts end at about the same time.
     let mut groups = vec![
         linux::group(lab),
         lifecycle::group(lab),
         freebsd::group(lab),
+        guests::group(lab),
     ];
     groups.extend(kvm_unit_tests::groups(lab)?);
     Ok(groups)

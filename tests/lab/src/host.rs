@@ -52,6 +52,8 @@ pub struct Kit {
     tsc: PathBuf,
     /// A Linux guest's initramfs: busybox and a shell.
     pub guest_initrd: PathBuf,
+    /// Programs of tests/guests, where [`Self::with_guests`] has built them.
+    pub guests: Vec<PathBuf>,
 }
 
 impl Kit {
@@ -71,7 +73,17 @@ impl Kit {
             programs,
             tsc: tsc(dirs)?,
             guest_initrd: guest_initrd(dirs)?,
+            guests: Vec::new(),
         })
+    }
+
+    /// Builds tests/guests too.
+    ///
+    /// # Errors
+    /// They do not compile.
+    pub fn with_guests(mut self, dirs: &Dirs) -> Result<Self> {
+        self.guests = crate::cases::guests::programs(&kmod::guests(dirs)?);
+        Ok(self)
     }
 }
 

@@ -45,9 +45,9 @@ pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
     })
 }
 
-/// A cargo command on the kernel piece, which is a workspace of its own for the
-/// kernel target.
-pub fn cargo(dirs: &Dirs, source: &CoreSource, args: &[&str]) -> Command {
+/// A cargo command on the workspace `folder`, which is one of its own for the
+/// kernel target; `into` is its target directory.
+pub fn cargo(dirs: &Dirs, source: &CoreSource, folder: &str, into: &str, args: &[&str]) -> Command {
     let mut cargo = Command::new("cargo");
     kernel_cargo_env(&mut cargo, source);
     if let Some((verb, rest)) = args.split_first() {
@@ -56,18 +56,39 @@ pub fn cargo(dirs: &Dirs, source: &CoreSource, args: &[&str]) -> Command {
             cargo
                 .args(KERNEL_CARGO_ARGS)
                 .arg("--target-dir")
-                .arg(dirs.target.join("kmod"));
+                .arg(dirs.target.join(into));
         }
         cargo.args(rest);
     }
-    cargo.current_dir(dirs.root.join("vmm-kmod/kmod"));
+    cargo.current_dir(dirs.root.join(folder));
     cargo
+}
+
+/// Builds tests/guests, a workspace of its own for the same target, and returns
+/// the directory of its programs.
+///
+/// # Errors
+/// The compiler fails.
+pub fn guests(dirs: &Dirs) -> Result<PathBuf> {
+    let source = core_src::ensure(dirs)?;
+    crate::progress::step("guests", || {
+        output(&mut cargo(
+            dirs,
+            &source,
+            "tests/guests",
+            "guests",
+            &["build", "--release", "--bins"],
+        ))
+    })?;
+    Ok(dirs.target.join("guests/x86_64-unknown-none/release"))
 }
 
 fn static_library(dirs: &Dirs, source: &CoreSource) -> Result<PathBuf> {
     let text = output(&mut cargo(
         dirs,
         source,
+        "vmm-kmod/kmod",
+        "kmod",
         &[
             "build",
             "--release",

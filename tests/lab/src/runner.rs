@@ -136,6 +136,7 @@ pub fn run(lab: &Lab, only: &str) -> Result<Tally> {
         group.cases.retain(|c| c.name.contains(only));
     }
     groups.retain(|g| !g.cases.is_empty());
+    ensure!(!groups.is_empty(), "no lab test has {only:?} in its name");
     groups.reverse();
     let queue = Mutex::new(groups);
     let tally = Mutex::new(Tally::default());

@@ -3,6 +3,7 @@
 use crate::boot::EngineName;
 use anyhow::Result;
 use clap::Args;
+use lab::core_src::CoreSource;
 use lab::dirs::Dirs;
 use lab::host::{self, Kit};
 use lab::runner::{self, Lab, Tally};
@@ -36,7 +37,7 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
         checks(dirs, &mut tally)?;
     }
     if !options.no_lab {
-        match Kit::build(dirs) {
+        match Kit::build(dirs).and_then(|kit| kit.with_guests(dirs)) {
             Ok(kit) => {
                 let lab = Lab {
                     dirs: dirs.clone(),
@@ -61,6 +62,12 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
 
 fn checks(dirs: &Dirs, tally: &mut Tally) -> Result<()> {
     let source = core_src::ensure(dirs)?;
+    let kernel = |dirs: &Dirs, source: &CoreSource, args: &[&str]| {
+        kmod::cargo(dirs, source, "vmm-kmod/kmod", "kmod", args)
+    };
+    let guests = |dirs: &Dirs, source: &CoreSource, args: &[&str]| {
+        kmod::cargo(dirs, source, "tests/guests", "guests", args)
+    };
     let cargo = |args: &[&str]| {
         let mut command = Command::new("cargo");
         command.args(args).current_dir(&dirs.root);
@@ -69,7 +76,12 @@ fn checks(dirs: &Dirs, tally: &mut Tally) -> Result<()> {
     check("rustfmt", cargo(&["fmt", "--all", "--check"]), tally)?;
     check(
         "rustfmt of the kernel piece",
-        kmod::cargo(dirs, &source, &["fmt", "--check"]),
+        kernel(dirs, &source, &["fmt", "--check"]),
+        tally,
+    )?;
+    check(
+        "rustfmt of the guests",
+        guests(dirs, &source, &["fmt", "--check"]),
         tally,
     )?;
     check(
@@ -87,10 +99,19 @@ fn checks(dirs: &Dirs, tally: &mut Tally) -> Result<()> {
     )?;
     check(
         "clippy of the kernel piece",
-        kmod::cargo(
+        kernel(
             dirs,
             &source,
             &["clippy", "--quiet", "--", "-D", "warnings"],
+        ),
+        tally,
+    )?;
+    check(
+        "clippy of the guests",
+        guests(
+            dirs,
+            &source,
+            &["clippy", "--quiet", "--bins", "--", "-D", "warnings"],
         ),
         tally,
     )?;

@@ -65,7 +65,7 @@ fn boot_and_power_off(
     guest.start(host)?;
     let console = host.guest();
     let up = console.expect(
-        r"guest userland: Linux \S+, (\d+) CPUs, clocksource (\S+)",
+        r"guest userland: Linux \S+, (\d+) CPUs, clocksource (\w+)\r?\n",
         UP,
     )?;
     ensure!(

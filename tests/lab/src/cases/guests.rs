@@ -1,0 +1,149 @@
+//! Our own small guests (tests/guests), each for one question.
+
+use crate::guest::{Guest, Load};
+use crate::host::{Config, Host, SHORT};
+use crate::runner::{Case, Group, Lab};
+use anyhow::{Context, Result, ensure};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// bhyve(8)'s exit status for a power-off.
+const POWERED_OFF: i32 = 1;
+/// bhyve(8)'s exit status for a triple fault.
+const TRIPLE_FAULT: i32 = 3;
+/// A guest's whole run.
+const RUN: Duration = Duration::from_secs(120);
+/// Host instructions that a CPUID exit may cost.
+const CPUID_COST: u64 = 300;
+
+/// Name and vCPUs.
+const CHECKS: [(&str, u32); 5] = [
+    ("apic", 2),
+    ("exceptions", 1),
+    ("msr", 1),
+    ("xsave", 1),
+    ("hlt", 2),
+];
+
+/// The host and its tests.
+pub fn group(lab: &Lab) -> Group {
+    let mut config = Config::new(lab.engine, 128);
+    for guest in &lab.kit.guests {
+        config.file(&format!("guests/{}", name(guest)), guest);
+    }
+    let mut cases = vec![Case::new("guest-preload", preload)];
+    for (guest, vcpus) in CHECKS {
+        cases.push(Case::new(format!("guest-{guest}"), move |_, host| {
+            let mut spec = small(guest);
+            spec.vcpus = vcpus;
+            passes(host, &spec).map(drop)
+        }));
+    }
+    cases.push(Case::new("guest-triple-fault", triple_fault));
+    cases.push(Case::new("guest-exit-cost", exit_cost));
+    Group {
+        name: "guests".to_owned(),
+        config,
+        cases,
+    }
+}
+
+fn name(path: &std::path::Path) -> String {
+    path.file_name()
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+fn small(guest: &str) -> Guest {
+    let load = Load::FreeBsd {
+        mfsroot: None,
+        modules: Vec::new(),
+    };
+    let mut spec = Guest::new(&format!("/guests/{guest}"), load);
+    spec.memory_mib = 128;
+    spec
+}
+
+/// Runs a guest to its verdict and power-off; returns what it said.
+fn passes(host: &mut Host, guest: &Guest) -> Result<String> {
+    guest.start(host)?;
+    let console = host.guest();
+    let verdict = console.expect(r"(?m)^(PASS|FAIL|panic: .*)\r?$", RUN)?;
+    let text = verdict.before.clone();
+    if verdict.group(1) != "PASS" {
+        let bad: Vec<&str> = text
+            .lines()
+            .filter(|l| l.contains("FAIL") || l.contains("panic"))
+            .collect();
+        // The guest's own end, so that the VM can go.
+        host.run("bhyvectl --destroy --vm=guest", SHORT)?;
+        anyhow::bail!("the guest says:\n{}", bad.join("\n"));
+    }
+    guest.expect_exit(host, POWERED_OFF, SHORT)?;
+    guest.destroy(host)?;
+    Ok(text)
+}
+
+/// The loader's hand-over, with a root, a module and the user's variables.
+fn preload(_: &Lab, host: &mut Host) -> Result<()> {
+    host.must(
+        "printf 123456789 >/tmp/root.img; printf hello >/tmp/some.file",
+        SHORT,
+    )?;
+    let mut guest = small("preload");
+    guest.load = Load::FreeBsd {
+        mfsroot: Some("/tmp/root.img".to_owned()),
+        modules: vec!["/tmp/some.file,type=some_type".to_owned()],
+    };
+    guest.environment.push("lab.answer=42 and more".to_owned());
+    let text = passes(host, &guest)?;
+    let line = |wanted: &[&str]| {
+        text.lines()
+            .any(|l| wanted.iter().all(|w| l.contains(w)))
+            .then_some(())
+            .with_context(|| format!("no line with {wanted:?} in:\n{text}"))
+    };
+    // CRC-32 of "123456789" and of "hello".
+    line(&["preload: file", "root.img md_image 9 cbf43926"])?;
+    line(&["preload: file", "some.file some_type 5 3610a686"])?;
+    line(&["preload: env lab.answer=42 and more"])
+}
+
+fn triple_fault(_: &Lab, host: &mut Host) -> Result<()> {
+    let guest = small("triple");
+    guest.start(host)?;
+    host.guest().expect("triple: now", RUN)?;
+    guest.expect_exit(host, TRIPLE_FAULT, SHORT)?;
+    guest.destroy(host)
+}
+
+fn exit_cost(lab: &Lab, host: &mut Host) -> Result<()> {
+    let text = passes(host, &small("exitcost"))?;
+    let minimum = text
+        .lines()
+        .find_map(|l| l.strip_prefix("exitcost CPUID ")?.split_whitespace().next())
+        .context("exitcost has not measured CPUID")?;
+    let minimum: u64 = minimum.parse()?;
+    ensure!(
+        !lab.engine.counts_instructions() || minimum <= CPUID_COST,
+        "a CPUID exit costs {minimum} instructions of the host, more than {CPUID_COST}"
+    );
+    Ok(())
+}
+
+/// Names of the guests' programs.
+pub fn programs(dir: &std::path::Path) -> Vec<PathBuf> {
+    [
+        "apic",
+        "exceptions",
+        "exitcost",
+        "hlt",
+        "msr",
+        "preload",
+        "triple",
+        "xsave",
+    ]
+    .iter()
+    .map(|n| dir.join(n))
+    .collect()
+}
