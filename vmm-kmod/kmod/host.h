@@ -22,7 +22,7 @@ struct vmm_host_info {
 	uint32_t max_cpus;        /* CPU slots */
 	uint32_t tsc_invariant;   /* the TSC never stops nor changes its rate */
 	uint32_t account;         /* count the TSC ticks that vCPUs spend in the guest */
-	uint32_t pad;
+	uint32_t use_apic_vid;    /* virtual-interrupt delivery, where the CPU has it */
 };
 
 /* ---- memory --------------------------------------------------------- */

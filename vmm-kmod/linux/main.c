@@ -12,6 +12,12 @@
 
 static int hotplug_state = -1;
 
+/* FreeBSD: hw.vmm.vmx.use_apic_vid. */
+static bool use_apic_vid = true;
+module_param(use_apic_vid, bool, 0444);
+MODULE_PARM_DESC(use_apic_vid,
+    "use virtual-interrupt delivery where the CPU has it (Bochs 2.7 interrupts guests with IF=0 when it is used)");
+
 static bool account;
 module_param(account, bool, 0444);
 MODULE_PARM_DESC(account,
@@ -49,6 +55,7 @@ static int __init vmm_init(void)
 		.tsc_invariant = boot_cpu_has(X86_FEATURE_CONSTANT_TSC) &&
 		    boot_cpu_has(X86_FEATURE_NONSTOP_TSC),
 		.account = account,
+		.use_apic_vid = use_apic_vid,
 	};
 	int error;
 

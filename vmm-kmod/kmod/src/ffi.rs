@@ -12,7 +12,7 @@ pub struct HostInfo {
     pub max_cpus: u32,
     pub tsc_invariant: u32,
     pub account: u32,
-    pub pad: u32,
+    pub use_apic_vid: u32,
 }
 
 macro_rules! opaque {

@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use vmm_core::cpuid::CpuidCaps;
 use vmm_core::host::Host;
-use vmm_hw::vmx::{Backend, Features, instr};
+use vmm_hw::vmx::{ApicVirt, Backend, Features, instr};
 
 use crate::ffi::HostInfo;
 use crate::os::Os;
@@ -20,6 +20,8 @@ pub struct Global {
     pub tsc_hz: u64,
     /// What guests are offered.
     pub cpuid_caps: CpuidCaps,
+    /// Parts of APIC virtualization to use.
+    pub apic_virt: ApicVirt,
     /// Whether vCPUs count the TSC ticks that they spend in the guest.
     pub account: bool,
     /// Microcode revision.

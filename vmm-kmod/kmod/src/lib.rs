@@ -83,6 +83,11 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         arch_capabilities: unsafe { global::arch_capabilities() },
         tsc_hz: info.tsc_hz,
         account: info.account != 0,
+        apic_virt: if info.use_apic_vid != 0 {
+            vmm_hw::vmx::ApicVirt::all()
+        } else {
+            vmm_hw::vmx::ApicVirt::all().difference(vmm_hw::vmx::ApicVirt::INTERRUPTS)
+        },
         backend,
     };
     // SAFETY: the first thing that happens.

@@ -146,7 +146,7 @@ impl Vcpu {
                 generation: Arc::clone(&vm.generation),
                 virtual_apic: Some(page_pa),
                 apic_access: Some(vm.apic_access_pa()),
-                apic_virt: ApicVirt::all(),
+                apic_virt: g.apic_virt,
             },
         )
         .map_err(|e| {
