@@ -177,6 +177,7 @@ pub struct Output {
 #[derive(Debug)]
 pub struct Host {
     machine: Machine,
+    engine: Engine,
     /// A guest's end, announced while another line was waited for.
     guest_exit: Option<i32>,
 }
@@ -221,8 +222,19 @@ impl Host {
             .context("the host does not come up")?;
         Ok(Self {
             machine,
+            engine,
             guest_exit: None,
         })
+    }
+
+    /// Loads vmm.ko with these options, and those that the engine needs.
+    ///
+    /// # Errors
+    /// It refuses.
+    pub fn load_vmm(&mut self, options: &str) -> Result<()> {
+        let engine = self.engine.vmm_options();
+        self.must(&format!("insmod /vmm.ko {engine} {options}"), SHORT)
+            .map(drop)
     }
 
     /// The guest's console, COM2.

@@ -202,7 +202,7 @@ fn run_group(lab: &Lab, group: &Group) -> Tally {
 
 /// The module goes in before and out after each test, and nothing stays behind.
 fn run_case(lab: &Lab, case: &Case, host: &mut Host) -> Result<()> {
-    host.must("insmod /vmm.ko", SHORT)?;
+    host.load_vmm("")?;
     (case.body)(lab, host)?;
     let nodes = host.must("ls /dev/vmm 2>/dev/null || true", SHORT)?;
     ensure!(

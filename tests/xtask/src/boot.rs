@@ -166,7 +166,7 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     let mut host = step(&format!("host on {engine}"), || {
         Host::boot(dirs, &kit, &config, "boot")
     })?;
-    host.must(&format!("insmod /vmm.ko {}", options.vmm_options), SHORT)?;
+    host.load_vmm(&options.vmm_options)?;
     let idle_before = host.idle_ticks(lab::bochs::IPS)?;
     let first = host.tsc()?;
     let clock = Instant::now();

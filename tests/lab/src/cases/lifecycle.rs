@@ -35,7 +35,7 @@ fn module_load_unload(_: &Lab, host: &mut Host) -> Result<()> {
         host.must("test -c /dev/vmmctl", SHORT)?;
         host.must("rmmod vmm", SHORT)?;
         host.must("test ! -e /dev/vmmctl -a ! -e /dev/vmm", SHORT)?;
-        host.must("insmod /vmm.ko", SHORT)?;
+        host.load_vmm("")?;
     }
     Ok(())
 }
