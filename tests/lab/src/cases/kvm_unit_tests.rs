@@ -31,7 +31,7 @@ const TESTS: [(&str, &str, u32, &str); 14] = [
 ];
 
 const MEMORY_MIB: u32 = 256;
-const RUN: Duration = Duration::from_secs(240);
+const RUN: Duration = Duration::from_secs(600);
 
 /// Two hosts, so that both workers have a share.
 pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
