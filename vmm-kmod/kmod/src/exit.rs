@@ -36,13 +36,13 @@ impl Runner<'_> {
             }
             Exit::HostInterrupt => {
                 self.vcpu.stats.inc(Stat::ExtIntr);
-                // SAFETY: the guest is not running; its state is in the VMCS
-                // and in our save area.
-                unsafe { crate::ffi::vmm_host_irq_window() };
+                self.host_interrupts();
                 None
             }
             Exit::PreemptionTimer => {
                 self.vcpu.stats.inc(Stat::PreemptionTimer);
+                // See `Config::longest_stay`.
+                self.host_interrupts();
                 None
             }
             Exit::NestedFault {
@@ -135,6 +135,14 @@ impl Runner<'_> {
             }
             other => Some(self.vmx_exit(other)),
         }
+    }
+
+    /// Lets the host's interrupts in.
+    #[inline]
+    fn host_interrupts(&mut self) {
+        // SAFETY: the guest is not running; its state is in the VMCS and in
+        // our save area.
+        unsafe { crate::ffi::vmm_host_irq_window() };
     }
 
     /// Moves behind the instruction that was done.

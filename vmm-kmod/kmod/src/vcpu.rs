@@ -147,6 +147,7 @@ impl Vcpu {
                 virtual_apic: Some(page_pa),
                 apic_access: Some(vm.apic_access_pa()),
                 apic_virt: g.apic_virt,
+                longest_stay: g.tsc_hz / LEAVES_PER_SECOND,
             },
         )
         .map_err(|e| {
@@ -323,6 +324,10 @@ impl Inner {
 /// Shortest period of a local APIC timer: more often than that it would
 /// keep a host CPU busy.
 const MAX_TIMER_HZ: u64 = 50_000;
+
+/// How often a busy guest is left at least; the host's own ticks mostly come
+/// first.
+const LEAVES_PER_SECOND: u64 = 100;
 
 fn cpuid_config(vm: &Vm, id: u32, x2apic: bool) -> CpuidConfig {
     let g = global::get();

@@ -1,7 +1,7 @@
 //! What goes into the guest with the next VM entry, and what makes it exit.
 
 use super::caps::Features;
-use super::fields::{interruptibility, intr_info, pin, proc1, proc2, vmcs};
+use super::fields::{interruptibility, intr_info, proc1, proc2, vmcs};
 use super::instr::vmwrite;
 use super::vcpu::Vcpu;
 use vmm_core::cpu::{CR0_PE, Event, EventKind, RFLAGS_IF};
@@ -170,19 +170,11 @@ impl<H: Host> Vcpu<H> {
         }
     }
 
-    pub(super) fn set_pin(&mut self, value: u32) {
-        if value != self.pin {
-            self.pin = value;
-            // SAFETY: the VMCS is current; callers change only bits that the
-            // capabilities allow. The same holds for the other controls.
-            unsafe { vmwrite(vmcs::PIN_CONTROLS, u64::from(value)) };
-        }
-    }
-
     pub(super) fn set_proc1(&mut self, value: u32) {
         if value != self.proc1 {
             self.proc1 = value;
-            // SAFETY: as in `set_pin`.
+            // SAFETY: the VMCS is current; callers change only bits that the
+            // capabilities allow. The same holds for the other controls.
             unsafe { vmwrite(vmcs::PROC_CONTROLS, u64::from(value)) };
         }
     }
@@ -190,7 +182,7 @@ impl<H: Host> Vcpu<H> {
     pub(super) fn set_proc2(&mut self, value: u32) {
         if value != self.proc2 {
             self.proc2 = value;
-            // SAFETY: as in `set_pin`.
+            // SAFETY: as in `set_proc1`.
             unsafe { vmwrite(vmcs::PROC2_CONTROLS, u64::from(value)) };
         }
     }
@@ -275,26 +267,23 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// Exit (`PreemptionTimer`) once `delta` more TSC ticks have passed in
-    /// the guest; `None` turns it off. The timer starts anew with that value
-    /// on every entry, so it is set again before each. False if the CPU has
-    /// none.
+    /// the guest, and after `Config::longest_stay` in any case. The timer
+    /// starts anew with that value on every entry, so a deadline is set again
+    /// before each. Only for CPUs that have the timer.
     #[inline]
-    pub fn set_preemption_timer(&mut self, delta: Option<u64>) -> bool {
-        let caps = &self.backend.caps;
-        if !caps.features.contains(Features::PREEMPTION_TIMER) {
-            return false;
-        }
-        let value = self.pin & !pin::PREEMPTION_TIMER;
-        match delta {
-            None => self.set_pin(value),
+    pub fn set_preemption_timer(&mut self, delta: Option<u64>) {
+        let ticks = match delta {
+            None => self.longest_stay,
             Some(tsc) => {
-                let ticks = preemption_ticks(tsc, caps.preemption_rate);
-                // SAFETY: the VMCS is current and has the field.
-                unsafe { vmwrite(vmcs::PREEMPTION_TIMER, u64::from(ticks)) };
-                self.set_pin(value | pin::PREEMPTION_TIMER);
+                preemption_ticks(tsc, self.backend.caps.preemption_rate).min(self.longest_stay)
             }
+        };
+        if ticks != self.preemption_ticks {
+            self.preemption_ticks = ticks;
+            // SAFETY: the VMCS is current; by the caller's word it has the
+            // field, and any value is valid.
+            unsafe { vmwrite(vmcs::PREEMPTION_TIMER, u64::from(ticks)) };
         }
-        true
     }
 
     /// What is added to the host's TSC (after scaling) to give the guest's.

@@ -32,9 +32,11 @@ impl<H: Host> Vcpu<H> {
     pub(super) fn init_vmcs(&mut self) {
         let caps = self.backend.caps;
         let (p1, p2) = self.initial_controls();
+        let timer = caps.features.contains(Features::PREEMPTION_TIMER);
+        let timer_bit = if timer { pin::PREEMPTION_TIMER } else { 0 };
         self.pin = caps
             .pin
-            .adjust(pin::EXTERNAL_INTERRUPT | pin::NMI | pin::VIRTUAL_NMI);
+            .adjust(pin::EXTERNAL_INTERRUPT | pin::NMI | pin::VIRTUAL_NMI | timer_bit);
         self.proc1 = caps.proc1.adjust(p1);
         self.proc2 = caps.proc2.adjust(p2);
         self.entry_ctl = caps
@@ -106,6 +108,10 @@ impl<H: Host> Vcpu<H> {
             }
             if self.vpid != 0 {
                 vmwrite(vmcs::VPID, u64::from(self.vpid));
+            }
+            if timer {
+                self.preemption_ticks = self.longest_stay;
+                vmwrite(vmcs::PREEMPTION_TIMER, u64::from(self.longest_stay));
             }
             if caps.features.contains(Features::XSAVES) {
                 vmwrite(vmcs::XSS_EXITING, 0);

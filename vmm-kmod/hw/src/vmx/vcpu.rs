@@ -7,6 +7,7 @@ use super::entry::{Regs, VERW};
 use super::fields::{proc1, proc2, vmcs};
 use super::fpu::Fpu;
 use super::host_state::{GuestMsrs, HostState};
+use super::inject::preemption_ticks;
 use super::instr;
 use super::msrbitmap::MsrBitmap;
 use crate::ept::Generation;
@@ -49,6 +50,11 @@ pub struct Config {
     pub apic_access: Option<Hpa>,
     /// Parts of APIC virtualization wanted; what the CPU lacks is left out.
     pub apic_virt: ApicVirt,
+    /// TSC ticks after which a guest is left even if nothing else makes it
+    /// leave, where the CPU has a preemption timer. Bochs keeps
+    /// the host's interrupts waiting in a guest that was entered, and stays,
+    /// with RFLAGS.IF = 0: this is then all that ends its stay.
+    pub longest_stay: u64,
 }
 
 /// A virtual CPU. The registers of [`vmm_core::cpu::CpuState`] and most
@@ -77,6 +83,9 @@ pub struct Vcpu<H: Host> {
     pub(super) proc1: u32,
     pub(super) proc2: u32,
     pub(super) entry_ctl: u32,
+    /// What the preemption timer counts down from, and the most it may.
+    pub(super) preemption_ticks: u32,
+    pub(super) longest_stay: u32,
     pub(super) generation: Arc<Generation>,
     pub(super) node: ManuallyDrop<Box<VmcsNode<H>>>,
     pub(super) backend: Arc<Backend<H>>,
@@ -160,6 +169,8 @@ impl<H: Host> Vcpu<H> {
             proc1: 0,
             proc2: 0,
             entry_ctl: 0,
+            preemption_ticks: 0,
+            longest_stay: preemption_ticks(config.longest_stay, caps.preemption_rate),
             generation: config.generation,
             node: ManuallyDrop::new(node),
             backend,
