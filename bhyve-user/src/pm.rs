@@ -29,9 +29,10 @@ pub const SLP_TYP_S5: u16 = 5;
 const POWER_BUTTON: u16 = 0x0100;
 /// Status bits that software clears by writing ones.
 const STATUS_CLEARABLE: u16 = 0x8000 | 0x0400 | 0x0200 | POWER_BUTTON | 0x0010;
-/// Enable bits that stick: power button and global lock, for ACPICA wants to
-/// see the latter set.
-const ENABLE_KEPT: u16 = POWER_BUTTON | 0x0020;
+/// Enable bits that stick: power button, and global lock and RTC alarm, which
+/// never happen. ACPICA complains where one that it set reads as zero, and
+/// Linux has it set the RTC's though the FADT says that it is not there.
+const ENABLE_KEPT: u16 = POWER_BUTTON | 0x0020 | 0x0400;
 const SCI_EN: u16 = 1;
 const SLP_EN: u16 = 0x2000;
 const CONTROL_KEPT: u16 = !(SLP_EN | 0xc003);
@@ -184,13 +185,13 @@ mod tests {
         assert_eq!(pm.port_read(PM1_CONTROL, 2), Some(1));
         assert!(!pm.press_power_button(), "nobody listens");
         pm.port_write(PM1_EVENT + 2, 2, 0xffff);
-        assert_eq!(pm.port_read(PM1_EVENT + 2, 2), Some(0x120));
+        assert_eq!(pm.port_read(PM1_EVENT + 2, 2), Some(0x520));
         assert!(pm.press_power_button());
         assert_eq!(fake.take(), [Event::IsaAssert(9, Some(9))]);
         assert_eq!(pm.port_read(PM1_EVENT, 2), Some(0x100));
         pm.port_write(PM1_EVENT, 2, 0x100);
         assert_eq!(fake.take(), [Event::IsaDeassert(9, Some(9))]);
-        assert_eq!(pm.port_read(PM1_EVENT, 4), Some(0x0120_0000));
+        assert_eq!(pm.port_read(PM1_EVENT, 4), Some(0x0520_0000));
     }
 
     #[test]

@@ -166,7 +166,8 @@ fn fadt(facs: u32, dsdt: u32) -> Sdt {
     t.write_bytes(116, &io(8, 1, pm::RESET));
     t.write_u8(128, 6);
     t.write_u8(131, 1);
-    t.write_u64(132, facs.into());
+    // X_FIRMWARE_CTRL stays 0: only one of the two may name the FACS (ACPI 6.5
+    // table 5.9).
     t.write_u64(140, dsdt.into());
     t.write_bytes(148, &io(32, 2, pm::PM1_EVENT));
     t.write_bytes(172, &io(16, 2, pm::PM1_CONTROL));

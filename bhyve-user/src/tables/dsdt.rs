@@ -10,8 +10,8 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
+use super::HPET;
 use super::acpi::{Facts, intx_of};
-use super::{HPET, IOAPIC};
 use crate::pci::intx::PERMITTED;
 use crate::pci::root::BusWindows;
 use crate::pci::{Bdf, ECAM_BASE, ECAM_SIZE, IO_BASE};
@@ -278,10 +278,9 @@ impl<T: Aml> Bytes for T {}
 
 /// Ports and memory that no driver may take.
 fn reserved() -> Raw {
-    let memory = [
-        Memory32Fixed::new(true, ECAM_BASE as u32, ECAM_SIZE as u32),
-        Memory32Fixed::new(true, IOAPIC, 0x1000),
-    ];
+    // Not the I/O APIC: the MADT names it, and Linux, which has it by then,
+    // complains that it cannot be reserved.
+    let ecam = Memory32Fixed::new(true, ECAM_BASE as u32, ECAM_SIZE as u32);
     let ports = [
         ports(0x4d0, 2),
         ports(0x61, 1),
@@ -294,7 +293,7 @@ fn reserved() -> Raw {
         ports(pm::PM_TIMER, 4),
     ];
     let mut resources: Vec<&dyn Aml> = ports.iter().map(|p| p as &dyn Aml).collect();
-    resources.extend(memory.iter().map(|m| m as &dyn Aml));
+    resources.push(&ecam);
     Device::new(Path::new("SIO_"), vec![&hid("PNP0C02"), &crs(resources)]).bytes()
 }
 
