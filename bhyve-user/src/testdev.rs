@@ -3,7 +3,10 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::bus::{BusError, Buses, MmioDevice, PortDevice, ones};
+use vmmapi::Mapping;
+use vmmapi::abi::limits::{PROT_ALL, VM_MAX_MEMSEGS};
+
+use crate::bus::{BusError, Buses, PortDevice, ones};
 use crate::lock;
 use crate::machine::Machine;
 
@@ -18,14 +21,17 @@ const LINES: u16 = 0x2000;
 const LINE_COUNT: u16 = 24;
 /// Ports behind the lines, where other devices may start.
 pub const END: u16 = LINES + 0x40;
-/// A buffer in memory.
+/// Guest-physical address of memory that no RAM table tells of, so that tests
+/// find it empty and vector instructions reach it too.
 const BUFFER: u64 = 0xff00_0000;
-const BUFFER_SIZE: usize = 0x1_0000;
+const BUFFER_SIZE: u64 = 0x1_0000;
+/// The memory segment behind it: the last that a VM has, which no other device
+/// of ours takes.
+const SEGMENT: i32 = VM_MAX_MEMSEGS as i32 - 1;
 
 struct State {
     data: u32,
     lines: [bool; LINE_COUNT as usize],
-    buffer: Box<[u8]>,
 }
 
 /// The device; `exit` ends the process.
@@ -36,23 +42,21 @@ pub struct TestDev<F> {
 }
 
 impl<F: Fn(u8) + Send + Sync + 'static> TestDev<F> {
-    /// Claims ports and memory.
+    /// Claims the ports.
     pub fn attach(machine: Arc<dyn Machine>, buses: &Buses, exit: F) -> Result<(), BusError> {
         let state = State {
             data: 0,
             lines: [false; LINE_COUNT as usize],
-            buffer: vec![0; BUFFER_SIZE].into(),
         };
         let device = Arc::new(TestDev {
             state: Mutex::new(state),
             machine,
             exit,
         });
-        let slot = buses.ports.claim(DATA, 4, device.clone())?;
+        let slot = buses.ports.claim(DATA, 4, device)?;
         buses.ports.map(slot, FLUSH, 4)?;
         buses.ports.map(slot, EXIT, 1)?;
-        buses.ports.map(slot, LINES, LINE_COUNT)?;
-        buses.mmio.map(BUFFER, BUFFER_SIZE as u64, device)
+        buses.ports.map(slot, LINES, LINE_COUNT)
     }
 
     fn set_line(&self, line: u16, level: bool) {
@@ -95,30 +99,25 @@ impl<F: Fn(u8) + Send + Sync + 'static> PortDevice for TestDev<F> {
     }
 }
 
-impl<F: Fn(u8) + Send + Sync + 'static> MmioDevice for TestDev<F> {
-    fn mmio_read(&self, gpa: u64, size: u8) -> u64 {
-        let at = gpa.wrapping_sub(BUFFER) as usize;
-        let state = lock(&self.state);
-        let bytes = state.buffer.get(at..).unwrap_or_default();
-        bytes
-            .iter()
-            .take(usize::from(size))
-            .rev()
-            .fold(0, |v, &b| v << 8 | u64::from(b))
+/// Gives the VM the device's memory, unless it has it from a run before.
+///
+/// # Errors
+/// What the kernel says.
+pub fn map_buffer(vm: &vmmapi::Vm) -> vmmapi::Result<()> {
+    if vm.memseg(SEGMENT)?.is_none() {
+        vm.alloc_memseg(SEGMENT, BUFFER_SIZE, Some("testdev"))?;
     }
-
-    fn mmio_write(&self, gpa: u64, size: u8, value: u64) {
-        let at = gpa.wrapping_sub(BUFFER) as usize;
-        let mut state = lock(&self.state);
-        let bytes = state.buffer.get_mut(at..).unwrap_or_default();
-        for (b, v) in bytes
-            .iter_mut()
-            .zip(value.to_le_bytes())
-            .take(usize::from(size))
-        {
-            *b = v;
-        }
+    if vm.mmap_getnext(BUFFER)?.is_some_and(|m| m.gpa == BUFFER) {
+        return Ok(());
     }
+    vm.mmap_memseg(&Mapping {
+        gpa: BUFFER,
+        segid: SEGMENT,
+        segoff: 0,
+        len: BUFFER_SIZE,
+        prot: PROT_ALL,
+        flags: 0,
+    })
 }
 
 #[cfg(test)]
@@ -151,9 +150,6 @@ mod tests {
                 Event::IsaDeassert(14, Some(14))
             ]
         );
-        let m = buses.mmio.get(0xff00_fff8, 8).unwrap();
-        m.mmio_write(0xff00_fff8, 8, 0x0102_0304_0506_0708);
-        assert_eq!(m.mmio_read(0xff00_fffc, 4), 0x0102_0304);
         buses.ports.get(0xf4).unwrap().port_write(0xf4, 4, 0);
         assert_eq!(rx.recv(), Ok(1));
     }

@@ -163,16 +163,33 @@ pub struct Event {
 impl Event {
     /// A hardware exception that pushes no error code.
     pub const fn exception(vector: u8) -> Self {
-        Event { kind: EventKind::Exception, vector, error_code: None, inst_len: 0 }
+        Event {
+            kind: EventKind::Exception,
+            vector,
+            error_code: None,
+            inst_len: 0,
+        }
     }
     /// A hardware exception that pushes an error code.
     pub const fn exception_with(vector: u8, error_code: u32) -> Self {
-        Event { kind: EventKind::Exception, vector, error_code: Some(error_code), inst_len: 0 }
+        Event {
+            kind: EventKind::Exception,
+            vector,
+            error_code: Some(error_code),
+            inst_len: 0,
+        }
     }
     /// #UD.
     pub const UD: Event = Event::exception(6);
     /// #GP(0).
     pub const GP0: Event = Event::exception_with(13, 0);
+
+    /// Whether this is a fault: RFLAGS.RF is set in the image of RFLAGS that
+    /// its delivery pushes (SDM Vol. 3B §17.3.1.1). #DB, which can be either,
+    /// and the traps #BP and #OF and the aborts are not.
+    pub const fn is_fault(&self) -> bool {
+        matches!(self.kind, EventKind::Exception) && !matches!(self.vector, 1..=4 | 8 | 18)
+    }
 }
 
 bitflags! {
@@ -405,7 +422,11 @@ pub trait CpuState {
     /// Moves RIP behind the instruction and ends the interrupt shadow.
     fn advance(&mut self, len: u8) {
         let rip = self.reg(Reg::Rip).wrapping_add(u64::from(len));
-        let rip = if self.long_mode_code() { rip } else { rip & 0xffff_ffff };
+        let rip = if self.long_mode_code() {
+            rip
+        } else {
+            rip & 0xffff_ffff
+        };
         self.set_reg(Reg::Rip, rip);
         self.set_interrupt_shadow(false);
     }
@@ -437,3 +458,25 @@ pub const CR4_PAE: u64 = 1 << 5;
 pub const CR4_PSE: u64 = 1 << 4;
 /// RFLAGS.IF.
 pub const RFLAGS_IF: u64 = 1 << 9;
+/// RFLAGS.RF
+pub const RFLAGS_RF: u64 = 1 << 16;
+
+#[cfg(test)]
+mod tests {
+    use super::{Event, EventKind};
+
+    #[test]
+    fn faults_push_the_resume_flag() {
+        for vector in [0, 5, 6, 7, 10, 11, 12, 13, 14, 16, 17, 19] {
+            assert!(Event::exception(vector).is_fault(), "{vector}");
+        }
+        for vector in [1, 2, 3, 4, 8, 18] {
+            assert!(!Event::exception(vector).is_fault(), "{vector}");
+        }
+        let interrupt = Event {
+            kind: EventKind::External,
+            ..Event::GP0
+        };
+        assert!(!interrupt.is_fault());
+    }
+}

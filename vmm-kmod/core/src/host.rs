@@ -36,7 +36,11 @@ pub trait Host: 'static {
     fn max_cpus() -> u32;
     /// Runs `f(arg)` on CPU `cpu` with interrupts off and waits for it; false
     /// if that CPU is offline.
-    fn run_on_cpu(cpu: u32, f: extern "C" fn(*mut core::ffi::c_void), arg: *mut core::ffi::c_void) -> bool;
+    fn run_on_cpu(
+        cpu: u32,
+        f: extern "C" fn(*mut core::ffi::c_void),
+        arg: *mut core::ffi::c_void,
+    ) -> bool;
     /// Runs `f(arg)` on every online CPU, this one included, with interrupts
     /// off, and waits.
     fn run_on_all_cpus(f: extern "C" fn(*mut core::ffi::c_void), arg: *mut core::ffi::c_void);

@@ -348,7 +348,18 @@ impl Runner<'_> {
         // An interrupted delivery first, then exceptions, NMI, interrupts
         // (SDM Vol. 3A §6.9).
         let mut busy = inner.hw.entry_event().is_some();
-        if !busy && let Some(event) = inner.vectoring.take().or_else(|| inner.exception.take()) {
+        if !busy && let Some(event) = inner.vectoring.take() {
+            inner.hw.inject(event);
+            busy = true;
+        }
+        if !busy && let Some(event) = inner.exception.take() {
+            if event.is_fault() {
+                // Event injection pushes RFLAGS as it is.
+                let rflags = inner.hw.reg(Reg::Rflags);
+                inner
+                    .hw
+                    .set_reg(Reg::Rflags, rflags | vmm_core::cpu::RFLAGS_RF);
+            }
             inner.hw.inject(event);
             busy = true;
         }
