@@ -246,10 +246,10 @@ impl Runner<'_> {
     #[inline]
     fn inner_loop(&mut self) -> Todo {
         loop {
-            if self.inner.lapic.sync() || self.inner.attention {
-                if let Some(todo) = self.before_entry() {
-                    return todo;
-                }
+            if (self.inner.lapic.sync() || self.inner.attention)
+                && let Some(todo) = self.before_entry()
+            {
+                return todo;
             }
             if self.flags.work() {
                 return Todo::Yield;
