@@ -69,7 +69,12 @@ impl Engine {
     pub fn kernel_parameters(self) -> String {
         match self {
             // CPUID promises the model's 3.5 GHz; the machine has BOCHS_IPS.
-            Self::Bochs => format!("tsc_early_khz={} tsc=reliable", bochs::IPS / 1000),
+            // Bochs 2.7 gives the standard format's size for the compacted one
+            // (CPUID.0DH.1:EBX), and Linux then turns XSAVE off altogether.
+            Self::Bochs => format!(
+                "tsc_early_khz={} tsc=reliable clearcpuid=xsavec,xsaves",
+                bochs::IPS / 1000
+            ),
             Self::Kvm | Self::Qemu => String::new(),
         }
     }

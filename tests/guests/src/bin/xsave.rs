@@ -1,11 +1,13 @@
-//! FPU state: XSETBV's rules, SSE and AVX registers that survive exits, XSAVE and
-//! XRSTOR.
+//! FPU state: XSETBV's rules, SSE, AVX and AVX-512 registers that survive exits and
+//! the host's switches between vCPUs, XSAVE and XRSTOR.
 #![no_std]
 #![no_main]
 
 use core::arch::asm;
+use core::sync::atomic::{AtomicU64, Ordering};
+use guests::apic::Apic;
 use guests::report::Report;
-use guests::{catch, cpu, memory, trap};
+use guests::{catch, cpu, memory, smp, trap};
 
 const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
@@ -13,6 +15,10 @@ const CR4_OSXSAVE: u64 = 1 << 18;
 const X87: u64 = 1;
 const SSE: u64 = 2;
 const AVX: u64 = 4;
+/// Opmask, ZMM_Hi256, Hi16_ZMM.
+const AVX512: u64 = 0xe0;
+/// How long two CPUs hold their registers: many of the host's time slices.
+const HOLD: u64 = 20_000_000;
 
 #[repr(C, align(64))]
 struct Area([u64; 1024]);
@@ -153,11 +159,170 @@ fn xsave(r: &mut Report, features: u64) {
     );
 }
 
+/// Loops until the TSC is at `until`, with an exit now and then.
+macro_rules! hold {
+    ($until:expr, [$($load:literal),*], [$($store:literal),*], $p:expr, $o:expr $(, $k:ident)?) => {
+        asm!(
+            $($load,)*
+            "push rbx",
+            "2:",
+            "mov ecx, 500",
+            "3:",
+            "dec ecx",
+            "jnz 3b",
+            "xor eax, eax",
+            "cpuid",
+            "rdtsc",
+            "shl rdx, 32",
+            "or rax, rdx",
+            "cmp rax, {u}",
+            "jb 2b",
+            "pop rbx",
+            $($store,)*
+            u = in(reg) $until,
+            p = in(reg) $p,
+            o = in(reg) $o,
+            $(k = inout(reg) $k,)?
+            out("rax") _, out("rcx") _, out("rdx") _,
+        )
+    };
+}
+
+/// Whether the registers of the widest kind that XCR0 has on are the same at `until`.
+fn holds(seed: u64, until: u64) -> bool {
+    let mut pattern = [0u64; 8];
+    for (n, word) in pattern.iter_mut().enumerate() {
+        *word = seed.rotate_left(8 * n as u32) ^ n as u64;
+    }
+    let mut out = [[0u64; 8]; 3];
+    let mut mask = seed as u32 & 0xffff;
+    let words = match xgetbv() {
+        x if x & AVX512 == AVX512 => 8,
+        x if x & AVX != 0 => 4,
+        _ => 2,
+    };
+    let (p, o) = (&raw const pattern, &raw mut out);
+    // SAFETY: XCR0 has the registers, which nothing else uses, and 192 bytes of room.
+    unsafe {
+        match words {
+            8 => hold!(
+                until,
+                [
+                    "vmovdqu64 zmm1, [{p}]",
+                    "vmovdqu64 zmm15, [{p}]",
+                    "vmovdqu64 zmm31, [{p}]",
+                    "kmovw k1, {k:e}",
+                    "xor {k:e}, {k:e}"
+                ],
+                [
+                    "vmovdqu64 [{o}], zmm1",
+                    "vmovdqu64 [{o} + 64], zmm15",
+                    "vmovdqu64 [{o} + 128], zmm31",
+                    "kmovw {k:e}, k1"
+                ],
+                p,
+                o,
+                mask
+            ),
+            4 => hold!(
+                until,
+                [
+                    "vmovdqu ymm1, [{p}]",
+                    "vmovdqu ymm8, [{p}]",
+                    "vmovdqu ymm15, [{p}]"
+                ],
+                [
+                    "vmovdqu [{o}], ymm1",
+                    "vmovdqu [{o} + 64], ymm8",
+                    "vmovdqu [{o} + 128], ymm15"
+                ],
+                p,
+                o
+            ),
+            _ => hold!(
+                until,
+                [
+                    "movdqu xmm1, [{p}]",
+                    "movdqu xmm8, [{p}]",
+                    "movdqu xmm15, [{p}]"
+                ],
+                [
+                    "movdqu [{o}], xmm1",
+                    "movdqu [{o} + 64], xmm8",
+                    "movdqu [{o} + 128], xmm15"
+                ],
+                p,
+                o
+            ),
+        }
+    }
+    mask == seed as u32 & 0xffff && out.iter().all(|o| o[..words] == pattern[..words])
+}
+
+/// Turns on all that CPUID offers; false if XSETBV does not take it.
+fn all_on() -> bool {
+    // SAFETY: turns the FPU and SSE on (EM off, MP on; OSFXSR), and XSAVE, which the
+    // caller has found.
+    unsafe {
+        cpu::set_cr0(cpu::cr0() & !0xc | 2);
+        cpu::set_cr4(cpu::cr4() | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_OSXSAVE);
+    }
+    let leaf = cpu::cpuid(0xd, 0);
+    let offered = u64::from(leaf.edx) << 32 | u64::from(leaf.eax);
+    xsetbv(0, offered).is_none() && xgetbv() == offered
+}
+
+/// When the two CPUs may stop holding; 0 until the first one says.
+static UNTIL: AtomicU64 = AtomicU64::new(0);
+/// What the other CPU found: 1 good, 2 bad.
+static OTHER: AtomicU64 = AtomicU64::new(0);
+
+fn other(_: u32) -> ! {
+    let on = all_on();
+    while UNTIL.load(Ordering::SeqCst) == 0 {
+        cpu::pause();
+    }
+    let good = on && holds(0xfedc_ba98_7654_3210, UNTIL.load(Ordering::SeqCst));
+    OTHER.store(if good { 1 } else { 2 }, Ordering::SeqCst);
+    loop {
+        cpu::halt();
+    }
+}
+
+/// Two CPUs hold different values in their registers at the same time.
+fn two(r: &mut Report, cr3: u64) {
+    let apic = Apic::current();
+    apic.enable();
+    smp::prepare(cr3, other);
+    if !smp::start(apic, 1) {
+        if smp::promised() {
+            r.check("SMP: the other CPU starts", false);
+        } else {
+            r.skip("SMP", "no other CPU answers");
+        }
+        return;
+    }
+    let until = cpu::rdtsc() + HOLD;
+    UNTIL.store(until, Ordering::SeqCst);
+    r.check(
+        "SMP: registers hold beside another CPU's",
+        holds(0x0123_4567_89ab_cdef, until),
+    );
+    while OTHER.load(Ordering::SeqCst) == 0 && cpu::rdtsc() < until + 10 * HOLD {
+        cpu::pause();
+    }
+    r.equal(
+        "SMP: and so do the other's",
+        OTHER.load(Ordering::SeqCst),
+        1,
+    );
+}
+
 #[unsafe(no_mangle)]
 extern "C" fn guest_main() -> ! {
     let mut r = Report::new("xsave");
     trap::init();
-    memory::init();
+    let cr3 = memory::init();
     // SAFETY: turns the FPU and SSE on (EM off, MP on; OSFXSR).
     unsafe {
         cpu::set_cr0(cpu::cr0() & !0xc | 2);
@@ -225,5 +390,28 @@ extern "C" fn guest_main() -> ! {
         "the area for everything holds what is enabled",
         most >= u64::from(cpu::cpuid(0xd, 0).ebx),
     );
+    if offered & AVX512 != 0 {
+        r.check(
+            "#GP by a part of AVX-512",
+            xsetbv(0, X87 | SSE | AVX | AVX512 & !0x40) == Some(13),
+        );
+        r.check(
+            "#GP by AVX-512 without AVX",
+            xsetbv(0, X87 | SSE | AVX512) == Some(13),
+        );
+    } else {
+        r.skip("AVX-512", "CPUID does not offer it");
+    }
+    r.check("all that is offered can be enabled", all_on());
+    r.equal(
+        "and takes what CPUID said",
+        u64::from(cpu::cpuid(0xd, 0).ebx),
+        most,
+    );
+    r.check(
+        "registers hold for long",
+        holds(0x5555_aaaa_3333_cccc, cpu::rdtsc() + HOLD / 4),
+    );
+    two(&mut r, cr3);
     r.finish()
 }

@@ -17,11 +17,12 @@ const RUN: Duration = Duration::from_secs(120);
 const CPUID_COST: u64 = 300;
 
 /// Name and vCPUs.
-const CHECKS: [(&str, u32); 5] = [
+const CHECKS: [(&str, u32); 6] = [
     ("apic", 2),
     ("exceptions", 1),
     ("msr", 1),
     ("xsave", 1),
+    ("xsave", 2),
     ("hlt", 2),
 ];
 
@@ -33,9 +34,15 @@ pub fn group(lab: &Lab) -> Group {
     }
     let mut cases = vec![Case::new("guest-preload", preload)];
     for (guest, vcpus) in CHECKS {
-        cases.push(Case::new(format!("guest-{guest}"), move |_, host| {
+        let name = match vcpus {
+            1 => format!("guest-{guest}"),
+            n => format!("guest-{guest}-{n}"),
+        };
+        cases.push(Case::new(name, move |_, host| {
             let mut spec = small(guest);
             spec.vcpus = vcpus;
+            // The guest insists on its other CPUs.
+            spec.environment.push(format!("guest.cpus={vcpus}"));
             passes(host, &spec).map(drop)
         }));
     }
