@@ -76,12 +76,14 @@ void vmm_host_irq_window(void);
 /* ---- threads, time ---------------------------------------------------- */
 /* Flags of the calling thread, volatile; see vmm_host_info.thread_flags. */
 const volatile unsigned long *vmm_host_thread_flags(void);
-/* Gives way to other threads; non-zero when a signal waits for this one. */
+/* Gives way to other threads; non-zero when this one has to return to
+ * userland: a signal waits, or other work that is done there. */
 int vmm_host_yield(void);
 struct vmm_mutex;
 struct vmm_mutex *vmm_host_mutex_create(void);
 void vmm_host_mutex_destroy(struct vmm_mutex *m);
 void vmm_host_mutex_lock(struct vmm_mutex *m);
+/* These two also with interrupts off; never in an interrupt itself. */
 int vmm_host_mutex_trylock(struct vmm_mutex *m);
 void vmm_host_mutex_unlock(struct vmm_mutex *m);
 

@@ -31,7 +31,11 @@ const volatile unsigned long *vmm_host_thread_flags(void)
 int vmm_host_yield(void)
 {
 	cond_resched();
-	return signal_pending(current);
+	/* Work for the return to userland (rseq, task work) waits for that
+	 * return: without it the flag would stay up. */
+	return signal_pending(current) ||
+	    (READ_ONCE(current_thread_info()->flags) &
+	    (_TIF_NOTIFY_RESUME | _TIF_NOTIFY_SIGNAL)) != 0;
 }
 
 struct vmm_mutex *vmm_host_mutex_create(void)

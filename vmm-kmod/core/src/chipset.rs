@@ -90,7 +90,6 @@ impl Chipset {
         self.ioapic.reset();
         self.pit.reset(now);
         self.rtc.reset(now);
-        self.pmtmr.reset(now);
     }
 
     fn wires<'a, S: IrqSink>(&'a mut self, sink: &'a mut S) -> Wires<'a, S> {
@@ -154,7 +153,7 @@ impl Chipset {
     /// access to each port.
     pub fn io_read<S: IrqSink>(&mut self, port: u16, size: u8, now: u64, sink: &mut S) -> u32 {
         if PmTimer::claims(port) {
-            return self.pmtmr.read(now) >> (8 * (port & 3)) & mask(size);
+            return self.pmtmr.io_read(port, now) & mask(size);
         }
         self.service(now, sink);
         let mut value = 0;

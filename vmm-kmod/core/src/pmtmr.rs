@@ -5,7 +5,8 @@ use crate::time::{Clock, PMTMR_HZ, Ratio};
 /// Its I/O port.
 pub const PORT: u16 = 0x408;
 
-/// The timer: nothing but a start. Reading needs no lock.
+/// The timer: nothing but a start. Reading needs no lock, and copies agree for
+/// ever: RESET leaves it alone, as ACPI 6.5 §4.8.3.3 allows.
 #[derive(Clone, Copy, Debug)]
 pub struct PmTimer {
     to_ticks: Ratio,
@@ -21,18 +22,21 @@ impl PmTimer {
         }
     }
 
-    /// RESET: from 0 again.
-    pub fn reset(&mut self, now: u64) {
-        self.epoch = now;
-    }
-
     /// TMR_VAL, all 32 bits of it.
     #[inline]
     pub fn read(&self, now: u64) -> u32 {
         self.to_ticks.apply(now.saturating_sub(self.epoch)) as u32
     }
 
+    /// IN of 1, 2 or 4 bytes, bits above them undefined, of a port that is
+    /// one of ours.
+    #[inline]
+    pub fn io_read(&self, port: u16, now: u64) -> u32 {
+        self.read(now) >> (8 * (port & 3))
+    }
+
     /// Whether a port is one of ours.
+    #[inline]
     pub const fn claims(port: u16) -> bool {
         matches!(port, 0x408..=0x40b)
     }

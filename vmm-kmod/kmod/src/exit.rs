@@ -6,6 +6,7 @@ use vmm_core::cpu::{CpuState, CrAccess, DrAccess, Event, Exit, Gpr, IoExit, RFLA
 use vmm_core::cpuid::DynState;
 use vmm_core::lapic::{DEFAULT_BASE, Effect};
 use vmm_core::msr::{MsrRead, MsrWrite, efer_change_allowed};
+use vmm_core::pmtmr::PmTimer;
 use vmm_core::stats::Stat;
 use vmm_hw::vmx::ApicMode;
 use vmm_hw::vmx::cr::{self, Controls};
@@ -348,10 +349,12 @@ impl Runner<'_> {
                 (1 << (8 * io.size)) - 1
             };
             if io.input {
-                let value = self
-                    .vm
-                    .with_chipset(|c, now, sink| c.io_read(io.port, io.size, now, sink))
-                    & mask;
+                let value = if PmTimer::claims(io.port) {
+                    self.vm.pm_timer.io_read(io.port, os::rdtsc())
+                } else {
+                    self.vm
+                        .with_chipset(|c, now, sink| c.io_read(io.port, io.size, now, sink))
+                } & mask;
                 let rax = match io.size {
                     4 => u64::from(value),
                     _ => rax & !u64::from(mask) | u64::from(value),

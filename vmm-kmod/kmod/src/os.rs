@@ -218,7 +218,8 @@ impl ThreadFlags {
     }
 }
 
-/// Gives way; true when a signal waits for the calling thread.
+/// Gives way; true when the calling thread has to return to userland: a
+/// signal waits for it, or other work that is done there.
 pub fn yield_now() -> bool {
     // SAFETY: process context, no lock held that forbids sleeping.
     unsafe { ffi::vmm_host_yield() != 0 }

@@ -11,6 +11,7 @@ use vmm_core::apicbus::{self, ApicMessage, IrqSink};
 use vmm_core::chipset::Chipset;
 use vmm_core::cpuid::Topology;
 use vmm_core::lapic::{DEFAULT_BASE, Lvt, Mailbox};
+use vmm_core::pmtmr::PmTimer;
 use vmm_core::time::Clock;
 use vmm_hw::ept::{Ept, Generation, Invalidation, MemType, Prot};
 use vmm_hw::page::Pages;
@@ -80,6 +81,8 @@ pub struct Vm {
     pub generation: Arc<Generation>,
     /// Devices that are not a vCPU's own.
     pub chipset: SpinLock<Chipset>,
+    /// The chipset's PM timer, to be read without its lock.
+    pub pm_timer: PmTimer,
     chipset_timer: Option<Timer>,
     slots: Box<[Slot]>,
     nslots: AtomicUsize,
@@ -191,6 +194,8 @@ impl Vm {
         let g = global::get();
         let clock = Clock::new(g.tsc_hz);
         let now = os::rdtsc();
+        let chipset = Chipset::new(&clock, now, os::wallclock());
+        let pm_timer = chipset.pmtmr;
         let ept = Ept::<Os>::new(g.backend.caps.ept_options()).map_err(|_| NoMemory)?;
         let eptp = ept.eptp();
         let generation = ept.generation();
@@ -215,7 +220,8 @@ impl Vm {
             })?,
             eptp,
             generation,
-            chipset: SpinLock::new(Chipset::new(&clock, now, os::wallclock())),
+            chipset: SpinLock::new(chipset),
+            pm_timer,
             chipset_timer: None,
             slots: sync::try_slice(MAX_VCPUS, |_| Slot(AtomicPtr::new(ptr::null_mut())))?,
             nslots: AtomicUsize::new(0),
