@@ -3,12 +3,13 @@
 
 use std::sync::{Arc, Mutex};
 
-use vmmapi::Mapping;
 use vmmapi::abi::limits::{PROT_ALL, VM_MAX_MEMSEGS};
+use vmmapi::{Mapping, Segment};
 
-use crate::bus::{BusError, Buses, PortDevice, ones};
+use crate::bus::{BusError, Buses, MmioDevice, PortDevice, ones};
 use crate::lock;
 use crate::machine::Machine;
+use crate::vm::Error;
 
 /// Writing `v` ends the process with status `v << 1 | 1`.
 const EXIT: u16 = 0xf4;
@@ -99,25 +100,48 @@ impl<F: Fn(u8) + Send + Sync + 'static> PortDevice for TestDev<F> {
     }
 }
 
+/// The device's memory, for emulated instructions; others reach it by
+/// themselves.
+struct Buffer(Segment);
+
+impl MmioDevice for Buffer {
+    fn mmio_read(&self, gpa: u64, size: u8) -> u64 {
+        let mut bytes = [0; 8];
+        if let Some(part) = bytes.get_mut(..usize::from(size)) {
+            // The bus lets nothing through that is outside.
+            let _ = self.0.read_bytes(gpa.wrapping_sub(BUFFER), part);
+        }
+        u64::from_le_bytes(bytes)
+    }
+
+    fn mmio_write(&self, gpa: u64, size: u8, value: u64) {
+        if let Some(part) = value.to_le_bytes().get(..usize::from(size)) {
+            // As above.
+            let _ = self.0.write_bytes(gpa.wrapping_sub(BUFFER), part);
+        }
+    }
+}
+
 /// Gives the VM the device's memory, unless it has it from a run before.
 ///
 /// # Errors
-/// What the kernel says.
-pub fn map_buffer(vm: &vmmapi::Vm) -> vmmapi::Result<()> {
-    if vm.memseg(SEGMENT)?.is_none() {
-        vm.alloc_memseg(SEGMENT, BUFFER_SIZE, Some("testdev"))?;
-    }
+/// What the kernel says, or something else is there.
+pub fn attach_buffer(vm: &vmmapi::Vm, buses: &Buses) -> Result<(), Error> {
+    let segment = vm.create_devmem(SEGMENT, "testdev", BUFFER_SIZE)?;
+    buses
+        .mmio
+        .map(BUFFER, BUFFER_SIZE, Arc::new(Buffer(segment)))?;
     if vm.mmap_getnext(BUFFER)?.is_some_and(|m| m.gpa == BUFFER) {
         return Ok(());
     }
-    vm.mmap_memseg(&Mapping {
+    Ok(vm.mmap_memseg(&Mapping {
         gpa: BUFFER,
         segid: SEGMENT,
         segoff: 0,
         len: BUFFER_SIZE,
         prot: PROT_ALL,
         flags: 0,
-    })
+    })?)
 }
 
 #[cfg(test)]

@@ -76,7 +76,11 @@ pub fn run(vm: &Arc<Vm>, vcpu: &Vcpu) -> Result<SuspendHow, Failed> {
 fn other(vm: &Arc<Vm>, vcpu: &Vcpu, exit: &VmExit) -> vmmapi::Result<Next> {
     Ok(match &exit.exit {
         Exit::InoutStr(s) => {
-            strings::emulate(&vm.buses.ports, vm.config.strict_io, vcpu, &vm.memory, s)?
+            let all = ops::Physical {
+                memory: &vm.memory,
+                mmio: &vm.buses.mmio,
+            };
+            strings::emulate(&vm.buses.ports, vm.config.strict_io, vcpu, &all, s)?
         }
         Exit::InstEmul(e) => mmio::emulate(&vm.buses.mmio, &vm.memory, vcpu, exit, e)?,
         Exit::Rdmsr { msr } => vm.msrs.read(vcpu, *msr)?,

@@ -259,7 +259,7 @@ impl Vm {
         let mut windows = Windows::new(LOWMEM_LIMIT);
         if config.testdev {
             windows.io = testdev::END.into();
-            testdev::map_buffer(&vm)?;
+            testdev::attach_buffer(&vm, &buses)?;
             let ending = Arc::clone(&ending);
             TestDev::attach(Arc::clone(&machine), &buses, move |status| {
                 ending.end(status.into());

@@ -1,6 +1,8 @@
 //! What emulation does to a vCPU, so that tests can stand in for the kernel.
 
-use vmmapi::{GuestPaging, RegName, Result, Vcpu};
+use vmmapi::{GuestMemory, GuestPaging, RegName, Result, Vcpu};
+
+use crate::bus::MmioBus;
 
 /// The part of a vCPU that emulation needs.
 pub trait VcpuOps {
@@ -42,12 +44,79 @@ pub trait Memory {
     fn write(&self, gpa: u64, bytes: &[u8]) -> bool;
 }
 
-impl Memory for vmmapi::GuestMemory {
+/// System memory, and devices where there is none.
+pub struct Physical<'a> {
+    /// System memory.
+    pub memory: &'a GuestMemory,
+    /// Devices.
+    pub mmio: &'a MmioBus,
+}
+
+impl Memory for Physical<'_> {
     fn read(&self, gpa: u64, bytes: &mut [u8]) -> bool {
-        self.read_bytes(gpa, bytes).is_ok()
+        if self.memory.read_bytes(gpa, bytes).is_ok() {
+            return true;
+        }
+        let size = bytes.len() as u8;
+        let Some(device) = self.mmio.get(gpa, size) else {
+            return false;
+        };
+        let value = device.mmio_read(gpa, size);
+        for (b, v) in bytes.iter_mut().zip(value.to_le_bytes()) {
+            *b = v;
+        }
+        true
     }
+
     fn write(&self, gpa: u64, bytes: &[u8]) -> bool {
-        self.write_bytes(gpa, bytes).is_ok()
+        if self.memory.write_bytes(gpa, bytes).is_ok() {
+            return true;
+        }
+        let size = bytes.len() as u8;
+        let Some(device) = self.mmio.get(gpa, size) else {
+            return false;
+        };
+        let value = bytes.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
+        device.mmio_write(gpa, size, value);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bus::MmioDevice;
+    use std::sync::{Arc, Mutex};
+
+    struct Register(Mutex<u64>);
+
+    impl MmioDevice for Register {
+        fn mmio_read(&self, gpa: u64, size: u8) -> u64 {
+            *crate::lock(&self.0) >> (8 * (gpa & 7)) & crate::bus::ones(size)
+        }
+        fn mmio_write(&self, gpa: u64, size: u8, value: u64) {
+            *crate::lock(&self.0) = gpa << 32 | u64::from(size) << 24 | value;
+        }
+    }
+
+    #[test]
+    fn what_is_not_memory_is_a_device_or_nothing() {
+        let memory = GuestMemory::anonymous(0x1000).unwrap();
+        let mmio = MmioBus::default();
+        let register = Arc::new(Register(Mutex::new(0x8877_6655_4433_2211)));
+        mmio.map(0xff00_0000, 8, register.clone()).unwrap();
+        let all = Physical {
+            memory: &memory,
+            mmio: &mmio,
+        };
+        let mut two = [0; 2];
+        assert!(all.write(0xffe, &[1, 2]) && all.read(0xffe, &mut two));
+        assert_eq!(two, [1, 2]);
+        assert!(all.read(0xff00_0002, &mut two));
+        assert_eq!(two, [0x33, 0x44]);
+        assert!(all.write(0xff00_0004, &[0xaa, 0xbb]));
+        assert_eq!(*register.0.lock().unwrap(), 0xff00_0004_0200_bbaa);
+        assert!(!all.read(0x1000, &mut two) && !all.write(0xff00_0007, &two));
     }
 }
 

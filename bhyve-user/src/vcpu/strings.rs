@@ -177,7 +177,7 @@ pub fn emulate(
             }
             Some(false) => {
                 return Ok(Next::Fail(format!(
-                    "INS or OUTS at port {:#x} with its other operand, linear {gla:#x}, in device memory is not emulated",
+                    "INS or OUTS at port {:#x}: neither memory nor a device is at its other operand, linear {gla:#x}",
                     io.port
                 )));
             }
