@@ -112,7 +112,7 @@ fn copy(
     Ok(Some(true))
 }
 
-/// Does an INS or OUTS, up to [`BATCH`] elements of it.
+/// Does an INS or OUTS, up to `BATCH` elements of it.
 pub fn emulate(
     ports: &PortBus,
     strict: bool,
