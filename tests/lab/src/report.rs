@@ -5,6 +5,15 @@ use anyhow::{Context, Result};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
+/// Host's and guest's instructions, less idle time.
+#[derive(Debug, Clone, Copy)]
+pub struct Instructions {
+    /// From before bhyveload until bhyve's end (or the stop).
+    pub all: u64,
+    /// Of these, bhyveload's.
+    pub bhyveload: u64,
+}
+
 /// What a run was and what it cost.
 #[derive(Debug, Clone)]
 pub struct Report {
@@ -18,9 +27,8 @@ pub struct Report {
     pub vcpus: u32,
     /// The guest's memory in MiB.
     pub memory_mib: u32,
-    /// Host and guest instructions from before bhyveload until bhyve's end (or
-    /// the stop), less idle time, where the engine counts them.
-    pub instructions: Option<u64>,
+    /// What was executed, where the engine counts it.
+    pub instructions: Option<Instructions>,
     /// Real seconds of the same span.
     pub seconds: f64,
     /// `bhyvectl --get-stats` at the end.
@@ -46,7 +54,8 @@ impl Report {
             "guest": self.guest,
             "vcpus": self.vcpus,
             "memory_mib": self.memory_mib,
-            "instructions": self.instructions,
+            "instructions": self.instructions.map(|i| i.all),
+            "instructions_bhyveload": self.instructions.map(|i| i.bhyveload),
             "seconds": self.seconds,
             "exits": stats::exits(&self.stats),
             "userland_exits": userland_exits,

@@ -9,7 +9,7 @@ use lab::host::{self, Config, GUEST_EXIT, Host, Kit, SHORT};
 use lab::images::{self, FreeBsd};
 use lab::machine::Engine;
 use lab::progress::{say, step};
-use lab::report::Report;
+use lab::report::{Instructions, Report};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -167,13 +167,13 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
         Host::boot(dirs, &kit, &config, "boot")
     })?;
     host.load_vmm(&options.vmm_options)?;
-    let idle_before = host.idle_ticks(lab::bochs::IPS)?;
-    let first = host.tsc()?;
+    let start = host.busy_ticks(lab::bochs::IPS)?;
     let clock = Instant::now();
     let spec = in_host(&guest, options, memory_mib);
     step("bhyveload", || {
         host.must(&spec.load_line(), Duration::from_secs(120))
     })?;
+    let loaded = host.busy_ticks(lab::bochs::IPS)?;
     host.must(&spec.run_line(), SHORT)?;
 
     let outcome = match watch(&mut host, options, &guest) {
@@ -183,15 +183,14 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     let seconds = clock.elapsed().as_secs_f64();
     let stats = host.stats(VM, options.vcpus);
     let userland = host.must(&format!("cat {EXIT_STATS} 2>/dev/null || true"), SHORT)?;
-    let last = host.must("cat /tmp/bhyve.end 2>/dev/null || tsc", SHORT)?;
-    let instructions = match last.trim().parse::<u64>() {
-        Ok(last) if engine.counts_instructions() => {
-            let idle = host
-                .idle_ticks(lab::bochs::IPS)?
-                .saturating_sub(idle_before);
-            Some(last.saturating_sub(first).saturating_sub(idle))
-        }
-        _ => None,
+    let instructions = if engine.counts_instructions() && options.host_cpus == 1 {
+        let end = host.busy_ticks(lab::bochs::IPS)?;
+        Some(Instructions {
+            all: end.saturating_sub(start),
+            bhyveload: loaded.saturating_sub(start),
+        })
+    } else {
+        None
     };
     host.no_complaints()?;
     let output = host.guest().transcript().to_owned();
