@@ -233,9 +233,9 @@ pub fn download(uri: &str, file: &Path, sha256: Option<&str>) -> Result<()> {
             "-o",
             "Acquire::Retries=0",
             "-o",
-            "Acquire::http::Timeout=20",
+            "Acquire::http::Timeout=10",
         ])
-        .args(["-o", "Acquire::https::Timeout=20"])
+        .args(["-o", "Acquire::https::Timeout=10"])
         .arg("download-file")
         .arg(uri)
         .arg(file);

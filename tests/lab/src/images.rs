@@ -70,11 +70,12 @@ pub fn fetch_freebsd(dirs: &Dirs, base_url: &str) -> Result<FreeBsd> {
     if dir.join("complete").is_file() {
         return Ok(image);
     }
+    fs::create_dir_all(&dir)?;
+    let manifest = dir.join("MANIFEST");
+    // Not a step: where the net refuses, the caller says so.
+    apt::download(&format!("{base_url}/MANIFEST"), &manifest, None)?;
+    let manifest = fs::read_to_string(&manifest)?;
     step("FreeBSD's official release", || {
-        fs::create_dir_all(&dir)?;
-        let manifest = dir.join("MANIFEST");
-        apt::download(&format!("{base_url}/MANIFEST"), &manifest, None)?;
-        let manifest = fs::read_to_string(&manifest)?;
         for set in ["kernel.txz", "base.txz"] {
             let sum = checksum(&manifest, set)
                 .with_context(|| format!("{base_url}/MANIFEST has no {set}"))?;

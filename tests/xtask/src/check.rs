@@ -3,9 +3,11 @@
 use crate::boot::EngineName;
 use anyhow::Result;
 use clap::Args;
+use lab::command::output;
 use lab::core_src::CoreSource;
 use lab::dirs::Dirs;
 use lab::host::{self, Kit};
+use lab::progress::step;
 use lab::runner::{self, Lab, Tally};
 use lab::{core_src, kmod};
 use std::process::{Command, ExitCode, Stdio};
@@ -60,7 +62,20 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     })
 }
 
+/// rustup's minimal profile comes without these.
+fn components() -> Result<()> {
+    for (component, verb) in [("rustfmt", "fmt"), ("clippy", "clippy")] {
+        if output(Command::new("cargo").args([verb, "--version"])).is_err() {
+            step(&format!("{component} from rustup"), || {
+                output(Command::new("rustup").args(["component", "add", component])).map(drop)
+            })?;
+        }
+    }
+    Ok(())
+}
+
 fn checks(dirs: &Dirs, tally: &mut Tally) -> Result<()> {
+    components()?;
     let source = core_src::ensure(dirs)?;
     let kernel = |dirs: &Dirs, source: &CoreSource, args: &[&str]| {
         kmod::cargo(dirs, source, "vmm-kmod/kmod", "kmod", args)
