@@ -208,6 +208,8 @@ fn flat(access: u32) -> Descriptor {
     }
 }
 
+/// What tells a kernel that a multiboot loader started it.
+pub const MULTIBOOT_EAX: u32 = 0x2bad_b002;
 /// Bytes of the GDT that [`enter_multiboot`] writes.
 pub const MULTIBOOT_GDT_SIZE: u64 = 24;
 
@@ -234,7 +236,7 @@ pub fn enter_multiboot(
         (Register::Rflags, RFLAGS_RESERVED),
         (Register::Rip, u64::from(entry)),
         (Register::Rsp, 0),
-        (Register::Rax, 0x2bad_b002),
+        (Register::Rax, u64::from(MULTIBOOT_EAX)),
         (Register::Rbx, u64::from(information)),
     ] {
         target.set_register(register, value)?;

@@ -9,6 +9,7 @@
 //! and what does not fit is an [`error::LoadError`] naming the file and the field.
 #![forbid(unsafe_code)]
 
+pub mod bios;
 pub mod cli;
 pub mod conf;
 pub mod cpu;

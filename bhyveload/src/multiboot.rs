@@ -1,6 +1,7 @@
 //! A multiboot 1 kernel (Multiboot Specification 0.6.96), which is what
 //! conformance suites such as kvm-unit-tests are.
 
+use crate::bios;
 use crate::cpu;
 use crate::elffile::ElfFile;
 use crate::error::LoadError;
@@ -313,7 +314,13 @@ pub fn load(target: &mut dyn LoadTarget, boot: &Multiboot) -> Result<Loaded, Loa
     fits(file, "boot information", base, length, 0, limit)?;
     target.write(base, &information(base, boot, &modules, memory))?;
     let at = base + cpu::MULTIBOOT_GDT_SIZE;
-    cpu::enter_multiboot(target, image.entry, at as u32, base)?;
+    let first = if image.parts.iter().all(|p| p.gpa >= bios::END) {
+        target.write(0, &bios::image(image.entry, cpu::MULTIBOOT_EAX))?;
+        bios::SETUP
+    } else {
+        image.entry
+    };
+    cpu::enter_multiboot(target, first, at as u32, base)?;
     Ok(Loaded {
         entry: image.entry,
         information: at,

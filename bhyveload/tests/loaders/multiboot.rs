@@ -1,4 +1,5 @@
 use crate::build::{MIB, input, kludge, multiboot_elf32};
+use bhyveload::bios;
 use bhyveload::layout::{le32, le64};
 use bhyveload::multiboot::{Multiboot, load};
 use bhyveload::target::{MemoryTarget, Register};
@@ -16,11 +17,21 @@ fn text(memory: &[u8], at: u32) -> &[u8] {
     &bytes[..bytes.iter().position(|&b| b == 0).unwrap()]
 }
 
+/// Where the kernel is entered once what a BIOS would have done is done.
+fn enters(target: &MemoryTarget) -> u32 {
+    assert_eq!(target.registers[&Register::Rip], u64::from(bios::SETUP));
+    let code = &target.memory[bios::SETUP as usize..bios::END as usize];
+    let eax = [0xb8, 0x02, 0xb0, 0xad, 0x2b, 0xe9];
+    let jump = code.windows(6).position(|w| w == eax).unwrap() + 6;
+    let rel = le32(code, jump).unwrap();
+    (bios::SETUP + jump as u32 + 4).wrapping_add(rel)
+}
+
 #[test]
 fn an_elf32_kernel_lies_at_its_physical_address() {
     let mut target = MemoryTarget::new(16 * MIB);
     load(&mut target, &guest(multiboot_elf32())).unwrap();
-    assert_eq!(target.registers[&Register::Rip], 0x40_0004);
+    assert_eq!(enters(&target), 0x40_0004);
     assert_eq!(target.memory[0x40_0000..0x40_0010], [0xcc; 16]);
     assert!(target.memory[0x40_0010..0x40_2000].iter().all(|&b| b == 0));
     assert_eq!(target.memory[0x40_2000..0x40_200a], *b"NR_CPUS=2\n");
@@ -30,7 +41,7 @@ fn an_elf32_kernel_lies_at_its_physical_address() {
 fn the_aout_kludge_goes_by_the_addresses_in_the_header() {
     let mut target = MemoryTarget::new(16 * MIB);
     load(&mut target, &guest(kludge())).unwrap();
-    assert_eq!(target.registers[&Register::Rip], 0x10_0030);
+    assert_eq!(enters(&target), 0x10_0030);
     assert_eq!(target.memory[0x10_0000..0x10_0040], kludge());
     assert!(target.memory[0x10_0040..0x10_2000].iter().all(|&b| b == 0));
 }

@@ -22,22 +22,6 @@ pub fn build(dir: &Path, kernel: &Path, initramfs: &[u8], cmdline: &str) -> Resu
     )
 }
 
-/// Makes `dir/boot.iso` from a multiboot kernel and a module.
-///
-/// # Errors
-/// grub-mkrescue fails or the disk is full.
-pub fn build_multiboot(dir: &Path, kernel: &Path, module: &Path) -> Result<PathBuf> {
-    let tree = dir.join("iso");
-    fs::create_dir_all(tree.join("boot/grub"))?;
-    fs::copy(kernel, tree.join("boot/kernel"))?;
-    fs::copy(module, tree.join("boot/module"))?;
-    rescue(
-        dir,
-        &tree,
-        "multiboot /boot/kernel kernel\nmodule /boot/module module\n",
-    )
-}
-
 fn rescue(dir: &Path, tree: &Path, commands: &str) -> Result<PathBuf> {
     fs::write(
         tree.join("boot/grub/grub.cfg"),

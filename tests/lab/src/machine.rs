@@ -137,23 +137,6 @@ impl Machine {
         })
     }
 
-    /// Starts a machine from a CD.
-    ///
-    /// # Errors
-    /// The emulator is not there or does not start.
-    pub fn start_cd(
-        engine: Engine,
-        cpus: u32,
-        memory_mib: u32,
-        iso: &Path,
-        dir: &Path,
-    ) -> Result<Self> {
-        Self::connect(dir, |ports| match engine {
-            Engine::Bochs => bochs::spawn(cpus, memory_mib, iso, dir, ports),
-            Engine::Kvm | Engine::Qemu => qemu::spawn_cd(engine, cpus, memory_mib, iso, dir, ports),
-        })
-    }
-
     fn connect(dir: &Path, spawn: impl FnOnce([u16; 2]) -> Result<Child>) -> Result<Self> {
         let ports = [Listening::new()?, Listening::new()?];
         let numbers = [ports[0].port(), ports[1].port()];

@@ -23,23 +23,6 @@ pub fn spawn(spec: &Spec, dir: &Path, ports: [u16; 2]) -> Result<Child> {
     logged(command, dir)
 }
 
-/// As [`spawn`], from a CD.
-///
-/// # Errors
-/// There is no QEMU.
-pub fn spawn_cd(
-    engine: Engine,
-    cpus: u32,
-    memory_mib: u32,
-    iso: &Path,
-    dir: &Path,
-    ports: [u16; 2],
-) -> Result<Child> {
-    let mut command = common(engine, cpus, memory_mib, ports);
-    command.arg("-cdrom").arg(iso);
-    logged(command, dir)
-}
-
 fn common(engine: Engine, cpus: u32, memory_mib: u32, ports: [u16; 2]) -> Command {
     let acceleration: &[&str] = if engine == Engine::Kvm {
         &["-accel", "kvm", "-cpu", "host"]

@@ -1,58 +1,78 @@
-//! kvm-unit-tests, where the image directory has them built: each must pass
-//! whatever it passes on the bare emulator.
+//! kvm-unit-tests, where the image directory has them built. docs/conformance.md
+//! compares with the bare emulator.
 
 use crate::guest::{Guest, Load};
 use crate::host::{Config, Host, SHORT};
 use crate::images;
-use crate::iso;
-use crate::machine::Machine;
 use crate::runner::{Case, Group, Lab};
-use anyhow::{Context, Result, ensure};
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use anyhow::{Result, ensure};
+use std::path::Path;
 use std::time::Duration;
 
-/// Name, file, vCPUs, options for bhyve.
-const TESTS: [(&str, &str, u32, &str); 14] = [
-    ("setjmp", "setjmp", 1, ""),
-    ("sieve", "sieve", 1, ""),
-    ("memory", "memory", 1, ""),
-    ("smap", "smap", 1, ""),
-    ("idt_test", "idt_test", 1, ""),
-    ("apic", "apic", 2, ""),
-    ("x2apic", "apic", 2, "-x"),
-    ("ioapic", "ioapic", 2, ""),
-    ("eventinj", "eventinj", 1, ""),
-    ("smptest", "smptest", 2, ""),
-    ("tsc", "tsc", 1, ""),
-    ("realmode", "realmode", 1, ""),
-    ("emulator", "emulator", 1, ""),
-    ("msr", "msr", 1, ""),
+/// A program to run.
+#[derive(Debug, Clone, Copy)]
+struct Test {
+    name: &'static str,
+    file: &'static str,
+    vcpus: u32,
+    /// For bhyve.
+    options: &'static str,
+}
+
+const fn test(name: &'static str, file: &'static str, vcpus: u32, options: &'static str) -> Test {
+    Test {
+        name,
+        file,
+        vcpus,
+        options,
+    }
+}
+
+/// xapic has one vCPU: with two it sends 10,000 IPIs and waits a million ticks
+/// for each.
+const ONE: [Test; 10] = [
+    test("setjmp", "setjmp", 1, ""),
+    test("memory", "memory", 1, ""),
+    test("smap", "smap", 1, ""),
+    test("idt_test", "idt_test", 1, ""),
+    test("eventinj", "eventinj", 1, ""),
+    test("tsc", "tsc", 1, ""),
+    test("realmode", "realmode", 1, ""),
+    test("emulator", "emulator", 1, ""),
+    test("msr", "msr", 1, ""),
+    test("xapic", "apic", 1, ""),
 ];
+
+/// vCPUs that wait for each other in loops without PAUSE, so each has a CPU.
+const TWO: [Test; 3] = [
+    test("smptest", "smptest", 2, ""),
+    test("ioapic", "ioapic", 2, ""),
+    test("x2apic", "apic", 2, "-x"),
+];
+
+/// Takes as long as all others.
+const LONG: [Test; 1] = [test("sieve", "sieve", 1, "")];
 
 const MEMORY_MIB: u32 = 256;
 const RUN: Duration = Duration::from_secs(600);
 
-/// Two hosts, so that both workers have a share.
+/// A host for each kind.
 pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
     let folder = images::find(&lab.dirs, "kvm-unit-tests");
-    let (first, second) = TESTS.split_at(TESTS.len() / 2);
-    Ok([("a", first), ("b", second)]
+    let kinds: [(&str, u32, &[Test]); 3] = [("1", 1, &ONE), ("2", 2, &TWO), ("sieve", 1, &LONG)];
+    Ok(kinds
         .into_iter()
-        .map(|(suffix, tests)| group(lab, folder.as_deref(), suffix, tests))
+        .map(|(suffix, cpus, tests)| group(lab, folder.as_deref(), suffix, cpus, tests))
         .collect())
 }
 
-fn group(
-    lab: &Lab,
-    folder: Option<&Path>,
-    suffix: &str,
-    tests: &[(&'static str, &'static str, u32, &'static str)],
-) -> Group {
+fn group(lab: &Lab, folder: Option<&Path>, suffix: &str, cpus: u32, tests: &[Test]) -> Group {
     let mut config = Config::new(lab.engine, MEMORY_MIB);
+    config.cpus = cpus;
     let mut cases = Vec::new();
-    for &(test, file, vcpus, options) in tests {
-        let name = format!("kvm-unit-tests-{test}");
+    for &test in tests {
+        let Test { name, file, .. } = test;
+        let name = format!("kvm-unit-tests-{name}");
         let path = folder.map(|f| f.join(format!("{file}.flat")));
         match path.filter(|p| p.is_file()) {
             None => cases.push(Case::skipped(
@@ -61,9 +81,7 @@ fn group(
             )),
             Some(path) => {
                 config.file(&format!("kut/{file}.flat"), &path);
-                cases.push(Case::new(name, move |lab, host| {
-                    one(lab, host, test, file, &path, vcpus, options)
-                }));
+                cases.push(Case::new(name, move |_, host| one(host, test)));
             }
         }
     }
@@ -74,20 +92,19 @@ fn group(
     }
 }
 
-fn environment(vcpus: u32) -> String {
-    format!("NR_CPUS={vcpus}\\nMEMSIZE={MEMORY_MIB}\\nMEMLIMIT={MEMORY_MIB}\\nTEST_DEVICE=1\\n")
-}
-
-fn one(
-    lab: &Lab,
-    host: &mut Host,
-    test: &str,
-    file: &str,
-    path: &Path,
-    vcpus: u32,
-    options: &str,
-) -> Result<()> {
-    host.must(&format!("printf '{}' >/tmp/env", environment(vcpus)), SHORT)?;
+fn one(host: &mut Host, test: Test) -> Result<()> {
+    let Test {
+        name,
+        file,
+        vcpus,
+        options,
+    } = test;
+    // With a test device, apic tries a hypercall of KVM's.
+    let device = u32::from(file != "apic");
+    let environment = format!(
+        "NR_CPUS={vcpus}\\nMEMSIZE={MEMORY_MIB}\\nMEMLIMIT={MEMORY_MIB}\\nTEST_DEVICE={device}\\n"
+    );
+    host.must(&format!("printf '{environment}' >/tmp/env"), SHORT)?;
     let mut guest = Guest::new(
         &format!("/kut/{file}.flat"),
         Load::Multiboot {
@@ -106,22 +123,23 @@ fn one(
     let console = String::from_utf8_lossy(&console).into_owned();
     guest.destroy(host)?;
     // The exit port gives (v << 1) | 1: 1 says that all is well.
-    if status == 1 {
-        return Ok(());
-    }
-    let failed = failures(&console);
+    let failed: Vec<&str> = console.lines().filter(|l| l.starts_with("FAIL")).collect();
     ensure!(
-        status == 3 && !failed.is_empty(),
-        "{test} ended with status {status}: {}",
+        status == 1 && failed.is_empty() && console.contains(last_words(file)),
+        "{name} ended with status {status}, {failed:#?}: {}",
         tail(&console)
     );
-    let bare = on_bare(lab, test, path, vcpus)?;
-    let new: Vec<&String> = failed.difference(&bare).collect();
-    ensure!(
-        new.is_empty(),
-        "fails here and not on the bare emulator: {new:#?}"
-    );
     Ok(())
+}
+
+/// What the program says when it has come to its end.
+fn last_words(file: &str) -> &'static str {
+    match file {
+        "realmode" => "PASS: xadd",
+        // The primes below 10^8.
+        "sieve" => "virtual:5761455 out of 100000000",
+        _ => "SUMMARY: ",
+    }
 }
 
 fn wait(host: &mut Host) -> Result<i32> {
@@ -139,29 +157,7 @@ fn wait(host: &mut Host) -> Result<i32> {
     }
 }
 
-fn failures(console: &str) -> BTreeSet<String> {
-    console
-        .lines()
-        .filter(|l| l.starts_with("FAIL"))
-        .map(|l| l.trim().to_owned())
-        .collect()
-}
-
 fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(15)..].join("\n")
-}
-
-/// The tests that fail on the emulator itself.
-fn on_bare(lab: &Lab, test: &str, path: &Path, vcpus: u32) -> Result<BTreeSet<String>> {
-    let dir = lab.dirs.fresh(&format!("bare-{test}"))?;
-    let env: PathBuf = dir.join("env");
-    std::fs::write(&env, environment(vcpus).replace("\\n", "\n"))?;
-    let image = iso::build_multiboot(&dir, path, &env)?;
-    let mut machine = Machine::start_cd(lab.engine, vcpus, MEMORY_MIB, &image, &dir)?;
-    machine
-        .com1
-        .expect("SUMMARY: .*\n", RUN)
-        .context("on the bare emulator")?;
-    Ok(failures(&machine.com1.text()))
 }
