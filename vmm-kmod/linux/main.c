@@ -56,6 +56,11 @@ static int __init vmm_init(void)
 		    boot_cpu_has(X86_FEATURE_NONSTOP_TSC),
 		.account = account,
 		.use_apic_vid = use_apic_vid,
+		/* What this kernel does not trust, guests should not either. */
+		.xsave_forms = !!boot_cpu_has(X86_FEATURE_XSAVEOPT) |
+		    !!boot_cpu_has(X86_FEATURE_XSAVEC) << 1 |
+		    !!boot_cpu_has(X86_FEATURE_XGETBV1) << 2 |
+		    !!boot_cpu_has(X86_FEATURE_XSAVES) << 3,
 	};
 	int error;
 

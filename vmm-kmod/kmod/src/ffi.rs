@@ -13,6 +13,7 @@ pub struct HostInfo {
     pub tsc_invariant: u32,
     pub account: u32,
     pub use_apic_vid: u32,
+    pub xsave_forms: u32,
 }
 
 macro_rules! opaque {

@@ -28,6 +28,8 @@ pub struct Global {
     pub microcode: u32,
     /// IA32_ARCH_CAPABILITIES of the host; 0 if it has none.
     pub arch_capabilities: u64,
+    /// Forms of XSAVE that the host trusts (CPUID.0DH.1:EAX).
+    pub xsave_forms: u32,
 }
 
 struct Slot(UnsafeCell<MaybeUninit<Global>>);
@@ -77,6 +79,16 @@ pub fn cpuid(leaf: u32, sub: u32) -> [u32; 4] {
     [r.eax, r.ebx, r.ecx, r.edx]
 }
 
+/// The host's CPUID as guests' is made of: without the forms of XSAVE that
+/// the host has turned off.
+pub fn trusted_cpuid(leaf: u32, sub: u32) -> [u32; 4] {
+    let [a, b, c, d] = cpuid(leaf, sub);
+    if (leaf, sub) == (0xd, 1) {
+        return [a & get().xsave_forms, b, c, d];
+    }
+    [a, b, c, d]
+}
+
 /// What guests can be offered, from what the CPU and the host have.
 pub fn caps(backend: &Backend<Os>, info: &HostInfo) -> CpuidCaps {
     let f = backend.caps.features;
@@ -94,7 +106,7 @@ pub fn caps(backend: &Backend<Os>, info: &HostInfo) -> CpuidCaps {
         } else {
             0
         },
-        xsaves: f.contains(Features::XSAVES),
+        xsaves: f.contains(Features::XSAVES) && info.xsave_forms & 8 != 0,
         spec_ctrl: m.spec_ctrl,
         ssbd: m.spec_ctrl && cpuid(7, 0)[3] & (1 << 31) != 0,
         arch_capabilities: cpuid(7, 0)[3] & (1 << 29) != 0,

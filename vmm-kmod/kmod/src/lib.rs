@@ -83,6 +83,7 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         arch_capabilities: unsafe { global::arch_capabilities() },
         tsc_hz: info.tsc_hz,
         account: info.account != 0,
+        xsave_forms: info.xsave_forms,
         apic_virt: if info.use_apic_vid != 0 {
             vmm_hw::vmx::ApicVirt::all()
         } else {
