@@ -2,9 +2,9 @@
 
 use crate::console::Console;
 use crate::guest::{Guest, Load, linux_cmdline};
-use crate::host::{Config, Host};
+use crate::host::{Config, Host, SHORT};
 use crate::runner::{Case, Group, Lab, Shared};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -12,6 +12,27 @@ use std::time::Duration;
 const UP: Duration = Duration::from_secs(240);
 /// A command in the guest.
 const COMMAND: Duration = Duration::from_secs(60);
+/// Memory that the guest's kernel does not count as usable, KiB: itself, and
+/// what its page structures and reserves take.
+const KERNEL_KIB: u32 = 52 << 10;
+
+/// How a guest's run ends.
+#[derive(Debug, Clone, Copy)]
+enum End {
+    /// `poweroff` in the guest: ACPI's S5.
+    PowerOff,
+    /// `reboot` in the guest.
+    Reboot,
+    /// SIGTERM to bhyve, of whose power button this guest takes no notice.
+    Terminate,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Variant {
+    vcpus: u32,
+    x2apic: bool,
+    end: End,
+}
 
 /// The host and its tests.
 pub fn group(lab: &Lab) -> Group {
@@ -19,23 +40,25 @@ pub fn group(lab: &Lab) -> Group {
     config.file("guest/kernel", &lab.kit.kernel.image);
     config.file("guest/root", &lab.kit.guest_initrd);
     let bare = Shared::default();
-    let mut cases = Vec::new();
-    for vcpus in [1, 2] {
-        for x2apic in [false, true] {
-            let name = format!(
-                "linux-{vcpus}-vcpu-{}",
-                if x2apic { "x2apic" } else { "xapic" }
-            );
-            let bare = bare.clone();
-            cases.push(Case::new(name, move |lab, host| {
-                boot_and_power_off(lab, host, vcpus, x2apic, &bare)
-            }));
-        }
-    }
+    let variants = [
+        (1, false, End::PowerOff),
+        (1, true, End::Reboot),
+        (2, false, End::Terminate),
+        (2, true, End::PowerOff),
+    ];
+    let cases = variants.map(|(vcpus, x2apic, end)| {
+        let name = format!(
+            "linux-{vcpus}-vcpu-{}",
+            if x2apic { "x2apic" } else { "xapic" }
+        );
+        let bare = bare.clone();
+        let variant = Variant { vcpus, x2apic, end };
+        Case::new(name, move |lab, host| boot(lab, host, variant, &bare))
+    });
     Group {
         name: "linux".to_owned(),
         config,
-        cases,
+        cases: cases.into(),
     }
 }
 
@@ -50,34 +73,35 @@ pub fn guest() -> Guest {
     )
 }
 
-fn boot_and_power_off(
-    lab: &Lab,
-    host: &mut Host,
-    vcpus: u32,
-    x2apic: bool,
-    bare: &Shared<BTreeSet<String>>,
-) -> Result<()> {
+fn boot(lab: &Lab, host: &mut Host, v: Variant, bare: &Shared<BTreeSet<String>>) -> Result<()> {
     let mut guest = guest();
-    guest.vcpus = vcpus;
-    if x2apic {
+    guest.vcpus = v.vcpus;
+    if v.x2apic {
         guest.options.push_str("-x");
     }
     guest.start(host)?;
     let console = host.guest();
     let up = console.expect(
-        r"guest userland: Linux \S+, (\d+) CPUs, clocksource (\w+)\r?\n",
+        r"guest userland: Linux \S+, (\d+) CPUs, clocksource (\S+)\r?\n",
         UP,
     )?;
     ensure!(
-        up.group(1) == vcpus.to_string(),
-        "the guest sees {} CPUs, not {vcpus}",
-        up.group(1)
+        up.group(1) == v.vcpus.to_string(),
+        "the guest sees {} CPUs, not {}",
+        up.group(1),
+        v.vcpus
     );
     ensure!(
         up.group(2) == "tsc",
         "the guest's clocksource is {}, not tsc",
         up.group(2)
     );
+    console.expect("guest# ", COMMAND)?;
+    memory(console, guest.memory_mib)?;
+    if v.vcpus > 1 {
+        both_cpus(console)?;
+        hotplug(console)?;
+    }
     let complaints = complaints(console)?;
     if !complaints.is_empty() {
         let known = bare.get(|| on_bare(lab))?;
@@ -87,20 +111,116 @@ fn boot_and_power_off(
             "the guest's kernel complains as it does not on the bare emulator: {new:#?}"
         );
     }
-    host.guest().send(b"poweroff\r")?;
-    guest.expect_exit(host, 1, COMMAND)?;
+    let status = match v.end {
+        End::PowerOff => {
+            console.send(b"poweroff\r")?;
+            1
+        }
+        End::Reboot => {
+            console.send(b"reboot\r")?;
+            0
+        }
+        End::Terminate => {
+            host.must("kill $(pidof bhyve)", SHORT)?;
+            1
+        }
+    };
+    guest.expect_exit(host, status, COMMAND)?;
     guest.destroy(host)
 }
 
-/// Warnings and errors about time and interrupts, without what varies from
-/// boot to boot.
-fn complaints(console: &mut Console) -> Result<BTreeSet<String>> {
-    console.expect("guest# ", COMMAND)?;
+/// What a shell line in the guest says.
+fn ask(console: &mut Console, line: &str) -> Result<String> {
     // The quotes keep the echo of the line from looking like its output.
-    console.send(
-        b"dmesg -r | grep '^<[0-4]>' | grep -iE 'apic|tsc|clocksource|timer|nmi|hpet|lockup'; echo complaints-'end'\r",
+    console.send(format!("{line}; echo said-'all'\r").as_bytes())?;
+    let said = console.expect("said-all", COMMAND)?.before;
+    console.expect("guest# ", COMMAND)?;
+    Ok(said)
+}
+
+/// The number behind `label` at the start of a line.
+fn number(text: &str, label: &str) -> Result<u32> {
+    text.lines()
+        .find_map(|l| {
+            l.trim()
+                .strip_prefix(label)?
+                .split_whitespace()
+                .next()?
+                .parse()
+                .ok()
+        })
+        .with_context(|| format!("no number behind {label:?} in {text:?}"))
+}
+
+fn memory(console: &mut Console, mib: u32) -> Result<()> {
+    let total = number(&ask(console, "cat /proc/meminfo")?, "MemTotal:")?;
+    ensure!(
+        (mib * 1024 - KERNEL_KIB..mib * 1024).contains(&total),
+        "of {mib} MiB the guest sees {total} KiB"
+    );
+    Ok(())
+}
+
+/// A process bound to a CPU runs there.
+fn runs_on(console: &mut Console, cpu: u32) -> Result<()> {
+    // Field 39 of stat is the CPU that ran the process last.
+    let line = format!("taskset {} cut -d' ' -f39 /proc/self/stat", 1 << cpu);
+    let said = ask(console, &line)?;
+    ensure!(
+        said.lines().any(|l| l.trim() == cpu.to_string()),
+        "a process bound to CPU {cpu} did not run there: {said}"
+    );
+    Ok(())
+}
+
+/// Both CPUs work, and get their timer's interrupts and each other's.
+fn both_cpus(console: &mut Console) -> Result<()> {
+    runs_on(console, 0)?;
+    runs_on(console, 1)?;
+    let interrupts = ask(console, "cat /proc/interrupts")?;
+    for name in ["LOC:", "CAL:"] {
+        let line = interrupts
+            .lines()
+            .find_map(|l| l.trim().strip_prefix(name))
+            .with_context(|| format!("no {name} in {interrupts}"))?;
+        let counts: Vec<u64> = line
+            .split_whitespace()
+            .map_while(|w| w.parse().ok())
+            .collect();
+        ensure!(
+            counts.len() == 2 && counts.iter().all(|&n| n > 0),
+            "{name} interrupts: {counts:?}"
+        );
+    }
+    for name in ["ERR:", "MIS:"] {
+        let count = number(&interrupts, name)?;
+        ensure!(count == 0, "{count} interrupts counted as {name}");
+    }
+    Ok(())
+}
+
+/// CPU 1 goes, and comes back by INIT and a start-up IPI.
+fn hotplug(console: &mut Console) -> Result<()> {
+    for (value, cpus) in [(0, "CPUs 1"), (1, "CPUs 2")] {
+        let said = ask(
+            console,
+            &format!("echo {value} >/sys/devices/system/cpu/cpu1/online; echo CPUs $(nproc)"),
+        )?;
+        ensure!(
+            said.lines().any(|l| l.trim() == cpus),
+            "after {value} to cpu1/online, not {cpus}: {said}"
+        );
+    }
+    runs_on(console, 1)
+}
+
+/// Warnings and errors, and what else smells of a clock or an interrupt
+/// controller gone wrong, without what varies from boot to boot.
+fn complaints(console: &mut Console) -> Result<BTreeSet<String>> {
+    let text = ask(
+        console,
+        "dmesg -r | grep -iE '^<[0-4]>|unstable|firmware bug|out of sync|could not|lockup'",
     )?;
-    let text = console.expect("complaints-end", COMMAND)?.before;
     Ok(text
         .lines()
         .filter(|l| l.starts_with('<'))
@@ -119,5 +239,6 @@ fn complaints(console: &mut Console) -> Result<BTreeSet<String>> {
 fn on_bare(lab: &Lab) -> Result<BTreeSet<String>> {
     let mut machine = lab.bare("linux-bare", 1, &linux_cmdline())?;
     machine.com1.expect("guest userland: ", UP)?;
+    machine.com1.expect("guest# ", COMMAND)?;
     complaints(&mut machine.com1)
 }
