@@ -35,38 +35,37 @@ pub fn ensure(dirs: &Dirs) -> Result<HostKernel> {
         }
     }
     step("Debian's cloud kernel and its headers", || {
-        let release = match release() {
-            Ok(release) => release,
-            Err(_) => {
-                apt::update()?;
-                release()?
-            }
-        };
-        let into = base.join(&release);
-        if into.exists() {
-            fs::remove_dir_all(&into)?;
+        if let Ok(kernel) = download(&base) {
+            return Ok(kernel);
         }
-        fs::create_dir_all(&into)?;
-        let common = release
-            .strip_suffix("-cloud-amd64")
-            .with_context(|| format!("Debian's cloud kernel is called {release}"))?;
-        let packages = [
-            format!("linux-image-{release}"),
-            format!("linux-headers-{release}"),
-            format!("linux-headers-{common}-common"),
-            "linux-kbuild-6.1".to_owned(),
-        ];
-        let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
-        if apt::extract(&[], &packages, &into).is_err() {
-            // The mirror has moved on since the lists were fetched.
-            apt::update()?;
-            apt::extract(&[], &packages, &into)?;
-        }
-        let kernel = at(&base, &release);
-        relocate(&kernel.headers.join("Makefile"), &into)?;
-        fs::write(&named, &release)?;
-        Ok(kernel)
+        // No package lists yet, or the mirror has moved on since they were fetched.
+        apt::update()?;
+        download(&base)
     })
+}
+
+fn download(base: &Path) -> Result<HostKernel> {
+    let release = release()?;
+    let into = base.join(&release);
+    if into.exists() {
+        fs::remove_dir_all(&into)?;
+    }
+    fs::create_dir_all(&into)?;
+    let common = release
+        .strip_suffix("-cloud-amd64")
+        .with_context(|| format!("Debian's cloud kernel is called {release}"))?;
+    let packages = [
+        format!("linux-image-{release}"),
+        format!("linux-headers-{release}"),
+        format!("linux-headers-{common}-common"),
+        "linux-kbuild-6.1".to_owned(),
+    ];
+    let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
+    apt::extract(&[], &packages, &into)?;
+    let kernel = at(base, &release);
+    relocate(&kernel.headers.join("Makefile"), &into)?;
+    fs::write(base.join("release"), &release)?;
+    Ok(kernel)
 }
 
 fn at(base: &Path, release: &str) -> HostKernel {
