@@ -78,7 +78,8 @@ pub fn update() -> Result<()> {
     output(Command::new("apt-get").args(["update", "-qq"])).map(drop)
 }
 
-fn is_installed(package: &str) -> bool {
+/// dpkg has `package` installed.
+pub fn is_installed(package: &str) -> bool {
     output(Command::new("dpkg-query").args(["-W", "-f=${Status}", package]))
         .is_ok_and(|s| s.ends_with(" installed"))
 }

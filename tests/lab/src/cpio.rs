@@ -23,15 +23,15 @@ impl Initramfs {
     /// `init` that each of ours has.
     ///
     /// # Errors
-    /// There is no busybox.
-    pub fn new(init: &str) -> Result<Self> {
+    /// `busybox` cannot be read.
+    pub fn new(init: &str, busybox: &Path) -> Result<Self> {
         let mut this = Self::default();
         for dir in ["bin", "dev", "proc", "sys", "tmp"] {
             this.directory(dir)?;
         }
         // The kernel opens it for init before devtmpfs is mounted.
         this.entry("dev/console", CHARACTER_DEVICE, (5, 1), &[])?;
-        this.program("bin/busybox", Path::new("/bin/busybox"))?;
+        this.program("bin/busybox", busybox)?;
         this.entry("init", PROGRAM, (0, 0), init.as_bytes())?;
         Ok(this)
     }
@@ -133,6 +133,8 @@ impl Initramfs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::busybox;
+    use crate::dirs::Dirs;
     use std::io::Write;
     use std::process::{Command, Stdio};
 
@@ -143,15 +145,15 @@ mod tests {
         archive.text("etc/deep/motd", "hello").unwrap();
         archive.text("odd", "12345").unwrap();
         let bytes = archive.finish().unwrap();
-        let Ok(mut child) = Command::new("busybox")
+        let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let busybox = busybox::ensure(&Dirs::new(&checkout).unwrap()).unwrap();
+        let mut child = Command::new(busybox)
             .args(["cpio", "-t"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
-        else {
-            panic!("busybox is a prerequisite (package busybox-static)");
-        };
+            .unwrap();
         child.stdin.take().unwrap().write_all(&bytes).unwrap();
         let out = child.wait_with_output().unwrap();
         assert!(out.status.success());

@@ -6,7 +6,7 @@ use crate::host_kernel::{self, HostKernel};
 use crate::machine::{Engine, Machine, Spec};
 use crate::progress::step;
 use crate::stats::{self, Stats};
-use crate::{apt, kmod, programs};
+use crate::{apt, busybox, kmod, programs};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,9 +23,8 @@ pub const BOOT: Duration = Duration::from_secs(300);
 pub const SHORT: Duration = Duration::from_secs(60);
 
 /// Packages that building needs.
-const BUILD_PACKAGES: [&str; 10] = [
+const BUILD_PACKAGES: [&str; 9] = [
     "binutils",
-    "busybox-static",
     "gcc",
     "gcc-12",
     "grub-common",
@@ -50,6 +49,7 @@ pub struct Kit {
     pub programs: Vec<PathBuf>,
     /// Prints the time-stamp counter.
     tsc: PathBuf,
+    busybox: PathBuf,
     /// A Linux guest's initramfs: busybox and a shell.
     pub guest_initrd: PathBuf,
     /// Programs of tests/guests, where [`Self::with_guests`] has built them.
@@ -72,6 +72,7 @@ impl Kit {
             module,
             programs,
             tsc: tsc(dirs)?,
+            busybox: busybox::ensure(dirs)?,
             guest_initrd: guest_initrd(dirs)?,
             guests: Vec::new(),
         })
@@ -122,7 +123,10 @@ fn tsc(dirs: &Dirs) -> Result<PathBuf> {
 /// There is no busybox, or the disk is full.
 pub fn guest_initrd(dirs: &Dirs) -> Result<PathBuf> {
     let file = dirs.fresh("guest")?.join("initrd");
-    fs::write(&file, Initramfs::new(GUEST_INIT)?.finish()?)?;
+    fs::write(
+        &file,
+        Initramfs::new(GUEST_INIT, &busybox::ensure(dirs)?)?.finish()?,
+    )?;
     Ok(file)
 }
 
@@ -189,7 +193,7 @@ impl Host {
     /// # Errors
     /// The emulator or the kernel does not come up.
     pub fn boot(dirs: &Dirs, kit: &Kit, config: &Config, name: &str) -> Result<Self> {
-        let mut initramfs = Initramfs::new(HOST_INIT)?;
+        let mut initramfs = Initramfs::new(HOST_INIT, &kit.busybox)?;
         initramfs.file("vmm.ko", &kit.module)?;
         for (name, path) in programs::PROGRAMS.iter().zip(&kit.programs) {
             initramfs.program(&format!("bin/{name}"), path)?;

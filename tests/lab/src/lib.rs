@@ -8,6 +8,7 @@
 
 pub mod apt;
 pub mod bochs;
+pub mod busybox;
 pub mod cases;
 pub mod command;
 pub mod console;
