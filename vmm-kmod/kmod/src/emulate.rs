@@ -14,10 +14,10 @@ use vmm_core::paging::{self, GuestPhys, Paging, WalkError};
 use vmm_core::stats::Stat;
 
 use crate::errno;
-use crate::memory::{self, MemMap};
+use crate::memory::{self, GuestMemory};
 use crate::os;
 use crate::regs;
-use crate::run::Runner;
+use crate::run::{Runner, Todo};
 use crate::snapshot::Snapshot;
 use crate::vcpu::{MailboxRef, Vcpu};
 use crate::vm::Vm;
@@ -51,9 +51,10 @@ enum Done {
 struct KernelBus<'a> {
     vm: &'a Vm,
     lapic: &'a mut Lapic<MailboxRef>,
-    mem: &'a MemMap,
+    mem: GuestMemory<'a>,
     walk: Paging,
     spinup: bool,
+    apic_touched: bool,
 }
 
 impl KernelBus<'_> {
@@ -64,14 +65,20 @@ impl KernelBus<'_> {
 
 impl Bus for KernelBus<'_> {
     fn translate(&mut self, gla: u64, access: Access) -> Result<u64, WalkError> {
-        paging::translate(self.mem, &self.walk, gla, access)
+        paging::translate(&self.mem, &self.walk, gla, access)
     }
 
     fn read(&mut self, gpa: u64, size: u8) -> Result<u64, BusError> {
         if self.in_apic(gpa) {
+            self.apic_touched = true;
             return Ok(u64::from(
                 self.lapic.read((gpa & 0xfff) as u16, os::rdtsc()),
             ));
+        }
+        if Chipset::is_counter(gpa) {
+            return Ok(self
+                .vm
+                .look_at_chipset(|c, now, sink| c.mmio_read(gpa, size, now, sink)));
         }
         if Chipset::claims_gpa(gpa) {
             return Ok(self
@@ -91,6 +98,7 @@ impl Bus for KernelBus<'_> {
 
     fn write(&mut self, gpa: u64, size: u8, value: u64) -> Result<(), BusError> {
         if self.in_apic(gpa) {
+            self.apic_touched = true;
             let effect = self
                 .lapic
                 .write((gpa & 0xfff) as u16, value as u32, os::rdtsc());
@@ -133,15 +141,29 @@ pub fn apply(vm: &Vm, effect: Effect) -> bool {
     }
 }
 
-impl GuestPhys for MemMap {
+impl GuestPhys for GuestMemory<'_> {
     fn read(&self, gpa: u64, buf: &mut [u8]) -> bool {
-        MemMap::read(self, gpa, buf)
+        GuestMemory::read(self, gpa, buf)
+    }
+
+    fn read_u32(&self, gpa: u64) -> Option<u32> {
+        let va = self.word(gpa, 4, memory::PROT_READ)?;
+        // SAFETY: an aligned word of guest memory in the direct map, kept by
+        // its segment; guest and host both access it atomically.
+        let word = unsafe { AtomicU32::from_ptr(va as *mut u32) };
+        Some(word.load(Ordering::Relaxed))
+    }
+
+    fn read_u64(&self, gpa: u64) -> Option<u64> {
+        let va = self.word(gpa, 8, memory::PROT_READ)?;
+        // SAFETY: as above.
+        let word = unsafe { AtomicU64::from_ptr(va as *mut u64) };
+        Some(word.load(Ordering::Relaxed))
     }
 
     fn cmpxchg_u32(&self, gpa: u64, old: u32, new: u32) -> Option<bool> {
-        let va = self.word(gpa, 4)?;
-        // SAFETY: an aligned word of guest memory in the direct map, kept by
-        // its segment; guest and host both access it atomically.
+        let va = self.word(gpa, 4, memory::PROT_WRITE)?;
+        // SAFETY: as above.
         let word = unsafe { AtomicU32::from_ptr(va as *mut u32) };
         Some(
             word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed)
@@ -150,7 +172,7 @@ impl GuestPhys for MemMap {
     }
 
     fn cmpxchg_u64(&self, gpa: u64, old: u64, new: u64) -> Option<bool> {
-        let va = self.word(gpa, 8)?;
+        let va = self.word(gpa, 8, memory::PROT_WRITE)?;
         // SAFETY: as above.
         let word = unsafe { AtomicU64::from_ptr(va as *mut u64) };
         Some(
@@ -213,6 +235,57 @@ impl Runner<'_> {
         self.vcpu.stats.inc(Stat::UserExits);
     }
 
+    /// An instruction touched `gpa`, perhaps a register of the kernel's
+    /// devices: does it at once, with interrupts off and the VMCS current.
+    /// None: it is not such a one, or needs memory that may have to be
+    /// brought in first.
+    pub fn device_at_once(&mut self, gpa: u64, gla: Option<u64>) -> Option<Option<Todo>> {
+        if !self.is_device(gpa) || self.inner.vectoring.is_some() {
+            return None;
+        }
+        let mem = self.vm.mem.try_lock()?;
+        if mem.map.is_mapped(gpa) {
+            return None;
+        }
+        let walk = self.paging(&self.inner.hw);
+        let inner = &mut *self.inner;
+        let guest = mem.map.guest_known();
+        let at = code_address(&inner.hw, inner.hw.reg(Reg::Rip));
+        let fetched = paging::fetch_instruction(&guest, &walk, at);
+        let inst = inst::decode(fetched.bytes(), CodeMode::of(&inner.hw)).ok()?;
+        let mut bus = KernelBus {
+            vm: self.vm,
+            lapic: &mut inner.lapic,
+            mem: guest,
+            walk,
+            spinup: false,
+            apic_touched: false,
+        };
+        let hint = gla.map(|gla| Hint { gla, gpa });
+        let outcome = inst::emulate(&inst, &mut inner.hw, &mut bus, hint);
+        let spinup = bus.spinup;
+        inner.attention |= bus.apic_touched;
+        drop(mem);
+        match outcome {
+            Outcome::Done => inner.hw.advance(inst.len),
+            Outcome::Restart => {}
+            Outcome::Fault(event) => {
+                inner.exception = Some(event);
+                inner.attention = true;
+            }
+            // Registers are as before, or as after the last iteration.
+            Outcome::NotHere | Outcome::Unsupported => return None,
+        }
+        self.vcpu.stats.inc(Stat::InstEmul);
+        self.vcpu.stats.inc(Stat::MmioKernel);
+        Some(spinup.then_some(Todo::Spinup))
+    }
+
+    fn is_device(&self, gpa: u64) -> bool {
+        Chipset::claims_gpa(gpa)
+            || self.inner.lapic.mmio() && gpa & !0xfff == self.inner.lapic.base_gpa()
+    }
+
     /// An instruction touched `gpa`, where there is no memory. True: an exit
     /// for userland is in place.
     pub fn emulate(&mut self, gpa: u64, gla: Option<u64>) -> Result<bool, i32> {
@@ -220,36 +293,28 @@ impl Runner<'_> {
         let mut cpu = regs::with_current(self.inner, |i| Snapshot::take(&i.hw, i.next_rip));
         let walk = self.paging(&cpu);
         let mem = self.vm.mem.lock();
-        let rip = cpu.reg(Reg::Rip);
-        let cs = cpu.seg(Seg::Cs);
-        let at = if cpu.long_mode_code() {
-            rip
-        } else {
-            cs.base.wrapping_add(rip) & 0xffff_ffff
-        };
-        let fetched = paging::fetch_instruction(&mem.map, &walk, at);
+        let at = code_address(&cpu, cpu.reg(Reg::Rip));
+        let fetched = paging::fetch_instruction(&mem.map.guest(), &walk, at);
+        drop(mem);
         let decoded = inst::decode(fetched.bytes(), CodeMode::of(&cpu));
         if let (Err(DecodeError::Truncated), Some(WalkError::Fault(fault))) =
             (&decoded, fetched.stop)
         {
             // The guest changed its page tables under the instruction: let it
             // see the fault that fetching it now gives.
-            drop(mem);
             cpu.set_reg(Reg::Cr2, fault.cr2);
             self.finish_emulation(&cpu, Some(fault.event()));
             return Ok(false);
         }
-        let apic = self.inner.lapic.mmio() && gpa & !0xfff == self.inner.lapic.base_gpa();
-        drop(mem);
-        if let (Ok(inst), true) = (&decoded, apic || Chipset::claims_gpa(gpa)) {
+        if let (Ok(inst), true) = (&decoded, self.is_device(gpa)) {
             self.vcpu.stats.inc(Stat::MmioKernel);
-            let snapshot = regs::with_current(self.inner, |i| Snapshot::take(&i.hw, i.next_rip));
-            if let Done::Yes = self.device(snapshot, inst, Where { gpa, gla }, walk)? {
+            if let Done::Yes = self.device(&mut cpu, inst, Where { gpa, gla }, walk)? {
                 return Ok(false);
             }
         }
         self.vcpu.stats.inc(Stat::MmioUser);
         let (vie, len) = inst::vie(fetched.bytes(), decoded.as_ref().ok());
+        let cs = cpu.seg(Seg::Cs);
         let exit = UserExit::InstEmul(InstEmul {
             gpa,
             gla: gla.unwrap_or(0),
@@ -265,7 +330,7 @@ impl Runner<'_> {
     /// The instruction touches a device of the kernel's.
     fn device(
         &mut self,
-        mut cpu: Snapshot,
+        cpu: &mut Snapshot,
         inst: &Inst,
         at: Where,
         walk: Paging,
@@ -274,21 +339,22 @@ impl Runner<'_> {
         let mut bus = KernelBus {
             vm: self.vm,
             lapic: &mut self.inner.lapic,
-            mem: &mem.map,
+            mem: mem.map.guest(),
             walk,
             spinup: false,
+            apic_touched: false,
         };
         let hint = at.gla.map(|gla| Hint { gla, gpa: at.gpa });
-        let outcome = inst::emulate(inst, &mut cpu, &mut bus, hint);
+        let outcome = inst::emulate(inst, cpu, &mut bus, hint);
         let spinup = bus.spinup;
         drop(mem);
         match outcome {
             Outcome::Done => {
                 cpu.advance(inst.len);
-                self.finish_emulation(&cpu, None);
+                self.finish_emulation(cpu, None);
             }
-            Outcome::Restart => self.finish_emulation(&cpu, None),
-            Outcome::Fault(event) => self.finish_emulation(&cpu, Some(event)),
+            Outcome::Restart => self.finish_emulation(cpu, None),
+            Outcome::Fault(event) => self.finish_emulation(cpu, Some(event)),
             Outcome::NotHere | Outcome::Unsupported => return Ok(Done::NotHere),
         }
         if spinup {
@@ -316,12 +382,13 @@ impl Runner<'_> {
     /// Loads the PDPTEs that a MOV to CR0 or CR4 needs, then completes it.
     pub fn load_pdptes(&mut self, new: &vmm_hw::vmx::cr::Controls) {
         let mem = self.vm.mem.lock();
+        let guest = mem.map.guest();
         let mut ptes = [0u64; 4];
         let base = new.cr3 & 0xffff_ffe0;
         let reserved = 0x1e6 | !0u64 << self.inner.cpuid.phys_bits();
         let mut ok = true;
         for (n, pte) in (0u64..).zip(&mut ptes) {
-            *pte = mem.map.read_u64(base + 8 * n).unwrap_or(0);
+            *pte = guest.read_u64(base + 8 * n).unwrap_or(0);
             ok &= *pte & 1 == 0 || *pte & reserved == 0;
         }
         drop(mem);
@@ -331,6 +398,15 @@ impl Runner<'_> {
             return;
         }
         self.pdptes = Some((ptes, *new));
+    }
+}
+
+/// Linear address of the instruction at `rip`.
+fn code_address(cpu: &impl CpuState, rip: u64) -> u64 {
+    if cpu.long_mode_code() {
+        rip
+    } else {
+        cpu.seg(Seg::Cs).base.wrapping_add(rip) & 0xffff_ffff
     }
 }
 
@@ -350,9 +426,9 @@ pub fn gla2gpa(vm: &Vm, vcpu: &Vcpu, a: &mut VmGla2gpa, inject: bool) -> Result<
     walk.cpl = a.paging.cpl as u8 & 3;
     let mem = vm.mem.lock();
     let r = if inject {
-        paging::translate(&mem.map, &walk, a.gla, access)
+        paging::translate(&mem.map.guest(), &walk, a.gla, access)
     } else {
-        paging::translate_nofault(&mem.map, &walk, a.gla, access)
+        paging::translate_nofault(&mem.map.guest(), &walk, a.gla, access)
     };
     drop(mem);
     match r {

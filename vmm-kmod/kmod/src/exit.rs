@@ -51,19 +51,25 @@ impl Runner<'_> {
                 gla,
                 access,
                 during_walk,
-            } => Some(Todo::Fault(Fault {
-                gpa,
-                gla,
-                access,
-                during_walk,
-            })),
+            } => {
+                if !during_walk && let Some(done) = self.device_at_once(gpa, gla) {
+                    return done;
+                }
+                Some(Todo::Fault(Fault {
+                    gpa,
+                    gla,
+                    access,
+                    during_walk,
+                }))
+            }
             Exit::ApicWrite { offset } => self.apic_write(offset),
             Exit::ApicAccess { offset, .. } => {
                 self.vcpu.stats.inc(Stat::ApicAccess);
-                let base = self.inner.lapic.base_gpa();
-                Some(Todo::ApicAccess {
-                    gpa: base | u64::from(offset),
-                })
+                let gpa = self.inner.lapic.base_gpa() | u64::from(offset);
+                if let Some(done) = self.device_at_once(gpa, None) {
+                    return done;
+                }
+                Some(Todo::ApicAccess { gpa })
             }
             Exit::VirtualEoi { vector } => {
                 self.vcpu.stats.inc(Stat::VirtualEoi);

@@ -5,6 +5,7 @@
 use alloc::boxed::Box;
 use core::ffi::c_uint;
 use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use vmm_core::cpu::Access;
 use vmm_core::host::{Gpa, Host, Hpa};
@@ -23,6 +24,9 @@ pub const MAX_MAPS: usize = 16;
 pub const SEG_NAME_MAX: usize = 63;
 
 const PAGE: u64 = 4096;
+/// Piece of a segment whose place the host is asked for once.
+const CHUNK: u64 = 2 << 20;
+const CHUNK_ORDER: u32 = CHUNK.trailing_zeros() - PAGE.trailing_zeros();
 
 /// PROT_READ, PROT_WRITE, PROT_EXEC as both hosts number them.
 pub const PROT_READ: i32 = 1;
@@ -37,6 +41,10 @@ pub const MAP_WIRED: i32 = 1;
 /// A piece of memory that can be mapped into the guest.
 pub struct Segment {
     raw: NonNull<ffi::Memseg>,
+    /// Where the host has put each chunk, as far as that is known and the
+    /// chunk is contiguous: physical address | order << 1 | 1. Pages stay
+    /// where they are until the segment goes.
+    chunks: Box<[AtomicU64]>,
     /// Bytes.
     pub len: u64,
     /// System memory, or device memory with a node of its own.
@@ -52,10 +60,13 @@ unsafe impl Send for Segment {}
 
 impl Segment {
     fn new(len: u64, sysmem: bool, name: [u8; SEG_NAME_MAX + 1]) -> Result<Self, NoMemory> {
+        let count = usize::try_from(len.div_ceil(CHUNK)).map_err(|_| NoMemory)?;
+        let chunks = crate::sync::try_slice(count, |_| AtomicU64::new(0))?;
         // SAFETY: no preconditions; NULL is checked.
         let raw = NonNull::new(unsafe { ffi::vmm_host_memseg_create(len) }).ok_or(NoMemory)?;
         Ok(Segment {
             raw,
+            chunks,
             len,
             sysmem,
             name,
@@ -66,13 +77,39 @@ impl Segment {
     /// The page at `off`, allocated if need be, and the order of the
     /// contiguous run it is in.
     pub fn page(&self, off: u64) -> Result<(Hpa, u32), i32> {
+        if off < self.len
+            && let Some(known) = self.known(off)
+        {
+            return Ok(known);
+        }
         let mut pa = 0;
         let mut order: c_uint = 0;
         // SAFETY: `raw` lives as long as self.
         match unsafe { ffi::vmm_host_memseg_page(self.raw.as_ptr(), off, &mut pa, &mut order) } {
-            0 => Ok((pa, order)),
+            0 => {
+                if order >= CHUNK_ORDER
+                    && let Some(chunk) = self.chunks.get((off / CHUNK) as usize)
+                {
+                    let base = pa & !(CHUNK - 1);
+                    chunk.store(base | u64::from(order) << 1 | 1, Ordering::Relaxed);
+                }
+                Ok((pa, order))
+            }
             e => Err(e),
         }
+    }
+
+    /// As [`Segment::page`], without asking the host: None if that would be
+    /// needed.
+    #[inline]
+    fn known(&self, off: u64) -> Option<(Hpa, u32)> {
+        let chunk = self.chunks.get((off / CHUNK) as usize)?;
+        let v = chunk.load(Ordering::Relaxed);
+        if v == 0 {
+            return None;
+        }
+        let in_chunk = off & (CHUNK - 1) & !(PAGE - 1);
+        Some((v & !(CHUNK - 1) | in_chunk, (v & (CHUNK - 1)) as u32 >> 1))
     }
 
     /// Bytes of host memory behind the segment.
@@ -136,6 +173,8 @@ pub struct Backing {
 pub struct MemMap {
     segs: [Option<Box<Segment>>; MAX_SEGS],
     maps: [Option<Map>; MAX_MAPS],
+    /// No slot of `maps` from here on is taken.
+    maps_end: usize,
 }
 
 impl MemMap {
@@ -210,12 +249,14 @@ impl MemMap {
         {
             return Err(errno::EFAULT);
         }
-        let slot = self
+        let (n, slot) = self
             .maps
             .iter_mut()
-            .find(|m| m.is_none())
+            .enumerate()
+            .find(|(_, m)| m.is_none())
             .ok_or(errno::ENOSPC)?;
         *slot = Some(map);
+        self.maps_end = self.maps_end.max(n + 1);
         Ok(())
     }
 
@@ -256,7 +297,8 @@ impl MemMap {
     }
 
     fn find(&self, gpa: Gpa) -> Option<&Map> {
-        self.maps.iter().flatten().find(|m| m.contains(gpa))
+        let maps = self.maps.get(..self.maps_end).unwrap_or_default();
+        maps.iter().flatten().find(|m| m.contains(gpa))
     }
 
     /// Finds, allocating if need be, the memory at `gpa`. `Ok(None)`: no
@@ -291,6 +333,54 @@ impl MemMap {
         }))
     }
 
+    /// Whether memory is mapped at `gpa`, there already or not.
+    pub fn is_mapped(&self, gpa: Gpa) -> bool {
+        self.find(gpa).is_some()
+    }
+
+    /// The guest's memory, brought in as it is accessed; may sleep.
+    pub fn guest(&self) -> GuestMemory<'_> {
+        GuestMemory {
+            map: self,
+            sleep: true,
+        }
+    }
+
+    /// The guest's memory as far as it is known to be there: accesses never
+    /// sleep, and fail where they would have to.
+    pub fn guest_known(&self) -> GuestMemory<'_> {
+        GuestMemory {
+            map: self,
+            sleep: false,
+        }
+    }
+}
+
+/// Access to the contents of guest memory.
+#[derive(Clone, Copy)]
+pub struct GuestMemory<'a> {
+    map: &'a MemMap,
+    sleep: bool,
+}
+
+impl GuestMemory<'_> {
+    /// Host address of the byte at `gpa`, if it allows all of `need`.
+    #[inline]
+    fn byte(&self, gpa: Gpa, need: i32) -> Option<usize> {
+        let map = self.map.find(gpa)?;
+        if map.prot & need != need {
+            return None;
+        }
+        let seg = self.map.segment(map.segid)?;
+        let off = gpa - map.gpa + map.segoff;
+        let (hpa, _) = match seg.known(off) {
+            Some(known) => known,
+            None if self.sleep => seg.page(off & !(PAGE - 1)).ok()?,
+            None => return None,
+        };
+        Some(Os::phys_to_virt(hpa) + (gpa & (PAGE - 1)) as usize)
+    }
+
     /// Calls `f` with each piece of host memory behind `[gpa, gpa + len)`;
     /// false if part of it is not memory (pieces before that were visited).
     fn for_each_piece(
@@ -305,15 +395,11 @@ impl MemMap {
             let Some(at) = gpa.checked_add(done as u64) else {
                 return false;
             };
-            let Ok(Some(b)) = self.backing(at) else {
+            let Some(va) = self.byte(at, need) else {
                 return false;
             };
-            if b.prot & need != need {
-                return false;
-            }
-            let in_page = (at & (PAGE - 1)) as usize;
-            let n = (PAGE as usize - in_page).min(len - done);
-            f(Os::phys_to_virt(b.hpa) + in_page, done, n);
+            let n = ((PAGE - (at & (PAGE - 1))) as usize).min(len - done);
+            f(va, done, n);
             done += n;
         }
         true
@@ -340,13 +426,14 @@ impl MemMap {
         })
     }
 
-    /// Host address of an aligned guest word, for atomic access.
-    pub fn word(&self, gpa: Gpa, size: u64) -> Option<usize> {
+    /// Host address of an aligned guest word that allows `need`, for atomic
+    /// access.
+    #[inline]
+    pub fn word(&self, gpa: Gpa, size: u64, need: i32) -> Option<usize> {
         if gpa & (size - 1) != 0 {
             return None;
         }
-        let b = self.backing(gpa).ok()??;
-        Some(Os::phys_to_virt(b.hpa) + (gpa & (PAGE - 1)) as usize)
+        self.byte(gpa, need)
     }
 }
 

@@ -621,6 +621,12 @@ impl Vm {
         r
     }
 
+    /// As [`Vm::with_chipset`], for what moves no deadline.
+    pub fn look_at_chipset<R>(&self, f: impl FnOnce(&mut Chipset, u64, &mut Sink<'_>) -> R) -> R {
+        let now = os::rdtsc();
+        f(&mut self.chipset.lock(), now, &mut Sink(self))
+    }
+
     fn arm(&self, deadline: Option<u64>, now: u64) {
         let Some(timer) = &self.chipset_timer else {
             return;
