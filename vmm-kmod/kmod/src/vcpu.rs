@@ -128,7 +128,10 @@ impl Vcpu {
         let page: Box<LapicPage> = unsafe { sync::try_box_zeroed()? };
         let page_pa = global::virt_to_phys(ptr::from_ref::<LapicPage>(&page) as usize);
         let lapic_hz = lapic_timer_hz(g.tsc_hz);
-        let cpuid = sync::try_box(CpuidTable::new(&cpuid_config(vm, id, false), global::trusted_cpuid))?;
+        let cpuid = sync::try_box(CpuidTable::new(
+            &cpuid_config(vm, id, false),
+            global::trusted_cpuid,
+        ))?;
         let config = LapicConfig {
             to_apic: Ratio::new(lapic_hz, g.tsc_hz),
             from_apic: Ratio::new(g.tsc_hz, lapic_hz),
