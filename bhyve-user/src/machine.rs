@@ -27,6 +27,9 @@ pub trait Machine: Send + Sync {
     fn ioapic_assert(&self, pin: u8);
     /// Lowers an I/O APIC pin.
     fn ioapic_deassert(&self, pin: u8);
+    /// What one-byte INs from a port answer until the next call, so that the
+    /// kernel need not ask; `None` makes it ask. A machine may ask anyway.
+    fn constant_port(&self, _port: u16, _value: Option<u8>) {}
     /// Sends a message-signalled interrupt.
     fn msi(&self, address: u64, data: u64);
     /// Stops the VM; a VM that is stopping already stays on its way.

@@ -98,6 +98,9 @@ impl Machine for Kernel {
     fn ioapic_deassert(&self, pin: u8) {
         self.check(self.vm.ioapic_deassert(pin.into()));
     }
+    fn constant_port(&self, port: u16, value: Option<u8>) {
+        self.check(self.vm.set_constant_port(port, value));
+    }
     fn msi(&self, address: u64, data: u64) {
         // The guest chose the address: a wrong one goes nowhere.
         let _ = self.vm.lapic_msi(address, data);

@@ -20,6 +20,9 @@ use crate::machine::Machine;
 const TX_RING: usize = 8192;
 /// Output that is written without waiting for more.
 const TX_BATCH: usize = 2048;
+/// Line status register, offset from the UART's first port. Guests poll it
+/// before every byte.
+const LSR: u16 = 5;
 /// How long output waits for more to come with it.
 const TX_DELAY: Duration = Duration::from_millis(8);
 
@@ -27,6 +30,8 @@ struct State {
     uart: Uart,
     /// Level of the interrupt line as the machine knows it.
     line: bool,
+    /// Line status register as the machine answers it.
+    lsr: Option<u8>,
     tx: VecDeque<u8>,
     /// The writer has taken bytes that are not yet out.
     writing: bool,
@@ -43,6 +48,8 @@ struct Shared {
     tx_done: Condvar,
     machine: Arc<dyn Machine>,
     irq: u8,
+    /// Port of the line status register.
+    lsr_port: u16,
 }
 
 /// A serial port at eight I/O ports from `base` on.
@@ -59,6 +66,7 @@ impl SerialPort {
             state: Mutex::new(State {
                 uart: Uart::default(),
                 line: false,
+                lsr: None,
                 tx: VecDeque::with_capacity(TX_RING),
                 writing: false,
                 dead: backend.output.is_none(),
@@ -69,6 +77,7 @@ impl SerialPort {
             tx_done: Condvar::new(),
             machine,
             irq,
+            lsr_port: base.wrapping_add(LSR),
         });
         if let Some(output) = backend.output {
             let s = Arc::clone(&shared);
@@ -144,7 +153,14 @@ impl Shared {
         }
     }
 
+    /// Tells the machine what follows from the UART's state: the line status
+    /// first, which a handler of the interrupt may read.
     fn update_line(&self, state: &mut State) {
+        let lsr = state.uart.constant_lsr(state.tx.len() < TX_RING);
+        if lsr != state.lsr {
+            state.lsr = lsr;
+            self.machine.constant_port(self.lsr_port, lsr);
+        }
         let level = state.uart.interrupt();
         if level != state.line {
             state.line = level;
@@ -225,8 +241,8 @@ impl Shared {
             state.writing = true;
             if was_full {
                 state.uart.tx_drained();
-                self.update_line(&mut state);
             }
+            self.update_line(&mut state);
             drop(state);
 
             let (a, b) = batch.as_slices();

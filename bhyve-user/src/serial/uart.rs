@@ -97,6 +97,19 @@ fn modem_status(mcr: u8) -> u8 {
 }
 
 impl Uart {
+    /// What the line status register reads as, while reading it changes
+    /// nothing.
+    pub fn constant_lsr(&self, tx_room: bool) -> Option<u8> {
+        (!self.overrun).then_some(self.lsr(tx_room))
+    }
+
+    fn lsr(&self, tx_room: bool) -> u8 {
+        let mut lsr = if tx_room { LSR_THR_EMPTY | LSR_IDLE } else { 0 };
+        lsr |= if self.rx_len > 0 { LSR_DATA } else { 0 };
+        lsr |= if self.overrun { LSR_OVERRUN } else { 0 };
+        lsr
+    }
+
     /// Reads register 0 to 7; `tx_room` says whether the transmitter can take
     /// a byte.
     pub fn read(&mut self, register: u8, tx_room: bool) -> u8 {
@@ -120,9 +133,7 @@ impl Uart {
             3 => self.lcr,
             4 => self.mcr,
             5 => {
-                let mut lsr = if tx_room { LSR_THR_EMPTY | LSR_IDLE } else { 0 };
-                lsr |= if self.rx_len > 0 { LSR_DATA } else { 0 };
-                lsr |= if self.overrun { LSR_OVERRUN } else { 0 };
+                let lsr = self.lsr(tx_room);
                 self.overrun = false;
                 lsr
             }

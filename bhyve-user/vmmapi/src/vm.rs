@@ -222,6 +222,24 @@ impl Vm {
         self.inner.features & feature != 0
     }
 
+    /// Makes the kernel answer one-byte INs from `port` with `value`, or ask
+    /// userland again. Does nothing where the kernel piece is FreeBSD's own:
+    /// then it always asks.
+    ///
+    /// # Errors
+    /// ENOSPC where too many ports are answered already.
+    pub fn set_constant_port(&self, port: u16, value: Option<u8>) -> Result<()> {
+        if !self.has(EXT_F_CONSTANT_PORT) {
+            return Ok(());
+        }
+        let mut arg = VmExtConstantPort {
+            port,
+            on: u16::from(value.is_some()),
+            value: value.unwrap_or(0).into(),
+        };
+        self.request(VM_EXT_CONSTANT_PORT, &mut arg)
+    }
+
     /// Stops the VM.
     ///
     /// # Errors

@@ -662,8 +662,23 @@ abi_struct! {
     }
 }
 
+abi_struct! {
+    /// Argument of `VM_EXT_CONSTANT_PORT`: what a one-byte IN from a port
+    /// answers, without an exit to userland, until told otherwise.
+    VmExtConstantPort, 8 {
+        /// Port.
+        port: u16 = 0,
+        /// 1: answer with `value`; 0: ask userland again.
+        on: u16 = 2,
+        /// The byte.
+        value: u32 = 4,
+    }
+}
+
 /// `VmExtVersion::features`: `VM_EXT_RUN` is there.
 pub const EXT_F_RUN: u32 = 1;
+/// `VmExtVersion::features`: `VM_EXT_CONSTANT_PORT` is there.
+pub const EXT_F_CONSTANT_PORT: u32 = 2;
 /// `VmExtRun::flags`: set RAX before the guest goes on.
 pub const EXT_RUN_RAX: u32 = 1;
 

@@ -170,6 +170,8 @@ requests! {
     VM_EXT_VERSION = ior::<VmExtVersion>(GROUP, EXT_FIRST);
     /// Completes an IN and runs the vCPU on (ours).
     VM_EXT_RUN = iowr::<VmExtRun>(GROUP, EXT_FIRST + 1);
+    /// Makes the kernel answer INs from a port (ours).
+    VM_EXT_CONSTANT_PORT = iow::<VmExtConstantPort>(GROUP, EXT_FIRST + 2);
 }
 
 /// Name of a request, for messages.

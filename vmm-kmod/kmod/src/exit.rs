@@ -374,6 +374,16 @@ impl Runner<'_> {
             self.finish();
             return None;
         }
+        if io.input
+            && io.size == 1
+            && let Some(value) = self.vm.constant_ports.get(io.port)
+        {
+            self.inner
+                .hw
+                .set_gpr(Gpr::Rax, rax & !0xff | u64::from(value));
+            self.finish();
+            return None;
+        }
         let inout = Inout {
             port: io.port,
             bytes: io.size,

@@ -42,7 +42,7 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
     let a: &mut VmExtVersion = arg(data)?;
     *a = VmExtVersion {
         abi_version: EXT_ABI_VERSION,
-        features: EXT_F_RUN,
+        features: EXT_F_RUN | EXT_F_CONSTANT_PORT,
     };
     Ok(())
 }
@@ -74,6 +74,15 @@ pub fn vm(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
             run::run(vm, vcpu, &mut inner)?;
             a.vm_exit = inner.exit;
             Ok(())
+        }
+        req::VM_EXT_CONSTANT_PORT => {
+            let a: &mut VmExtConstantPort = arg(data)?;
+            let value = match a.on {
+                0 => None,
+                1 => Some(u8::try_from(a.value).map_err(|_| errno::EINVAL)?),
+                _ => return Err(errno::EINVAL),
+            };
+            vm.constant_ports.set(a.port, value)
         }
         req::VM_RUN_14 => {
             let a: &mut VmRun14 = arg(data)?;

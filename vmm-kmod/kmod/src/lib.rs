@@ -16,6 +16,7 @@ mod global;
 mod ioctl;
 mod memory;
 mod os;
+mod ports;
 mod regs;
 mod run;
 mod snapshot;

@@ -23,6 +23,7 @@ use crate::ffi;
 use crate::global;
 use crate::memory::MemMap;
 use crate::os::{self, Os};
+use crate::ports::ConstantPorts;
 use crate::sync::{self, Mutex, NoMemory, SpinLock, Timer};
 use crate::vcpu::Vcpu;
 
@@ -83,6 +84,8 @@ pub struct Vm {
     pub chipset: SpinLock<Chipset>,
     /// The chipset's PM timer, to be read without its lock.
     pub pm_timer: PmTimer,
+    /// Ports that userland has answered in advance.
+    pub constant_ports: ConstantPorts,
     chipset_timer: Option<Timer>,
     slots: Box<[Slot]>,
     nslots: AtomicUsize,
@@ -222,6 +225,7 @@ impl Vm {
             generation,
             chipset: SpinLock::new(chipset),
             pm_timer,
+            constant_ports: ConstantPorts::new(),
             chipset_timer: None,
             slots: sync::try_slice(MAX_VCPUS, |_| Slot(AtomicPtr::new(ptr::null_mut())))?,
             nslots: AtomicUsize::new(0),
@@ -592,6 +596,7 @@ impl Vm {
             self.apic_mode_changed(v.id as usize, true)?;
         }
         self.with_chipset(|c, now, sink| c.reset(now, sink));
+        self.constant_ports.clear();
         self.suspend.store(0, Ordering::SeqCst);
         self.active.zero();
         self.active_count.store(0, Ordering::SeqCst);
