@@ -32,6 +32,61 @@ impl Shared {
     }
 }
 
+/// How much longer than asked an emulator that gets little of the CPU may take.
+const STRETCH: u32 = 4;
+
+/// Timeouts below this are looks, not patience, and stay what they are.
+const SHORT_LOOK: Duration = Duration::from_secs(10);
+
+/// Waiting for an emulator on a machine that may have other things to do: the
+/// time that counts is the emulator's own, within [`STRETCH`] times the real one.
+struct Patience {
+    emulator: Option<u32>,
+    spent_before: Duration,
+    started: Instant,
+    timeout: Duration,
+}
+
+impl Patience {
+    fn new(emulator: u32, timeout: Duration) -> Self {
+        let emulator = (timeout >= SHORT_LOOK).then_some(emulator);
+        Self {
+            emulator,
+            spent_before: emulator.and_then(cpu_time).unwrap_or_default(),
+            started: Instant::now(),
+            timeout,
+        }
+    }
+
+    /// How long to wait before asking again; zero at the end.
+    fn left(&self) -> Duration {
+        let elapsed = self.started.elapsed();
+        let left = self.timeout.saturating_sub(elapsed);
+        if !left.is_zero() || elapsed >= self.timeout * STRETCH {
+            return left;
+        }
+        match self.emulator.and_then(cpu_time) {
+            // Nine tenths: an emulator has waits of its own.
+            Some(now) if now.saturating_sub(self.spent_before) < self.timeout * 9 / 10 => {
+                Duration::from_secs(1)
+            }
+            _ => Duration::ZERO,
+        }
+    }
+}
+
+/// User and system time of a process so far, proc(5).
+fn cpu_time(pid: u32) -> Option<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in parentheses, may contain anything; utime and stime are the
+    // twelfth and thirteenth fields after it.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let mut ticks = fields.split_whitespace().skip(11);
+    let mut next = || ticks.next()?.parse::<u64>().ok();
+    // USER_HZ is 100 on amd64.
+    Some(Duration::from_millis((next()? + next()?) * 10))
+}
+
 /// A port that an emulator will connect to.
 #[derive(Debug)]
 pub struct Listening {
@@ -55,7 +110,7 @@ impl Listening {
         self.port
     }
 
-    /// Waits for the emulator; `alive` says whether it still runs.
+    /// Waits for the emulator, a process of that number; `alive` says whether it still runs.
     ///
     /// # Errors
     /// It ended, or did not connect within `timeout`.
@@ -63,13 +118,14 @@ impl Listening {
         self,
         transcript: &Path,
         timeout: Duration,
+        emulator: u32,
         mut alive: impl FnMut() -> Result<()>,
     ) -> Result<Console> {
         self.listener.set_nonblocking(true)?;
         let deadline = Instant::now() + timeout;
         loop {
             match self.listener.accept() {
-                Ok((stream, _)) => return Console::new(stream, transcript),
+                Ok((stream, _)) => return Console::new(stream, transcript, emulator),
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(e) => return Err(e.into()),
             }
@@ -90,10 +146,12 @@ pub struct Console {
     /// Everything before this offset has been consumed by an expectation.
     seen: usize,
     transcript: PathBuf,
+    /// The emulator's process.
+    emulator: u32,
 }
 
 impl Console {
-    fn new(stream: TcpStream, transcript: &Path) -> Result<Self> {
+    fn new(stream: TcpStream, transcript: &Path, emulator: u32) -> Result<Self> {
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
         let shared = Arc::new(Shared::default());
@@ -124,6 +182,7 @@ impl Console {
             shared,
             seen: 0,
             transcript: transcript.to_owned(),
+            emulator,
         })
     }
 
@@ -184,7 +243,7 @@ impl Console {
     /// The port closes before a match, or the pattern is not a regex.
     pub fn try_expect(&mut self, pattern: &str, timeout: Duration) -> Result<Option<Found>> {
         let regex = Regex::new(pattern).with_context(|| format!("bad pattern {pattern:?}"))?;
-        let deadline = Instant::now() + timeout;
+        let patience = Patience::new(self.emulator, timeout);
         let shared = Arc::clone(&self.shared);
         let mut said = shared.lock();
         loop {
@@ -210,7 +269,7 @@ impl Console {
                     self.tail()
                 );
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = patience.left();
             if left.is_zero() {
                 return Ok(None);
             }
@@ -249,5 +308,38 @@ impl Found {
             .get(i)
             .and_then(Option::as_deref)
             .unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_works_spends_time() {
+        let us = std::process::id();
+        let before = cpu_time(us).unwrap();
+        let started = Instant::now();
+        let mut sum = 0_u64;
+        while cpu_time(us).unwrap() < before + Duration::from_millis(50) {
+            sum = std::hint::black_box(sum.wrapping_add(1));
+            assert!(started.elapsed() < Duration::from_secs(60), "{sum}");
+        }
+    }
+
+    #[test]
+    fn patience_ends_for_a_process_that_has_gone_and_for_short_looks() {
+        let mut patience = Patience::new(std::process::id(), Duration::from_secs(20));
+        patience.started -= Duration::from_secs(21);
+        assert_eq!(patience.left(), Duration::from_secs(1));
+        patience.started -= Duration::from_secs(60);
+        assert_eq!(patience.left(), Duration::ZERO);
+        // Above any pid_max.
+        let mut gone = Patience::new(u32::MAX, Duration::from_secs(20));
+        gone.started -= Duration::from_secs(21);
+        assert_eq!(gone.left(), Duration::ZERO);
+        let mut look = Patience::new(std::process::id(), Duration::from_secs(1));
+        look.started -= Duration::from_secs(2);
+        assert_eq!(look.left(), Duration::ZERO);
     }
 }

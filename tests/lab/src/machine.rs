@@ -142,10 +142,11 @@ impl Machine {
         let numbers = [ports[0].port(), ports[1].port()];
         let mut child = spawn(numbers)?;
         let [first, second] = ports;
+        let pid = child.id();
         let connected = (|| {
             let mut alive = || ended(&mut child, dir);
-            let com1 = first.accept(&dir.join("com1.log"), CONNECT, &mut alive)?;
-            let com2 = second.accept(&dir.join("com2.log"), CONNECT, &mut alive)?;
+            let com1 = first.accept(&dir.join("com1.log"), CONNECT, pid, &mut alive)?;
+            let com2 = second.accept(&dir.join("com2.log"), CONNECT, pid, &mut alive)?;
             Ok((com1, com2))
         })();
         match connected {
