@@ -4,6 +4,7 @@
 #include <linux/module.h>
 #include <linux/printk.h>
 #include <linux/slab.h>
+#include <linux/syscore_ops.h>
 #include <linux/thread_info.h>
 #include <asm/cpufeature.h>
 #include <asm/tsc.h>
@@ -44,6 +45,27 @@ static int cpu_down(unsigned int cpu)
 	return 0;
 }
 
+/*
+ * Sleep (S3, S4) takes all CPUs but one down, then calls these on that one,
+ * interrupts off, all of userland frozen.
+ */
+static int vmm_suspend(void)
+{
+	vmm_rust_cpu_offline();
+	return 0;
+}
+
+static void vmm_resume(void)
+{
+	/* It worked before; if it does not now, no vCPU runs here. */
+	(void)vmm_rust_cpu_online();
+}
+
+static struct syscore_ops sleep_ops = {
+	.suspend = vmm_suspend,
+	.resume = vmm_resume,
+};
+
 static int __init vmm_init(void)
 {
 	struct vmm_host_info info = {
@@ -72,9 +94,11 @@ static int __init vmm_init(void)
 	if (error < 0)
 		goto fail;
 	hotplug_state = error;
+	register_syscore_ops(&sleep_ops);
 	error = vmm_device_init();
 	if (error == 0)
 		return 0;
+	unregister_syscore_ops(&sleep_ops);
 	cpuhp_remove_state(hotplug_state);
 fail:
 	vmm_rust_exit();
@@ -84,6 +108,7 @@ fail:
 static void __exit vmm_exit(void)
 {
 	vmm_device_exit();
+	unregister_syscore_ops(&sleep_ops);
 	cpuhp_remove_state(hotplug_state);
 	vmm_rust_exit();
 }
