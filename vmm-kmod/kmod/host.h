@@ -27,7 +27,8 @@ struct vmm_host_info {
 };
 
 /* ---- memory --------------------------------------------------------- */
-/* Zeroed, NULL when out of memory. May sleep when the context allows it. */
+/* Zeroed, NULL when out of memory. May sleep when the context allows it, and
+ * then does not fail for up to 1 KiB. */
 void *vmm_host_alloc(size_t size, size_t align);
 void vmm_host_free(void *p, size_t size, size_t align);
 /* 1 << order zeroed contiguous pages; virtual address, physical in *pa. */

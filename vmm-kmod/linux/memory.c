@@ -10,6 +10,9 @@
 
 #include "shim.h"
 
+/* Allocations up to this size never fail where the caller may sleep. */
+#define SURE_SIZE 1024
+
 /* Guest memory comes in chunks of the size of a second-level page. */
 #define CHUNK_ORDER 9
 #define CHUNK_SIZE (PAGE_SIZE << CHUNK_ORDER)
@@ -42,9 +45,12 @@ void *vmm_host_alloc(size_t size, size_t align)
 	/* kmalloc aligns a power of two to its size. */
 	if (align > ARCH_KMALLOC_MINALIGN)
 		size = roundup_pow_of_two(max(size, align));
-	if (gfp & __GFP_DIRECT_RECLAIM)
-		return kvmalloc(size, gfp);
-	return kmalloc(size, gfp);
+	if (!(gfp & __GFP_DIRECT_RECLAIM))
+		return kmalloc(size, gfp);
+	/* A memory control group's limit would make it NULL. */
+	if (size <= SURE_SIZE)
+		return kmalloc(size, gfp | __GFP_NOFAIL);
+	return kvmalloc(size, gfp);
 }
 
 void vmm_host_free(void *p, size_t size, size_t align)
@@ -72,7 +78,7 @@ struct vmm_memseg *vmm_host_memseg_create(uint64_t len)
 	uint64_t nchunks = DIV_ROUND_UP_ULL(len, CHUNK_SIZE);
 	struct vmm_memseg *seg;
 
-	if (len == 0 || nchunks > INT_MAX / sizeof(struct chunk))
+	if (len == 0 || nchunks > INT_MAX / 2 / sizeof(struct chunk))
 		return NULL;
 	seg = kvzalloc(struct_size(seg, chunks, nchunks), GFP_KERNEL_ACCOUNT);
 	if (seg == NULL)
