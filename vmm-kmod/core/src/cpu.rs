@@ -160,6 +160,12 @@ pub struct Event {
     pub inst_len: u8,
 }
 
+/// Whether an exception pushes an error code outside real mode (SDM Vol. 3A
+/// table 6-1, but for #CP, which no guest here can have).
+pub const fn pushes_error_code(vector: u8) -> bool {
+    matches!(vector, 8 | 10..=14 | 17)
+}
+
 impl Event {
     /// A hardware exception that pushes no error code.
     pub const fn exception(vector: u8) -> Self {

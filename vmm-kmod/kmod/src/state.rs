@@ -58,16 +58,13 @@ impl Inner {
     /// pending.
     pub fn inject_exception(&mut self, a: &VmException) -> Result<(), i32> {
         let vector = u8::try_from(a.vector).map_err(|_| errno::EINVAL)?;
-        // As FreeBSD: NMI has a request of its own; a double fault must carry
-        // its error code.
-        if vector >= 32 || vector == 2 {
+        // As FreeBSD: a double fault only follows from other faults. NMI has a
+        // request of its own.
+        if vector >= 32 || matches!(vector, 2 | 8) {
             return Err(errno::EINVAL);
         }
-        let pushes = matches!(vector, 8 | 10..=14 | 17);
+        let pushes = vmm_core::cpu::pushes_error_code(vector);
         let protected = self.hw.reg(Reg::Cr0) & vmm_core::cpu::CR0_PE != 0;
-        if vector == 8 && a.error_code_valid == 0 {
-            return Err(errno::EINVAL);
-        }
         if self.exception.is_some() {
             return Err(errno::EBUSY);
         }

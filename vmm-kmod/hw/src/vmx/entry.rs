@@ -193,6 +193,8 @@ impl<H: Host> Vcpu<H> {
             self.restore_spec_ctrl();
         }
         if failed != 0 {
+            // What the last exit interrupted has been taken over since.
+            self.idt_vectoring = 0;
             return Exit::EntryFailed {
                 error: self.vmread(vmcs::INSTRUCTION_ERROR) as u32,
             };

@@ -4,7 +4,7 @@ use super::caps::Features;
 use super::fields::{interruptibility, intr_info, proc1, proc2, vmcs};
 use super::instr::vmwrite;
 use super::vcpu::Vcpu;
-use vmm_core::cpu::{CR0_PE, Event, EventKind, RFLAGS_IF};
+use vmm_core::cpu::{CR0_PE, CpuState, Event, EventKind, RFLAGS_IF, pushes_error_code};
 use vmm_core::host::Host;
 
 /// When PAUSE exits.
@@ -24,12 +24,19 @@ pub enum PauseExiting {
     },
 }
 
-/// Interruption information and error code of an event.
-pub(super) fn encode(e: Event) -> (u32, u32) {
+/// Interruption information and error code of an event. Whether there is an
+/// error code follows from the event, or the entry would fail (SDM Vol. 3C
+/// §26.2.1.3): it is left out, or 0, where the event has it otherwise.
+pub(super) fn encode(e: Event, protected: bool) -> (u32, u32) {
     let info = intr_info::VALID | (e.kind as u32) << 8 | u32::from(e.vector);
-    match e.error_code {
-        Some(code) => (info | intr_info::ERROR_CODE, code),
-        None => (info, 0),
+    if e.kind == EventKind::Exception && pushes_error_code(e.vector) && protected {
+        // The upper 16 bits must be 0.
+        (
+            info | intr_info::ERROR_CODE,
+            e.error_code.unwrap_or(0) & 0xffff,
+        )
+    } else {
+        (info, 0)
     }
 }
 
@@ -75,18 +82,14 @@ pub(super) fn preemption_ticks(tsc: u64, rate: u8) -> u32 {
 
 /// All of these need the VMCS to be current.
 impl<H: Host> Vcpu<H> {
-    /// Delivers `event` with the next entry, in place of any other. In real
-    /// mode exceptions push no error code, and it is left out.
+    /// Delivers `event` with the next entry, in place of any other.
     pub fn inject(&mut self, event: Event) {
-        let (mut info, code) = encode(event);
+        let exception = event.kind == EventKind::Exception;
+        let protected = exception && self.vmread(vmcs::GUEST_CR0) & CR0_PE != 0;
+        let (info, code) = encode(event, protected);
         if info & intr_info::ERROR_CODE != 0 {
-            if self.vmread(vmcs::GUEST_CR0) & CR0_PE == 0 {
-                info &= !intr_info::ERROR_CODE;
-            } else {
-                // SAFETY: the VMCS is current; the upper 16 bits must be 0
-                // (SDM Vol. 3C §26.2.1.3).
-                unsafe { vmwrite(vmcs::ENTRY_ERROR_CODE, u64::from(code & 0xffff)) };
-            }
+            // SAFETY: the VMCS is current; the upper 16 bits are 0.
+            unsafe { vmwrite(vmcs::ENTRY_ERROR_CODE, u64::from(code)) };
         }
         match event.kind {
             EventKind::Nmi => self.set_nmi_blocked(false),
@@ -97,7 +100,11 @@ impl<H: Host> Vcpu<H> {
                 // SAFETY: the VMCS is current; 1 to 15 is valid.
                 unsafe { vmwrite(vmcs::ENTRY_INST_LEN, len) };
             }
-            EventKind::External | EventKind::Exception => {}
+            // An exception ends the blocking by STI or MOV SS. Left on, it
+            // fails the entry when the guest is single-stepping (SDM Vol. 3C
+            // §26.3.1.5), which its user code can arrange.
+            EventKind::Exception => self.set_interrupt_shadow(false),
+            EventKind::External => {}
         }
         self.set_entry_info(info);
     }
@@ -336,12 +343,29 @@ mod tests {
             inst_len: 0,
         };
         for e in [soft, pf, ext, Event::UD, Event::GP0] {
-            let (info, code) = encode(e);
+            let (info, code) = encode(e, true);
             assert_eq!(decode(info, || code, || e.inst_len), Some(e));
         }
-        assert_eq!(encode(pf).0, 0x8000_0b0e);
+        assert_eq!(encode(pf, true).0, 0x8000_0b0e);
         assert_eq!(decode(0x7fff_ffff, || 0, || 0), None);
         assert_eq!(decode(0x8000_0700, || 0, || 0), None, "type 7 is no event");
+    }
+
+    #[test]
+    fn error_codes_follow_from_the_event_whatever_was_asked_for() {
+        const DELIVER: u32 = intr_info::ERROR_CODE;
+        let gp = Event::exception(13);
+        assert_eq!(encode(gp, true), (0x8000_030d | DELIVER, 0));
+        assert_eq!(encode(gp, false), (0x8000_030d, 0), "real mode pushes none");
+        let ud = Event::exception_with(6, 1);
+        assert_eq!(encode(ud, true), (0x8000_0306, 0));
+        let wide = Event::exception_with(13, 0x1_2345);
+        assert_eq!(encode(wide, true).1, 0x2345);
+        let int = Event {
+            kind: EventKind::SoftwareInterrupt,
+            ..Event::GP0
+        };
+        assert_eq!(encode(int, true).0 & DELIVER, 0, "INT 13 is no #GP");
     }
 
     #[test]
