@@ -412,12 +412,8 @@ fn code_address(cpu: &impl CpuState, rip: u64) -> u64 {
 
 /// VM_GLA2GPA and VM_GLA2GPA_NOFAULT.
 pub fn gla2gpa(vm: &Vm, vcpu: &Vcpu, a: &mut VmGla2gpa, inject: bool) -> Result<(), i32> {
-    let access = match a.prot {
-        memory::PROT_READ => Access::READ,
-        memory::PROT_WRITE => Access::WRITE,
-        memory::PROT_EXEC => Access::EXEC,
-        _ => return Err(errno::EINVAL),
-    };
+    // READ | WRITE is what bhyve's task switches ask for.
+    let access = memory::access(a.prot).ok_or(errno::EINVAL)?;
     let mut inner = vcpu.freeze();
     let cpu = regs::with_current(&mut inner, |i| Snapshot::take(&i.hw, i.next_rip));
     let gib = inner.cpuid.ext1()[3] & (1 << 26) != 0;

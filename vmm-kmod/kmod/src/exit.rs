@@ -4,7 +4,7 @@ use vmm_abi::exit::{self as user, Exit as UserExit, Inout, VmExit};
 use vmm_core::chipset::Chipset;
 use vmm_core::cpu::{CpuState, CrAccess, DrAccess, Event, Exit, Gpr, IoExit, RFLAGS_IF, Reg, Seg};
 use vmm_core::cpuid::DynState;
-use vmm_core::lapic::{DEFAULT_BASE, Effect};
+use vmm_core::lapic::Effect;
 use vmm_core::msr::{MsrRead, MsrWrite, efer_change_allowed};
 use vmm_core::pmtmr::PmTimer;
 use vmm_core::stats::Stat;
@@ -315,15 +315,7 @@ impl Runner<'_> {
         match effect {
             Effect::None | Effect::TimerChanged => None,
             Effect::ModeChanged => {
-                let mode = if self.inner.lapic.x2apic() {
-                    ApicMode::X2Apic
-                } else if self.inner.lapic.mmio() && self.inner.lapic.base_gpa() == DEFAULT_BASE {
-                    ApicMode::XApic
-                } else {
-                    // Off, or at an address where the APIC-access page is
-                    // not mapped: nested faults reach it.
-                    ApicMode::Disabled
-                };
+                let mode = self.inner.lapic_mode();
                 self.inner.hw.set_apic_mode(mode);
                 self.inner.attention = true;
                 Some(Todo::ApicMode {

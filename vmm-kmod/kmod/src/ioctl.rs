@@ -7,6 +7,7 @@ use vmm_abi::names::VM_REG_LAST_12;
 use vmm_abi::request as req;
 use vmm_abi::{Capability, CpusetWhich, IntrTrigger, X2apicState};
 use vmm_core::cpu::{CpuState, Gpr};
+use vmm_hw::vmx::ApicMode;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::errno;
@@ -411,7 +412,9 @@ fn settings(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
             let mut inner = vcpu.freeze();
             inner.lapic.offer_x2apic(on);
             inner.config_gen = 0;
-            Ok(())
+            let mode = inner.lapic_mode();
+            regs::with_current(&mut inner, |i| i.hw.set_apic_mode(mode));
+            vm.apic_mode_changed(vcpu.id as usize, mode == ApicMode::XApic)
         }
         req::VM_GET_X2APIC_STATE => {
             let a: &mut VmX2apic = arg(data)?;
@@ -539,6 +542,10 @@ impl Vm {
     fn alloc_memseg(&self, segid: i32, len: u64, name: &[u8]) -> Result<(), i32> {
         let name = c_name(name).ok_or(errno::EINVAL)?;
         let mut mem = self.mem.lock();
+        // Nobody would remove its node any more.
+        if self.dying() {
+            return Err(errno::ENXIO);
+        }
         if name.is_empty() {
             return mem.map.alloc_segment(segid, len, None).map(|_| ());
         }

@@ -216,6 +216,26 @@ impl MemMap {
         }
     }
 
+    /// Takes the nodes of all segments away from them.
+    pub fn take_nodes(&mut self) -> impl Iterator<Item = NonNull<ffi::Node>> {
+        self.segs.iter_mut().flatten().filter_map(|s| s.node.take())
+    }
+
+    /// Removes the mappings of device memory, which a guest may have moved;
+    /// calls `f` with where each was. System memory stays where it is.
+    pub fn unmap_devices(&mut self, mut f: impl FnMut(Gpa, u64)) {
+        let segs = &self.segs;
+        for slot in &mut self.maps {
+            let device = slot
+                .as_ref()
+                .filter(|m| matches!(segs.get(m.segid), Some(Some(s)) if !s.sysmem));
+            if let Some(m) = device {
+                f(m.gpa, m.len);
+                *slot = None;
+            }
+        }
+    }
+
     /// A segment by its number.
     pub fn segment(&self, segid: usize) -> Option<&Segment> {
         self.segs.get(segid).and_then(|s| s.as_deref())
@@ -435,6 +455,15 @@ impl GuestMemory<'_> {
         }
         self.byte(gpa, need)
     }
+}
+
+/// The access that PROT_* bits speak of; `None` if they are none or others.
+pub fn access(prot: i32) -> Option<Access> {
+    let mut a = Access::empty();
+    a.set(Access::READ, prot & PROT_READ != 0);
+    a.set(Access::WRITE, prot & PROT_WRITE != 0);
+    a.set(Access::EXEC, prot & PROT_EXEC != 0);
+    (prot & !PROT_ALL == 0 && !a.is_empty()).then_some(a)
 }
 
 /// Whether PROT_* bits allow an access.

@@ -32,6 +32,9 @@ pub fn with_current<R>(inner: &mut Inner, f: impl FnOnce(&mut Inner) -> R) -> R 
         if let Some(r) = r {
             return r;
         }
+        // The thread that takes the CPU down must get it first; a signal is
+        // no reason to leave registers half set.
+        let _ = crate::os::yield_now();
     }
 }
 
@@ -138,6 +141,14 @@ pub fn set(inner: &mut Inner, regnum: i32, value: u64) -> Result<(), i32> {
             return Ok(());
         }
         RegName::Rip => inner.next_rip = None,
+        // As a MOV by the guest, but that the rest is dropped (bhyveload's
+        // i386 set-up asks for VMXE): the CPU may have features whose state
+        // is not switched, such as protection keys.
+        RegName::Cr4 => {
+            let value = value & cr4_allowed(&inner.cpuid);
+            inner.hw.set_reg(Reg::Cr4, value);
+            return Ok(());
+        }
         _ => {}
     }
     match place(name(regnum)?).ok_or(errno::EINVAL)? {

@@ -12,7 +12,7 @@ use vmm_abi::raw_exit::VmExitRaw;
 use vmm_core::cpu::Event;
 use vmm_core::cpuid::{CpuidConfig, CpuidTable, Vendor, lapic_timer_hz};
 use vmm_core::host::Host;
-use vmm_core::lapic::{Lapic, LapicConfig, LapicPage, Mailbox};
+use vmm_core::lapic::{DEFAULT_BASE, Lapic, LapicConfig, LapicPage, Mailbox};
 use vmm_core::msr::{MsrConfig, MsrState};
 use vmm_core::stats::Stats;
 use vmm_core::time::Ratio;
@@ -103,6 +103,8 @@ pub struct Inner {
 
 /// A virtual CPU.
 pub struct Vcpu {
+    /// First, so that it is dropped first: its callback uses all the rest.
+    timer: Option<Timer>,
     /// Where others leave interrupts.
     pub mailbox: Box<Mailbox>,
     mode: AtomicU32,
@@ -112,7 +114,6 @@ pub struct Vcpu {
     /// Number.
     pub id: u32,
     sleeper: Sleeper,
-    timer: Option<Timer>,
     /// Counters, written by the vCPU's thread.
     pub stats: Stats,
     inner: Mutex<Inner>,
@@ -128,10 +129,7 @@ impl Vcpu {
         let page: Box<LapicPage> = unsafe { sync::try_box_zeroed()? };
         let page_pa = global::virt_to_phys(ptr::from_ref::<LapicPage>(&page) as usize);
         let lapic_hz = lapic_timer_hz(g.tsc_hz);
-        let cpuid = sync::try_box(CpuidTable::new(
-            &cpuid_config(vm, id, false),
-            global::trusted_cpuid,
-        ))?;
+        let cpuid = cpuid_table(vm, id)?;
         let config = LapicConfig {
             to_apic: Ratio::new(lapic_hz, g.tsc_hz),
             from_apic: Ratio::new(g.tsc_hz, lapic_hz),
@@ -160,13 +158,13 @@ impl Vcpu {
         let mut lapic = Lapic::new(page, to_mailbox, config);
         lapic.use_virtual_delivery(hw.apic_virt().contains(ApicVirt::INTERRUPTS));
         let mut vcpu = sync::try_box(Vcpu {
+            timer: None,
             mailbox,
             mode: AtomicU32::new(OUTSIDE),
             cpu: AtomicU32::new(0),
             reqidle: AtomicU32::new(0),
             id,
             sleeper: Sleeper::new()?,
-            timer: None,
             stats: Stats::new(),
             inner: Mutex::new(Inner {
                 hw,
@@ -292,12 +290,29 @@ impl Vcpu {
 
 impl Inner {
     /// Makes the CPUID table anew if the VM's settings have changed.
+    // Not inlined: a table is put together on the stack, and `run` stays
+    // there for long.
+    #[cold]
+    #[inline(never)]
     pub fn refresh_config(&mut self, vm: &Vm, id: u32) {
         let generation = vm.config_gen.load(Ordering::Acquire);
         if self.config_gen != generation {
             let cfg = cpuid_config(vm, id, self.lapic.x2apic_offered());
             *self.cpuid = CpuidTable::new(&cfg, global::trusted_cpuid);
             self.config_gen = generation;
+        }
+    }
+
+    /// How the CPU is to virtualize the local APIC in its present mode.
+    pub fn lapic_mode(&self) -> ApicMode {
+        if self.lapic.x2apic() {
+            ApicMode::X2Apic
+        } else if self.lapic.mmio() && self.lapic.base_gpa() == DEFAULT_BASE {
+            ApicMode::XApic
+        } else {
+            // Off, or at an address where the APIC-access page is not
+            // mapped: nested faults reach it.
+            ApicMode::Disabled
         }
     }
 
@@ -331,6 +346,15 @@ const MAX_TIMER_HZ: u64 = 50_000;
 /// How often a busy guest is left at least; the host's own ticks mostly come
 /// first.
 const LEAVES_PER_SECOND: u64 = 100;
+
+// Not inlined, for the stack's sake.
+#[inline(never)]
+fn cpuid_table(vm: &Vm, id: u32) -> Result<Box<CpuidTable>, NoMemory> {
+    sync::try_box(CpuidTable::new(
+        &cpuid_config(vm, id, false),
+        global::trusted_cpuid,
+    ))
+}
 
 fn cpuid_config(vm: &Vm, id: u32, x2apic: bool) -> CpuidConfig {
     let g = global::get();

@@ -30,6 +30,9 @@ use crate::vcpu::Vcpu;
 /// Longest name, bytes without the NUL (FreeBSD 13's VM_MAX_NAMELEN).
 pub const NAME_MAX: usize = 229;
 
+/// Longest name of a file, bytes without the NUL.
+const FILE_NAME_MAX: usize = 255;
+
 /// vCPUs that can wait at once to be started by userland: all there are.
 const MAX_SPINUPS: usize = MAX_VCPUS;
 
@@ -118,7 +121,7 @@ pub struct Vm {
     pub halted: CpuSet,
     /// vCPUs that a SIPI asks userland to start, with their vectors in the
     /// low 8 bits and the vCPU above; 0 = free.
-    spinups: [AtomicU32; MAX_SPINUPS],
+    spinups: Box<[AtomicU32]>,
     spinup_count: AtomicU32,
 }
 
@@ -155,7 +158,7 @@ impl Drop for VmRef {
 impl Vm {
     /// Makes a VM and its device node.
     ///
-    /// EINVAL for a name that no node can have, ENAMETOOLONG, EEXIST, ENOMEM.
+    /// EINVAL for a name that no node can have, EEXIST, ENOMEM.
     pub fn create(name: &[u8]) -> Result<(), i32> {
         check_name(name)?;
         let vm = Self::build(name).map_err(|_| errno::ENOMEM)?;
@@ -193,6 +196,9 @@ impl Vm {
         Ok(())
     }
 
+    // Not inlined: a VM is put together on the stack, which a host's device
+    // layer, called next, needs for itself.
+    #[inline(never)]
     fn build(name: &[u8]) -> Result<Box<Vm>, NoMemory> {
         let g = global::get();
         let clock = Clock::new(g.tsc_hz);
@@ -243,7 +249,7 @@ impl Vm {
             suspended: CpuSet::new(),
             debug: CpuSet::new(),
             halted: CpuSet::new(),
-            spinups: [const { AtomicU32::new(0) }; MAX_SPINUPS],
+            spinups: sync::try_slice(MAX_SPINUPS, |_| AtomicU32::new(0))?,
             spinup_count: AtomicU32::new(0),
         })?;
         {
@@ -265,16 +271,23 @@ impl Vm {
         Some(VmRef(vm))
     }
 
-    /// Takes the VM's node and name away and makes every vCPU leave; its
-    /// memory goes with the last open file. ENXIO: no such VM. EBUSY: somebody
-    /// else is at it.
+    /// Takes the VM's nodes and name away and makes every vCPU leave; its
+    /// memory goes with the last open file. EINVAL: no such VM, or somebody
+    /// else is at it, as FreeBSD's hw.vmm.destroy has it.
     pub fn destroy(name: &[u8]) -> Result<(), i32> {
-        let vm = Self::lookup(name).ok_or(errno::ENXIO)?;
+        let vm = Self::lookup(name).ok_or(errno::EINVAL)?;
         let node = vm.node.swap(ptr::null_mut(), Ordering::AcqRel);
         if node.is_null() {
-            return Err(errno::EBUSY);
+            return Err(errno::EINVAL);
         }
         vm.dying.store(true, Ordering::SeqCst);
+        // The segments' nodes first. They lead to the VM as well, so none may
+        // be left once the list's reference has been given back; `dying`
+        // sees to it that no new ones come.
+        for node in vm.mem.lock().map.take_nodes() {
+            // SAFETY: taken out of its segment, so removed once.
+            unsafe { ffi::vmm_host_node_destroy(node.as_ptr()) };
+        }
         // SAFETY: whoever got the node out of `node` removes it.
         unsafe { ffi::vmm_host_node_destroy(node) };
         vm.kick_all();
@@ -367,7 +380,7 @@ impl Vm {
     /// Notes that userland is to start a vCPU.
     pub fn add_spinup(&self, vcpu: u32, vector: u8) {
         let value = 1 << 31 | vcpu << 8 | u32::from(vector);
-        for slot in &self.spinups {
+        for slot in self.spinups.iter() {
             if slot
                 .compare_exchange(0, value, Ordering::SeqCst, Ordering::SeqCst)
                 .is_ok()
@@ -463,6 +476,9 @@ impl Vm {
             *to = *from;
         }
         check_name(segment)?;
+        if self.name().len() + 1 + segment.len() > FILE_NAME_MAX {
+            return Err(errno::ENAMETOOLONG);
+        }
         let mut node = ptr::null_mut();
         // SAFETY: this VM is alive, and a segment's node goes before it does;
         // the name ends with NUL, as it is one longer than what fits.
@@ -595,6 +611,15 @@ impl Vm {
         for v in self.vcpus() {
             self.apic_mode_changed(v.id as usize, true)?;
         }
+        let mut mem = self.mem.lock();
+        let Memory { map, ept } = &mut *mem;
+        let mut unmapped = Ok(Invalidation::None);
+        map.unmap_devices(|gpa, len| {
+            // Every vCPU is out of the guest, and invalidates on its way back.
+            unmapped = unmapped.and(ept.unmap(gpa, len));
+        });
+        drop(mem);
+        let _ = unmapped.map_err(|_| errno::ENOMEM)?;
         self.with_chipset(|c, now, sink| c.reset(now, sink));
         self.constant_ports.clear();
         self.suspend.store(0, Ordering::SeqCst);
@@ -730,13 +755,10 @@ impl List {
 }
 
 fn check_name(name: &[u8]) -> Result<(), i32> {
-    if name.len() > NAME_MAX {
-        return Err(errno::ENAMETOOLONG);
-    }
     // The name becomes a file's: no separator (nor what devtmpfs takes for
     // one), nothing unprintable, not a directory's own name.
     let bad = |b: &u8| !b.is_ascii_graphic() || matches!(b, b'/' | b'!' | b'\\');
-    if name.is_empty() || name.iter().any(bad) || name == b"." || name == b".." {
+    if name.is_empty() || name.len() > NAME_MAX || name.iter().any(bad) || name == b"." || name == b".." {
         return Err(errno::EINVAL);
     }
     Ok(())
