@@ -758,7 +758,12 @@ fn check_name(name: &[u8]) -> Result<(), i32> {
     // The name becomes a file's: no separator (nor what devtmpfs takes for
     // one), nothing unprintable, not a directory's own name.
     let bad = |b: &u8| !b.is_ascii_graphic() || matches!(b, b'/' | b'!' | b'\\');
-    if name.is_empty() || name.len() > NAME_MAX || name.iter().any(bad) || name == b"." || name == b".." {
+    if name.is_empty()
+        || name.len() > NAME_MAX
+        || name.iter().any(bad)
+        || name == b"."
+        || name == b".."
+    {
         return Err(errno::EINVAL);
     }
     Ok(())
