@@ -24,6 +24,7 @@ struct vmm_host_info {
 	uint32_t account;         /* count the TSC ticks that vCPUs spend in the guest */
 	uint32_t use_apic_vid;    /* virtual-interrupt delivery, where the CPU has it */
 	uint32_t xsave_forms;     /* bits of CPUID.0DH.1:EAX; guests see no other */
+	uint32_t fill_rsb;        /* fill the return-stack buffer after VM exits */
 };
 
 /* ---- memory --------------------------------------------------------- */

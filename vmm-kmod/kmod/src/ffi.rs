@@ -14,6 +14,7 @@ pub struct HostInfo {
     pub account: u32,
     pub use_apic_vid: u32,
     pub xsave_forms: u32,
+    pub fill_rsb: u32,
 }
 
 macro_rules! opaque {

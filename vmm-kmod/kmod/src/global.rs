@@ -24,6 +24,8 @@ pub struct Global {
     pub apic_virt: ApicVirt,
     /// Whether vCPUs count the TSC ticks that they spend in the guest.
     pub account: bool,
+    /// Whether VM exits fill the return-stack buffer.
+    pub fill_rsb: bool,
     /// Microcode revision.
     pub microcode: u32,
     /// IA32_ARCH_CAPABILITIES of the host; 0 if it has none.

@@ -75,6 +75,7 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
     let Ok(backend) = sync::try_arc(backend) else {
         return errno::ENOMEM;
     };
+    warn_of_holes(&backend.caps.mitigations);
     let g = global::Global {
         cpuid_caps: global::caps(&backend, info),
         // SAFETY: CPL 0; the MSRs are those of every CPU with VT-x, or
@@ -84,6 +85,7 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         arch_capabilities: unsafe { global::arch_capabilities() },
         tsc_hz: info.tsc_hz,
         account: info.account != 0,
+        fill_rsb: info.fill_rsb != 0,
         xsave_forms: info.xsave_forms,
         apic_virt: if info.use_apic_vid != 0 {
             vmm_hw::vmx::ApicVirt::all()
@@ -95,6 +97,28 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
     // SAFETY: the first thing that happens.
     unsafe { global::set(g) };
     0
+}
+
+/// Says which weaknesses of the CPU guests can use.
+fn warn_of_holes(m: &vmm_hw::mitigation::Mitigations) {
+    for (open, text) in [
+        (
+            m.l1tf_without_flush,
+            "L1TF: this CPU's microcode offers no L1D flush; guests may read host memory",
+        ),
+        (
+            m.mds_without_clear,
+            "MDS: this CPU's microcode lacks MD_CLEAR; guests may read host data",
+        ),
+        (
+            m.itlb_multihit,
+            "iTLB multihit (CVE-2018-12207): a malicious guest can bring this CPU down",
+        ),
+    ] {
+        if open {
+            klog!(Warning, "{text}");
+        }
+    }
 }
 
 /// At unload, after every CPU went through `vmm_rust_cpu_offline`.

@@ -149,6 +149,7 @@ impl Vcpu {
                 apic_access: Some(vm.apic_access_pa()),
                 apic_virt: g.apic_virt,
                 longest_stay: g.tsc_hz / LEAVES_PER_SECOND,
+                fill_rsb: g.fill_rsb,
             },
         )
         .map_err(|e| {

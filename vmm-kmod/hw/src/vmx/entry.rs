@@ -22,6 +22,8 @@ pub(super) struct Regs {
     pub host_rsp: u64,
     /// A selector for VERW to look at.
     pub verw: u16,
+    /// Not 0: fill the return-stack buffer after an exit.
+    pub fill_rsb: u16,
 }
 
 const LAUNCHED: u32 = 1;
@@ -135,11 +137,36 @@ pub(super) unsafe extern "sysv64" fn exit_from_guest() {
         "xor r13d, r13d",
         "xor r14d, r14d",
         "xor r15d, r15d",
+        // Nor may the guest's CALLs predict where the host's RETs go: 32
+        // CALLs of our own (as many as any return-stack buffer holds), each
+        // with a trap for speculation behind it, before the first RET.
+        "cmp word ptr [rdi + {fill_rsb}], 0",
+        "je 9f",
+        "mov eax, 16",
+        "2:",
+        "call 3f",
+        "4:",
+        "pause",
+        "lfence",
+        "jmp 4b",
+        "3:",
+        "call 5f",
+        "6:",
+        "pause",
+        "lfence",
+        "jmp 6b",
+        "5:",
+        "dec eax",
+        "jnz 2b",
+        "add rsp, 32 * 8",
+        "lfence",
+        "9:",
         "pop rdi",
         "pop rbx",
         "pop rbp",
         "ret",
         cr2 = const offset_of!(Regs, cr2),
+        fill_rsb = const offset_of!(Regs, fill_rsb),
     )
 }
 

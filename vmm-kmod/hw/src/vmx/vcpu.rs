@@ -55,6 +55,9 @@ pub struct Config {
     /// the host's interrupts waiting in a guest that was entered, and stays,
     /// with RFLAGS.IF = 0: this is then all that ends its stay.
     pub longest_stay: u64,
+    /// Fill the return-stack buffer after each exit (Spectre v2 and its kin),
+    /// as the host decides for itself.
+    pub fill_rsb: bool,
 }
 
 /// A virtual CPU. The registers of [`vmm_core::cpu::CpuState`] and most
@@ -150,6 +153,7 @@ impl<H: Host> Vcpu<H> {
                 cr2: 0,
                 host_rsp: 0,
                 verw: instr::read_ss(),
+                fill_rsb: u16::from(config.fill_rsb),
             },
             rip: 0,
             ept_seen: 0,
