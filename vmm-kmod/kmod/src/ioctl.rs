@@ -11,7 +11,7 @@ use vmm_hw::vmx::ApicMode;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::errno;
-use crate::memory::{self, Map, SEG_NAME_MAX};
+use crate::memory::Map;
 use crate::os;
 use crate::regs;
 use crate::run;
@@ -539,52 +539,6 @@ fn settings(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
 }
 
 impl Vm {
-    fn alloc_memseg(&self, segid: i32, len: u64, name: &[u8]) -> Result<(), i32> {
-        let name = c_name(name).ok_or(errno::EINVAL)?;
-        let mut mem = self.mem.lock();
-        // Nobody would remove its node any more.
-        if self.dying() {
-            return Err(errno::ENXIO);
-        }
-        if name.is_empty() {
-            return mem.map.alloc_segment(segid, len, None).map(|_| ());
-        }
-        let mut stored = [0; SEG_NAME_MAX + 1];
-        if !set_c_name(&mut stored, name) {
-            return Err(errno::ENAMETOOLONG);
-        }
-        let seg = mem.map.alloc_segment(segid, len, Some(stored))?;
-        match self.segment_node(name, segid) {
-            Ok(node) => {
-                seg.node = Some(node);
-                Ok(())
-            }
-            Err(e) => {
-                mem.map.free_segment(segid);
-                Err(e)
-            }
-        }
-    }
-
-    fn get_memseg(&self, segid: i32, name: &mut [u8]) -> Result<u64, i32> {
-        let id = usize::try_from(segid).map_err(|_| errno::EINVAL)?;
-        if id >= memory::MAX_SEGS {
-            return Err(errno::EINVAL);
-        }
-        name.fill(0);
-        let mem = self.mem.lock();
-        let Some(seg) = mem.map.segment(id) else {
-            return Ok(0);
-        };
-        if !seg.sysmem {
-            let text = c_name(&seg.name).unwrap_or_default();
-            if !set_c_name(name, text) {
-                return Err(errno::ENAMETOOLONG);
-            }
-        }
-        Ok(seg.len)
-    }
-
     fn set_topology(&self, a: &VmCpuTopology) -> Result<(), i32> {
         // As FreeBSD: maxcpus cannot be set.
         if a.maxcpus != 0 || a.sockets == 0 || a.cores == 0 || a.threads == 0 {

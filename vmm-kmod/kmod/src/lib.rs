@@ -24,6 +24,7 @@ mod state;
 mod sync;
 mod vcpu;
 mod vm;
+mod vm_memory;
 
 use core::ffi::{c_int, c_void};
 use core::fmt::Write;

@@ -10,10 +10,10 @@ use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsiz
 use vmm_core::apicbus::{self, ApicMessage, IrqSink};
 use vmm_core::chipset::Chipset;
 use vmm_core::cpuid::Topology;
-use vmm_core::lapic::{DEFAULT_BASE, Lvt, Mailbox};
+use vmm_core::lapic::{Lvt, Mailbox};
 use vmm_core::pmtmr::PmTimer;
 use vmm_core::time::Clock;
-use vmm_hw::ept::{Ept, Generation, Invalidation, MemType, Prot};
+use vmm_hw::ept::{Ept, Generation, Invalidation, Prot};
 use vmm_hw::page::Pages;
 use vmm_hw::vmx::ApicVirt;
 
@@ -26,23 +26,16 @@ use crate::os::{self, Os};
 use crate::ports::ConstantPorts;
 use crate::sync::{self, Mutex, NoMemory, SpinLock, Timer};
 use crate::vcpu::Vcpu;
+use crate::vm_memory::Memory;
 
 /// Longest name, bytes without the NUL (FreeBSD 13's VM_MAX_NAMELEN).
 pub const NAME_MAX: usize = 229;
 
 /// Longest name of a file, bytes without the NUL.
-const FILE_NAME_MAX: usize = 255;
+pub const FILE_NAME_MAX: usize = 255;
 
 /// vCPUs that can wait at once to be started by userland: all there are.
 const MAX_SPINUPS: usize = MAX_VCPUS;
-
-/// Guest memory and the tables that map it.
-pub struct Memory {
-    /// Segments and mappings.
-    pub map: MemMap,
-    /// Nested page tables.
-    pub ept: Ept<Os>,
-}
 
 /// A reference to a vCPU, or to none, as interrupt routing sees it.
 pub struct Slot(AtomicPtr<Vcpu>);
@@ -102,10 +95,10 @@ pub struct Vm {
     turn: AtomicU32,
     /// Page behind the local APIC's address while the CPU virtualizes it; its
     /// contents are never used.
-    apic_access: Pages<Os>,
-    apic_page_used: bool,
+    pub(crate) apic_access: Pages<Os>,
+    pub(crate) apic_page_used: bool,
     /// vCPUs whose local APIC is not reached through that page.
-    no_apic_page: CpuSet,
+    pub(crate) no_apic_page: CpuSet,
     /// Number that tells VMs apart for the CPU backend.
     pub hw_id: u64,
     /// SuspendHow, 0 while the VM runs.
@@ -468,137 +461,6 @@ impl Vm {
         Ok(())
     }
 
-    /// The node of a device-memory segment: `/dev/vmm.io/VM.SEGMENT`.
-    pub fn segment_node(&self, segment: &[u8], segid: i32) -> Result<NonNull<ffi::Node>, i32> {
-        let mut name = [0; NAME_MAX + crate::memory::SEG_NAME_MAX + 2];
-        let parts = self.name().iter().chain(b".").chain(segment);
-        for (to, from) in name.iter_mut().zip(parts) {
-            *to = *from;
-        }
-        check_name(segment)?;
-        if self.name().len() + 1 + segment.len() > FILE_NAME_MAX {
-            return Err(errno::ENAMETOOLONG);
-        }
-        let mut node = ptr::null_mut();
-        // SAFETY: this VM is alive, and a segment's node goes before it does;
-        // the name ends with NUL, as it is one longer than what fits.
-        let error = unsafe {
-            ffi::vmm_host_node_create(
-                name.as_ptr().cast::<c_char>(),
-                ptr::from_ref(self).cast_mut().cast(),
-                segid,
-                &mut node,
-            )
-        };
-        if error != 0 {
-            return Err(error);
-        }
-        NonNull::new(node).ok_or(errno::ENOMEM)
-    }
-
-    /// Maps part of a segment into the guest.
-    pub fn mmap_memseg(&self, map: crate::memory::Map) -> Result<(), i32> {
-        let mut mem = self.mem.lock();
-        mem.map.map(map)?;
-        if map.flags & crate::memory::MAP_WIRED != 0 {
-            // Wired memory is there from the start.
-            let mut at = 0;
-            while at < map.len {
-                let gpa = map.gpa + at;
-                let Some(b) = mem.map.backing(gpa)? else {
-                    break;
-                };
-                mem.enter(gpa, &b)?;
-                at += b.size - (gpa & (b.size - 1));
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes a mapping away and makes every vCPU forget it.
-    pub fn munmap_memseg(&self, gpa: u64, len: u64) -> Result<(), i32> {
-        let mut mem = self.mem.lock();
-        mem.map.unmap(gpa, len)?;
-        let stale = mem.ept.unmap(gpa, len).map_err(|_| errno::ENOMEM)?;
-        drop(mem);
-        if stale == Invalidation::Required {
-            // Whoever has been stopped once has left the guest, and
-            // invalidates on its way back. Then the tables can go.
-            for v in self.vcpus() {
-                drop(v.freeze());
-            }
-            self.mem.lock().ept.reclaim();
-        }
-        Ok(())
-    }
-
-    /// A vCPU's local APIC has changed its mode: the APIC-access page is
-    /// mapped only while every vCPU's accesses to it are virtualized.
-    /// Elsewhere they fault, and are emulated or found to hit nothing.
-    pub fn apic_mode_changed(&self, vcpu: usize, virtualized: bool) -> Result<(), i32> {
-        let changed = if virtualized {
-            self.no_apic_page.clear(vcpu)
-        } else {
-            !self.no_apic_page.set(vcpu)
-        };
-        if !changed {
-            return Ok(());
-        }
-        let mut mem = self.mem.lock();
-        let prot = if self.no_apic_page.is_empty() {
-            Prot::READ | Prot::WRITE
-        } else {
-            Prot::empty()
-        };
-        self.map_apic_page(&mut mem.ept, prot)
-    }
-
-    fn map_apic_page(&self, ept: &mut Ept<Os>, prot: Prot) -> Result<(), i32> {
-        if self.apic_page_used {
-            // Raises the generation; whoever still has the old mapping uses
-            // it at most until the next exit, and it leads to a page of this
-            // VM's own.
-            let _ = ept
-                .map(
-                    DEFAULT_BASE,
-                    self.apic_access.pa(),
-                    4096,
-                    prot,
-                    MemType::WriteBack,
-                )
-                .map_err(|_| errno::ENOMEM)?;
-        }
-        Ok(())
-    }
-
-    /// The page behind an address of the guest's memory (`segid` < 0), or of
-    /// a device segment. EFAULT: there is none. ENOMEM.
-    pub fn page(&self, segid: i32, off: u64) -> Result<u64, i32> {
-        let mem = self.mem.lock();
-        match usize::try_from(segid) {
-            Ok(id) => mem
-                .map
-                .segment(id)
-                .ok_or(errno::EFAULT)?
-                .page(off)
-                .map(|(hpa, _)| hpa),
-            Err(_) => Ok(mem.map.backing(off)?.ok_or(errno::EFAULT)?.hpa),
-        }
-    }
-
-    /// Whether a stretch of memory can be mapped by userland. EINVAL.
-    pub fn mmap_ok(&self, segid: i32, off: u64, len: u64) -> Result<(), i32> {
-        let mem = self.mem.lock();
-        let ok = match usize::try_from(segid) {
-            Ok(id) => mem
-                .map
-                .segment(id)
-                .is_some_and(|s| off.checked_add(len).is_some_and(|end| end <= s.len)),
-            Err(_) => mem.map.covers(off, len),
-        };
-        if ok { Ok(()) } else { Err(errno::EINVAL) }
-    }
-
     /// Brings the VM back to power-on state. EBUSY while vCPUs run.
     pub fn reinit(&self) -> Result<(), i32> {
         if !self.active.same(&self.suspended) {
@@ -689,23 +551,6 @@ impl Vm {
     }
 }
 
-impl Memory {
-    /// Puts backing memory into the nested page tables.
-    pub fn enter(&mut self, gpa: u64, b: &crate::memory::Backing) -> Result<(), i32> {
-        let mask = b.size - 1;
-        self.ept
-            .map(
-                gpa & !mask,
-                b.hpa & !mask,
-                b.size,
-                crate::memory::ept_prot(b.prot),
-                MemType::WriteBack,
-            )
-            .map(|_| ())
-            .map_err(|_| errno::ENOMEM)
-    }
-}
-
 impl Drop for Vm {
     fn drop(&mut self) {
         // The timer first: its callback uses the chipset and the vCPUs.
@@ -754,7 +599,9 @@ impl List {
     }
 }
 
-fn check_name(name: &[u8]) -> Result<(), i32> {
+/// Whether a VM or a segment can have this name, which becomes a file's.
+/// EINVAL, ENAMETOOLONG.
+pub fn check_name(name: &[u8]) -> Result<(), i32> {
     // The name becomes a file's: no separator (nor what devtmpfs takes for
     // one), nothing unprintable, not a directory's own name.
     let bad = |b: &u8| !b.is_ascii_graphic() || matches!(b, b'/' | b'!' | b'\\');

@@ -1,0 +1,223 @@
+//! A VM's memory: segments and mappings as the ioctls change them, and the
+//! nested page tables behind them.
+
+use core::ffi::c_char;
+use core::ptr::{self, NonNull};
+
+use vmm_abi::layout::{c_name, set_c_name};
+use vmm_core::lapic::DEFAULT_BASE;
+use vmm_hw::ept::{Ept, Invalidation, MemType, Prot};
+
+use crate::errno;
+use crate::ffi;
+use crate::memory::{self, MemMap, SEG_NAME_MAX};
+use crate::os::Os;
+use crate::vm::{FILE_NAME_MAX, NAME_MAX, Vm, check_name};
+
+/// Guest memory and the tables that map it.
+pub struct Memory {
+    /// Segments and mappings.
+    pub map: MemMap,
+    /// Nested page tables.
+    pub ept: Ept<Os>,
+}
+
+impl Memory {
+    /// Puts backing memory into the nested page tables.
+    pub fn enter(&mut self, gpa: u64, b: &crate::memory::Backing) -> Result<(), i32> {
+        let mask = b.size - 1;
+        self.ept
+            .map(
+                gpa & !mask,
+                b.hpa & !mask,
+                b.size,
+                crate::memory::ept_prot(b.prot),
+                MemType::WriteBack,
+            )
+            .map(|_| ())
+            .map_err(|_| errno::ENOMEM)
+    }
+}
+
+impl Vm {
+    /// VM_ALLOC_MEMSEG: makes a segment, with a node of its own if it has a
+    /// name.
+    pub fn alloc_memseg(&self, segid: i32, len: u64, name: &[u8]) -> Result<(), i32> {
+        let name = c_name(name).ok_or(errno::EINVAL)?;
+        let mut mem = self.mem.lock();
+        // Nobody would remove its node any more.
+        if self.dying() {
+            return Err(errno::ENXIO);
+        }
+        if name.is_empty() {
+            return mem.map.alloc_segment(segid, len, None).map(|_| ());
+        }
+        let mut stored = [0; SEG_NAME_MAX + 1];
+        if !set_c_name(&mut stored, name) {
+            return Err(errno::ENAMETOOLONG);
+        }
+        let seg = mem.map.alloc_segment(segid, len, Some(stored))?;
+        match self.segment_node(name, segid) {
+            Ok(node) => {
+                seg.node = Some(node);
+                Ok(())
+            }
+            Err(e) => {
+                mem.map.free_segment(segid);
+                Err(e)
+            }
+        }
+    }
+
+    /// VM_GET_MEMSEG: a segment's length, 0 if there is none, and its name.
+    pub fn get_memseg(&self, segid: i32, name: &mut [u8]) -> Result<u64, i32> {
+        let id = usize::try_from(segid).map_err(|_| errno::EINVAL)?;
+        if id >= memory::MAX_SEGS {
+            return Err(errno::EINVAL);
+        }
+        name.fill(0);
+        let mem = self.mem.lock();
+        let Some(seg) = mem.map.segment(id) else {
+            return Ok(0);
+        };
+        if !seg.sysmem {
+            let text = c_name(&seg.name).unwrap_or_default();
+            if !set_c_name(name, text) {
+                return Err(errno::ENAMETOOLONG);
+            }
+        }
+        Ok(seg.len)
+    }
+
+    /// The node of a device-memory segment: `/dev/vmm.io/VM.SEGMENT`.
+    pub fn segment_node(&self, segment: &[u8], segid: i32) -> Result<NonNull<ffi::Node>, i32> {
+        let mut name = [0; NAME_MAX + crate::memory::SEG_NAME_MAX + 2];
+        let parts = self.name().iter().chain(b".").chain(segment);
+        for (to, from) in name.iter_mut().zip(parts) {
+            *to = *from;
+        }
+        check_name(segment)?;
+        if self.name().len() + 1 + segment.len() > FILE_NAME_MAX {
+            return Err(errno::ENAMETOOLONG);
+        }
+        let mut node = ptr::null_mut();
+        // SAFETY: this VM is alive, and a segment's node goes before it does;
+        // the name ends with NUL, as it is one longer than what fits.
+        let error = unsafe {
+            ffi::vmm_host_node_create(
+                name.as_ptr().cast::<c_char>(),
+                ptr::from_ref(self).cast_mut().cast(),
+                segid,
+                &mut node,
+            )
+        };
+        if error != 0 {
+            return Err(error);
+        }
+        NonNull::new(node).ok_or(errno::ENOMEM)
+    }
+
+    /// Maps part of a segment into the guest.
+    pub fn mmap_memseg(&self, map: crate::memory::Map) -> Result<(), i32> {
+        let mut mem = self.mem.lock();
+        mem.map.map(map)?;
+        if map.flags & crate::memory::MAP_WIRED != 0 {
+            // Wired memory is there from the start.
+            let mut at = 0;
+            while at < map.len {
+                let gpa = map.gpa + at;
+                let Some(b) = mem.map.backing(gpa)? else {
+                    break;
+                };
+                mem.enter(gpa, &b)?;
+                at += b.size - (gpa & (b.size - 1));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a mapping away and makes every vCPU forget it.
+    pub fn munmap_memseg(&self, gpa: u64, len: u64) -> Result<(), i32> {
+        let mut mem = self.mem.lock();
+        mem.map.unmap(gpa, len)?;
+        let stale = mem.ept.unmap(gpa, len).map_err(|_| errno::ENOMEM)?;
+        drop(mem);
+        if stale == Invalidation::Required {
+            // Whoever has been stopped once has left the guest, and
+            // invalidates on its way back. Then the tables can go.
+            for v in self.vcpus() {
+                drop(v.freeze());
+            }
+            self.mem.lock().ept.reclaim();
+        }
+        Ok(())
+    }
+
+    /// A vCPU's local APIC has changed its mode: the APIC-access page is
+    /// mapped only while every vCPU's accesses to it are virtualized.
+    /// Elsewhere they fault, and are emulated or found to hit nothing.
+    pub fn apic_mode_changed(&self, vcpu: usize, virtualized: bool) -> Result<(), i32> {
+        let changed = if virtualized {
+            self.no_apic_page.clear(vcpu)
+        } else {
+            !self.no_apic_page.set(vcpu)
+        };
+        if !changed {
+            return Ok(());
+        }
+        let mut mem = self.mem.lock();
+        let prot = if self.no_apic_page.is_empty() {
+            Prot::READ | Prot::WRITE
+        } else {
+            Prot::empty()
+        };
+        self.map_apic_page(&mut mem.ept, prot)
+    }
+
+    /// Maps the APIC-access page, or with no rights takes it away.
+    pub fn map_apic_page(&self, ept: &mut Ept<Os>, prot: Prot) -> Result<(), i32> {
+        if self.apic_page_used {
+            // Raises the generation; whoever still has the old mapping uses
+            // it at most until the next exit, and it leads to a page of this
+            // VM's own.
+            let _ = ept
+                .map(
+                    DEFAULT_BASE,
+                    self.apic_access.pa(),
+                    4096,
+                    prot,
+                    MemType::WriteBack,
+                )
+                .map_err(|_| errno::ENOMEM)?;
+        }
+        Ok(())
+    }
+
+    /// The page behind an address of the guest's memory (`segid` < 0), or of
+    /// a device segment. EFAULT: there is none. ENOMEM.
+    pub fn page(&self, segid: i32, off: u64) -> Result<u64, i32> {
+        let mem = self.mem.lock();
+        match usize::try_from(segid) {
+            Ok(id) => mem
+                .map
+                .segment(id)
+                .ok_or(errno::EFAULT)?
+                .page(off)
+                .map(|(hpa, _)| hpa),
+            Err(_) => Ok(mem.map.backing(off)?.ok_or(errno::EFAULT)?.hpa),
+        }
+    }
+
+    /// Whether a stretch of memory can be mapped by userland. EINVAL.
+    pub fn mmap_ok(&self, segid: i32, off: u64, len: u64) -> Result<(), i32> {
+        let mem = self.mem.lock();
+        let ok = match usize::try_from(segid) {
+            Ok(id) => mem
+                .map
+                .segment(id)
+                .is_some_and(|s| off.checked_add(len).is_some_and(|end| end <= s.len)),
+            Err(_) => mem.map.covers(off, len),
+        };
+        if ok { Ok(()) } else { Err(errno::EINVAL) }
+    }
+}
