@@ -1,0 +1,131 @@
+/*
+ * CPUs: cross calls, kicks, and the window in which a guest runs.
+ */
+#include <sys/param.h>
+#include <sys/systm.h>
+#include <sys/bus.h>
+#include <sys/cpuset.h>
+#include <sys/kernel.h>
+#include <sys/lock.h>
+#include <sys/malloc.h>
+#include <sys/mutex.h>
+#include <sys/pcpu.h>
+#include <sys/proc.h>
+#include <sys/smp.h>
+
+#include <machine/cpufunc.h>
+#include <machine/md_var.h>
+#include <machine/pcb.h>
+#include <machine/smp.h>
+#include <machine/specialreg.h>
+#include <x86/apicvar.h>
+
+#include "shim.h"
+
+uint32_t
+vmm_host_cpu(void)
+{
+
+	return (curcpu);
+}
+
+int
+vmm_host_run_on_cpu(uint32_t cpu, void (*fn)(void *), void *arg)
+{
+	cpuset_t set;
+
+	if (cpu > mp_maxid || CPU_ABSENT(cpu))
+		return (0);
+	CPU_SETOF(cpu, &set);
+	smp_rendezvous_cpus(set, smp_no_rendezvous_barrier, fn,
+	    smp_no_rendezvous_barrier, arg);
+	return (1);
+}
+
+void
+vmm_host_run_on_all(void (*fn)(void *), void *arg)
+{
+
+	smp_rendezvous(smp_no_rendezvous_barrier, fn,
+	    smp_no_rendezvous_barrier, arg);
+}
+
+void
+vmm_host_kick_cpu(uint32_t cpu)
+{
+
+	/* IPI_AST has no effect but the exit that it causes. */
+	ipi_cpu(cpu, IPI_AST);
+}
+
+/*
+ * A spin section, not only CLI: a thread that is made runnable meanwhile must
+ * not be switched to before the end of it.
+ */
+unsigned long
+vmm_host_irq_save(void)
+{
+
+	spinlock_enter();
+	return (0);
+}
+
+void
+vmm_host_irq_restore(unsigned long flags __unused)
+{
+
+	spinlock_exit();
+}
+
+void
+vmm_host_set_vmxe(int on)
+{
+
+	if (on)
+		load_cr4(rcr4() | CR4_VMXE);
+	else
+		load_cr4(rcr4() & ~CR4_VMXE);
+}
+
+void
+vmm_host_guest_begin(void)
+{
+
+	critical_enter();
+	/* The guest's bases leave through the full return to userland. */
+	set_pcb_flags(curthread->td_pcb, PCB_FULL_IRET);
+	/* Saves the thread's FPU state and sets CR0.TS. */
+	fpuexit(curthread);
+	disable_intr();
+	clts();
+}
+
+void
+vmm_host_guest_end(void)
+{
+
+	/* What is in the FPU now is nobody's: the next use traps. */
+	load_cr0(rcr0() | CR0_TS);
+	enable_intr();
+	critical_exit();
+}
+
+void
+vmm_host_irq_window(void)
+{
+	struct thread *td = curthread;
+
+	enable_intr();
+	/* STI takes effect after the next instruction. */
+	__asm __volatile("nop");
+	disable_intr();
+	/*
+	 * A preemption by another CPU leaves only this behind; the inner loop
+	 * looks at td_flags.
+	 */
+	if (__predict_false(td->td_owepreempt)) {
+		thread_lock(td);
+		td->td_flags |= TDF_NEEDRESCHED;
+		thread_unlock(td);
+	}
+}

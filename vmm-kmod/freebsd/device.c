@@ -1,0 +1,364 @@
+/*
+ * /dev/vmmctl, /dev/vmm/NAME, /dev/vmm.io/NAME.SEGMENT, and the sysctls that
+ * create and destroy VMs.
+ */
+#include <sys/param.h>
+#include <sys/systm.h>
+#include <sys/conf.h>
+#include <sys/fcntl.h>
+#include <sys/ioccom.h>
+#include <sys/jail.h>
+#include <sys/kernel.h>
+#include <sys/lock.h>
+#include <sys/malloc.h>
+#include <sys/mman.h>
+#include <sys/proc.h>
+#include <sys/rwlock.h>
+#include <sys/sx.h>
+#include <sys/sysctl.h>
+#include <sys/ucred.h>
+
+#include <vm/vm.h>
+#include <vm/vm_param.h>
+#include <vm/pmap.h>
+#include <vm/vm_object.h>
+#include <vm/vm_page.h>
+#include <vm/vm_pager.h>
+
+#include <machine/atomic.h>
+
+#include "shim.h"
+
+/* The argument of both requests of /dev/vmmctl (FreeBSD 15). */
+struct vmmctl_vm {
+	char	name[256];
+	int	reserved[10];
+};
+#define	VMMCTL_VM_CREATE	_IOWR('V', 0, struct vmmctl_vm)
+#define	VMMCTL_VM_DESTROY	_IOWR('V', 1, struct vmmctl_vm)
+
+struct vmm_node {
+	void		*vm;	/* NULL once destroyed; nodes_lock */
+	int		segid;
+	struct cdev	*cdev;
+};
+
+/* An open file or a mapping; has a reference to the VM. */
+struct vmm_user {
+	void	*vm;
+	int	segid;
+};
+
+volatile u_int vmm_users;
+bool vmm_unloading;
+
+static struct sx nodes_lock;
+SX_SYSINIT(vmm_nodes_lock, &nodes_lock, "vmm nodes");
+static struct cdev *ctl_dev;
+static u_int allow_flag;
+
+int
+vmm_check_jail(struct ucred *cred)
+{
+
+	if (jailed(cred) && (cred->cr_prison->pr_allow & allow_flag) == 0)
+		return (EPERM);
+	return (0);
+}
+
+static struct vmm_user *
+user_alloc(void *vm, int segid)
+{
+	struct vmm_user *u;
+
+	u = malloc(sizeof(*u), M_VMM, M_WAITOK | M_ZERO);
+	u->vm = vm;
+	u->segid = segid;
+	vmm_rust_vm_get(vm);
+	atomic_add_int(&vmm_users, 1);
+	return (u);
+}
+
+static void
+user_free(void *arg)
+{
+	struct vmm_user *u = arg;
+
+	vmm_rust_vm_put(u->vm);
+	free(u, M_VMM);
+	atomic_subtract_int(&vmm_users, 1);
+}
+
+static int
+vmmdev_open(struct cdev *dev, int flags __unused, int fmt __unused,
+    struct thread *td)
+{
+	struct vmm_node *node = dev->si_drv1;
+	struct vmm_user *u = NULL;
+	int error;
+
+	error = vmm_check_jail(td->td_ucred);
+	if (error != 0)
+		return (error);
+	sx_xlock(&nodes_lock);
+	if (node != NULL && node->vm != NULL)
+		u = user_alloc(node->vm, node->segid);
+	sx_xunlock(&nodes_lock);
+	if (u == NULL)
+		return (ENXIO);
+	error = devfs_set_cdevpriv(u, user_free);
+	if (error != 0)
+		user_free(u);
+	return (error);
+}
+
+static int
+vmmdev_ioctl(struct cdev *dev __unused, u_long cmd, caddr_t data,
+    int fflag __unused, struct thread *td __unused)
+{
+	struct vmm_user *u;
+	int error;
+
+	error = devfs_get_cdevpriv((void **)&u);
+	if (error != 0)
+		return (error);
+	if (u->segid >= 0)
+		return (ENOTTY);
+	return (vmm_rust_vm_ioctl(u->vm, (uint32_t)cmd, data,
+	    IOCPARM_LEN(cmd)));
+}
+
+static int
+pager_ctor(void *handle __unused, vm_ooffset_t size __unused,
+    vm_prot_t prot __unused, vm_ooffset_t foff __unused,
+    struct ucred *cred __unused, u_short *color)
+{
+
+	*color = 0;
+	return (0);
+}
+
+/*
+ * The guest's page, seen through one of the object's own: the VM keeps the
+ * page itself for as long as the mapping keeps the VM.
+ */
+static int
+pager_fault(vm_object_t object, vm_ooffset_t offset, int prot __unused,
+    vm_page_t *mres)
+{
+	struct vmm_user *u = object->handle;
+	vm_page_t fake, old;
+	uint64_t pa;
+	int error;
+
+	VM_OBJECT_WUNLOCK(object);
+	error = vmm_rust_vm_page(u->vm, u->segid, offset, &pa);
+	if (error != 0) {
+		VM_OBJECT_WLOCK(object);
+		return (error == ENOMEM ? VM_PAGER_ERROR : VM_PAGER_FAIL);
+	}
+	old = *mres;
+	if ((old->flags & PG_FICTITIOUS) != 0) {
+		VM_OBJECT_WLOCK(object);
+		vm_page_updatefake(old, pa, VM_MEMATTR_DEFAULT);
+		fake = old;
+	} else {
+		fake = vm_page_getfake(pa, VM_MEMATTR_DEFAULT);
+		VM_OBJECT_WLOCK(object);
+#if __FreeBSD_version >= 1300000
+		vm_page_replace(fake, object, old->pindex, old);
+#else
+		vm_page_replace_checked(fake, object, old->pindex, old);
+		vm_page_lock(old);
+		vm_page_free(old);
+		vm_page_unlock(old);
+#endif
+		*mres = fake;
+	}
+	fake->valid = VM_PAGE_BITS_ALL;
+	return (VM_PAGER_OK);
+}
+
+static struct cdev_pager_ops pager_ops = {
+	.cdev_pg_ctor =	pager_ctor,
+	.cdev_pg_dtor =	user_free,
+	.cdev_pg_fault = pager_fault,
+};
+
+static int
+vmmdev_mmap_single(struct cdev *dev __unused, vm_ooffset_t *offset,
+    vm_size_t size, vm_object_t *object, int nprot)
+{
+	struct vmm_user *u, *mapping;
+	int error;
+
+	error = devfs_get_cdevpriv((void **)&u);
+	if (error != 0)
+		return (error);
+	if ((nprot & PROT_EXEC) != 0)
+		return (EINVAL);
+	error = vmm_rust_vm_mmap_ok(u->vm, u->segid, *offset, size);
+	if (error != 0)
+		return (error);
+	mapping = user_alloc(u->vm, u->segid);
+	*object = cdev_pager_allocate(mapping, OBJT_DEVICE, &pager_ops, size,
+	    nprot, *offset, curthread->td_ucred);
+	if (*object == NULL) {
+		user_free(mapping);
+		return (EINVAL);
+	}
+	return (0);
+}
+
+static struct cdevsw vmmdev_cdevsw = {
+	.d_version =	D_VERSION,
+	.d_name =	"vmm",
+	.d_open =	vmmdev_open,
+	.d_ioctl =	vmmdev_ioctl,
+	.d_mmap_single = vmmdev_mmap_single,
+};
+
+int
+vmm_host_node_create(const char *name, void *vm, int segid,
+    struct vmm_node **nodep)
+{
+	struct make_dev_args args;
+	struct vmm_node *node;
+	int error;
+
+	node = malloc(sizeof(*node), M_VMM, M_WAITOK | M_ZERO);
+	node->vm = vm;
+	node->segid = segid;
+	make_dev_args_init(&args);
+	args.mda_flags = MAKEDEV_CHECKNAME | MAKEDEV_WAITOK;
+	args.mda_devsw = &vmmdev_cdevsw;
+	args.mda_cr = curthread->td_ucred;
+	args.mda_uid = UID_ROOT;
+	args.mda_gid = GID_WHEEL;
+	args.mda_mode = 0600;
+	args.mda_si_drv1 = node;
+	atomic_add_int(&vmm_users, 1);
+	error = make_dev_s(&args, &node->cdev, "%s/%s",
+	    segid < 0 ? "vmm" : "vmm.io", name);
+	if (error != 0) {
+		atomic_subtract_int(&vmm_users, 1);
+		free(node, M_VMM);
+		return (error);
+	}
+	*nodep = node;
+	return (0);
+}
+
+static void
+node_gone(void *arg)
+{
+
+	free(arg, M_VMM);
+	atomic_subtract_int(&vmm_users, 1);
+}
+
+/*
+ * The name goes at once, the node when nobody is in it any more: the caller
+ * may be in it itself.
+ */
+void
+vmm_host_node_destroy(struct vmm_node *node)
+{
+
+	sx_xlock(&nodes_lock);
+	node->vm = NULL;
+	sx_xunlock(&nodes_lock);
+	delist_dev(node->cdev);
+	destroy_dev_sched_cb(node->cdev, node_gone, node);
+}
+
+static int
+ctl_request(uint32_t cmd, void *data, size_t len, struct ucred *cred)
+{
+	int error;
+
+	error = vmm_check_jail(cred);
+	if (error == 0 && vmm_unloading)
+		error = ENXIO;
+	if (error != 0)
+		return (error);
+	return (vmm_rust_ctl_ioctl(cmd, data, len));
+}
+
+static int
+ctl_ioctl(struct cdev *dev __unused, u_long cmd, caddr_t data,
+    int fflag __unused, struct thread *td)
+{
+
+	return (ctl_request((uint32_t)cmd, data, IOCPARM_LEN(cmd),
+	    td->td_ucred));
+}
+
+static struct cdevsw ctl_cdevsw = {
+	.d_version =	D_VERSION,
+	.d_name =	"vmmctl",
+	.d_ioctl =	ctl_ioctl,
+};
+
+SYSCTL_NODE(_hw, OID_AUTO, vmm, CTLFLAG_RW, NULL, "virtual machines");
+
+/* FreeBSD up to 14: a VM is made by writing its name here. */
+static int
+name_sysctl(struct sysctl_oid *oidp, struct sysctl_req *req, uint32_t cmd)
+{
+	struct vmmctl_vm *vm;
+	int error;
+
+	vm = malloc(sizeof(*vm), M_VMM, M_WAITOK | M_ZERO);
+	strlcpy(vm->name, "beavis", sizeof(vm->name));
+	error = sysctl_handle_string(oidp, vm->name, sizeof(vm->name), req);
+	if (error == 0 && req->newptr != NULL)
+		error = ctl_request(cmd, vm, sizeof(*vm),
+		    req->td->td_ucred);
+	free(vm, M_VMM);
+	return (error);
+}
+
+static int
+sysctl_create(SYSCTL_HANDLER_ARGS)
+{
+
+	return (name_sysctl(oidp, req, VMMCTL_VM_CREATE));
+}
+SYSCTL_PROC(_hw_vmm, OID_AUTO, create,
+    CTLTYPE_STRING | CTLFLAG_RW | CTLFLAG_PRISON | CTLFLAG_MPSAFE, NULL, 0,
+    sysctl_create, "A", "create a virtual machine");
+
+static int
+sysctl_destroy(SYSCTL_HANDLER_ARGS)
+{
+
+	return (name_sysctl(oidp, req, VMMCTL_VM_DESTROY));
+}
+SYSCTL_PROC(_hw_vmm, OID_AUTO, destroy,
+    CTLTYPE_STRING | CTLFLAG_RW | CTLFLAG_PRISON | CTLFLAG_MPSAFE, NULL, 0,
+    sysctl_destroy, "A", "destroy a virtual machine");
+
+int
+vmm_device_init(void)
+{
+	struct make_dev_args args;
+
+	allow_flag = prison_add_allow(NULL, "vmm", NULL,
+	    "Allow use of vmm in a jail.");
+	make_dev_args_init(&args);
+	args.mda_flags = MAKEDEV_CHECKNAME | MAKEDEV_WAITOK;
+	args.mda_devsw = &ctl_cdevsw;
+	args.mda_uid = UID_ROOT;
+	args.mda_gid = GID_WHEEL;
+	args.mda_mode = 0600;
+	return (make_dev_s(&args, &ctl_dev, "vmmctl"));
+}
+
+void
+vmm_device_exit(void)
+{
+
+	destroy_dev(ctl_dev);
+	destroy_dev_drain(&vmmdev_cdevsw);
+}

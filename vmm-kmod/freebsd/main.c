@@ -1,0 +1,157 @@
+/*
+ * Module load and unload, tunables, the host's suspend and resume, log.
+ */
+#include <sys/param.h>
+#include <sys/systm.h>
+#include <sys/bus.h>
+#include <sys/kernel.h>
+#include <sys/lock.h>
+#include <sys/malloc.h>
+#include <sys/module.h>
+#include <sys/proc.h>
+#include <sys/smp.h>
+#include <sys/sysctl.h>
+#include <sys/time.h>
+
+#include <vm/vm.h>
+#include <vm/pmap.h>
+
+#include <machine/atomic.h>
+#include <machine/clock.h>
+#include <machine/cpu.h>
+#include <machine/md_var.h>
+#include <machine/vmparam.h>
+
+#include "shim.h"
+
+/* Messages a second, of each level. */
+#define	LOG_RATE	10
+
+SYSCTL_DECL(_hw_vmm);
+SYSCTL_NODE(_hw_vmm, OID_AUTO, vmx, CTLFLAG_RW, NULL, "Intel VT-x");
+
+static int use_apic_vid = 1;
+SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, use_apic_vid, CTLFLAG_RDTUN, &use_apic_vid,
+    0, "use virtual-interrupt delivery where the CPU has it");
+
+static int account;
+SYSCTL_INT(_hw_vmm, OID_AUTO, account, CTLFLAG_RDTUN, &account, 0,
+    "count the time spent in guests (\"vcpu total runtime\", TSC ticks)");
+
+static volatile u_int online_error;
+
+static void
+cpu_online(void *arg __unused)
+{
+	int error;
+
+	error = vmm_rust_cpu_online();
+	if (error != 0)
+		atomic_store_int(&online_error, error);
+}
+
+static void
+cpu_offline(void *arg __unused)
+{
+
+	vmm_rust_cpu_offline();
+}
+
+/* On every CPU, interrupts off. */
+static void
+cpu_resume(void)
+{
+
+	vmm_rust_cpu_online();
+}
+
+static int
+vmm_load(void)
+{
+	struct vmm_host_info info = {
+		.tsc_hz = tsc_freq,
+		.direct_map = PHYS_TO_DMAP(0),
+		/* As vmm_host_thread_flags() aligns it. */
+		.thread_flags = (uint64_t)(TDF_ASTPENDING | TDF_NEEDRESCHED) <<
+		    (__offsetof(struct thread, td_flags) % 8 * 8),
+		.max_cpus = mp_maxid + 1,
+		.tsc_invariant = tsc_is_invariant,
+		.account = account != 0,
+		.use_apic_vid = use_apic_vid != 0,
+	};
+	int error;
+
+	error = vmm_rust_init(&info);
+	if (error != 0)
+		return (error);
+	vmm_host_run_on_all(cpu_online, NULL);
+	error = atomic_load_int(&online_error);
+	if (error == 0)
+		error = vmm_device_init();
+	if (error != 0) {
+		vmm_host_run_on_all(cpu_offline, NULL);
+		vmm_rust_exit();
+		return (error);
+	}
+	vmm_resume_p = cpu_resume;
+	return (0);
+}
+
+static int
+vmm_unload(void)
+{
+
+	vmm_unloading = true;
+	if (atomic_load_int(&vmm_users) != 0) {
+		vmm_unloading = false;
+		return (EBUSY);
+	}
+	vmm_resume_p = NULL;
+	vmm_device_exit();
+	vmm_host_run_on_all(cpu_offline, NULL);
+	vmm_rust_exit();
+	return (0);
+}
+
+static int
+vmm_event(module_t mod __unused, int what, void *arg __unused)
+{
+
+	switch (what) {
+	case MOD_LOAD:
+		return (vmm_load());
+	case MOD_QUIESCE:
+		return (atomic_load_int(&vmm_users) != 0 ? EBUSY : 0);
+	case MOD_UNLOAD:
+		return (vmm_unload());
+	default:
+		return (0);
+	}
+}
+
+static moduledata_t vmm_module = { "vmm", vmm_event, NULL };
+
+/* After the CPUs have been started: VMX is switched on on all of them. */
+DECLARE_MODULE(vmm, vmm_module, SI_SUB_SMP + 1, SI_ORDER_ANY);
+MODULE_VERSION(vmm, 1);
+
+void
+vmm_host_log(int level, const char *msg, size_t len)
+{
+	static struct timeval last[3];
+	static int count[3];
+
+	if (level < 0 || level > 2) {
+		if (bootverbose)
+			printf("vmm: %.*s\n", (int)len, msg);
+	} else if (ppsratecheck(&last[level], &count[level], LOG_RATE)) {
+		printf("vmm: %.*s\n", (int)len, msg);
+	}
+}
+
+void
+vmm_host_panic(const char *msg, size_t len)
+{
+
+	panic("vmm: %.*s", (int)len, msg);
+}

@@ -1,0 +1,210 @@
+/*
+ * Threads: sleeping, waking, locks, timers, time.
+ */
+#include <sys/param.h>
+#include <sys/systm.h>
+#include <sys/callout.h>
+#include <sys/kernel.h>
+#include <sys/lock.h>
+#include <sys/malloc.h>
+#include <sys/mutex.h>
+#include <sys/proc.h>
+#include <sys/sched.h>
+#include <sys/sleepqueue.h>
+#include <sys/sx.h>
+#include <sys/time.h>
+
+#include <machine/atomic.h>
+
+#include "shim.h"
+
+/* Longer than this is for ever (a signed 32.32 number of seconds). */
+#define	MAX_NS	(1000000000ULL * 86400 * 365)
+
+struct vmm_mutex {
+	struct sx sx;
+};
+
+struct vmm_sleeper {
+	volatile u_int woken;
+};
+
+struct vmm_timer {
+	struct callout callout;
+	void *arg;
+};
+
+bool
+vmm_can_sleep(void)
+{
+
+	return (curthread->td_critnest == 0 &&
+	    curthread->td_intr_nesting_level == 0);
+}
+
+const volatile unsigned long *
+vmm_host_thread_flags(void)
+{
+	uintptr_t p = (uintptr_t)&curthread->td_flags;
+
+	/* The mask in vmm_host_info is shifted accordingly. */
+	return ((const volatile unsigned long *)rounddown2(p, 8));
+}
+
+int
+vmm_host_yield(void)
+{
+	struct thread *td = curthread;
+
+	if ((td->td_flags & TDF_NEEDRESCHED) != 0)
+		kern_yield(PRI_USER);
+	/* Signals and the like are looked after on the way to userland. */
+	return ((td->td_flags & TDF_ASTPENDING) != 0);
+}
+
+struct vmm_mutex *
+vmm_host_mutex_create(void)
+{
+	struct vmm_mutex *m;
+
+	m = malloc(sizeof(*m), M_VMM, M_WAITOK | M_ZERO);
+	/* There is one of a kind in each VM and vCPU. */
+	sx_init_flags(&m->sx, "vmm", SX_DUPOK);
+	return (m);
+}
+
+void
+vmm_host_mutex_destroy(struct vmm_mutex *m)
+{
+
+	sx_destroy(&m->sx);
+	free(m, M_VMM);
+}
+
+void
+vmm_host_mutex_lock(struct vmm_mutex *m)
+{
+
+	sx_xlock(&m->sx);
+}
+
+int
+vmm_host_mutex_trylock(struct vmm_mutex *m)
+{
+
+	return (sx_try_xlock(&m->sx));
+}
+
+void
+vmm_host_mutex_unlock(struct vmm_mutex *m)
+{
+
+	sx_xunlock(&m->sx);
+}
+
+struct vmm_sleeper *
+vmm_host_sleeper_create(void)
+{
+
+	return (malloc(sizeof(struct vmm_sleeper), M_VMM, M_WAITOK | M_ZERO));
+}
+
+void
+vmm_host_sleeper_destroy(struct vmm_sleeper *s)
+{
+
+	free(s, M_VMM);
+}
+
+void
+vmm_host_sleep_prepare(struct vmm_sleeper *s)
+{
+
+	atomic_store_int(&s->woken, 0);
+	atomic_thread_fence_seq_cst();
+}
+
+/*
+ * The sleep queue itself and not msleep(9): its locks are spin locks, so
+ * that wake() may come from anywhere.
+ */
+int
+vmm_host_sleep(struct vmm_sleeper *s, uint64_t ns)
+{
+	int error;
+
+	sleepq_lock(s);
+	if (atomic_load_int(&s->woken) != 0) {
+		sleepq_release(s);
+		return (0);
+	}
+	sleepq_add(s, NULL, "vmidle", SLEEPQ_SLEEP | SLEEPQ_INTERRUPTIBLE, 0);
+	if (ns < MAX_NS) {
+		sleepq_set_timeout_sbt(s, nstosbt(ns), 0, 0);
+		error = sleepq_timedwait_sig(s, 0);
+	} else {
+		error = sleepq_wait_sig(s, 0);
+	}
+	return (error == EINTR || error == ERESTART);
+}
+
+void
+vmm_host_wake(struct vmm_sleeper *s)
+{
+	int swapper;
+
+	atomic_store_int(&s->woken, 1);
+	sleepq_lock(s);
+	swapper = sleepq_broadcast(s, SLEEPQ_SLEEP, 0, 0);
+	sleepq_release(s);
+	if (swapper != 0)
+		kick_proc0();
+}
+
+static void
+timer_fired(void *arg)
+{
+
+	vmm_rust_timer(((struct vmm_timer *)arg)->arg);
+}
+
+struct vmm_timer *
+vmm_host_timer_create(void *arg)
+{
+	struct vmm_timer *t;
+
+	t = malloc(sizeof(*t), M_VMM, M_WAITOK | M_ZERO);
+	callout_init(&t->callout, 1);
+	t->arg = arg;
+	return (t);
+}
+
+void
+vmm_host_timer_destroy(struct vmm_timer *t)
+{
+
+	callout_drain(&t->callout);
+	free(t, M_VMM);
+}
+
+void
+vmm_host_timer_arm(struct vmm_timer *t, uint64_t ns)
+{
+
+	callout_reset_sbt(&t->callout, nstosbt(MIN(ns, MAX_NS)), 0,
+	    timer_fired, t, C_DIRECT_EXEC);
+}
+
+void
+vmm_host_timer_disarm(struct vmm_timer *t)
+{
+
+	callout_stop(&t->callout);
+}
+
+int64_t
+vmm_host_wallclock(void)
+{
+
+	return (time_second);
+}
