@@ -131,8 +131,12 @@ vmm_event(module_t mod __unused, int what, void *arg __unused)
 
 static moduledata_t vmm_module = { "vmm", vmm_event, NULL };
 
-/* After the CPUs have been started: VMX is switched on on all of them. */
-DECLARE_MODULE(vmm, vmm_module, SI_SUB_SMP + 1, SI_ORDER_ANY);
+/*
+ * After the CPUs have been started, as VMX is switched on on all of them, and
+ * devfs; which of the two is later depends on EARLY_AP_STARTUP.
+ */
+DECLARE_MODULE(vmm, vmm_module, MAX(SI_SUB_SMP + 1, SI_SUB_DRIVERS),
+    SI_ORDER_ANY);
 MODULE_VERSION(vmm, 1);
 
 void

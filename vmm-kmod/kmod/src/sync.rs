@@ -31,6 +31,26 @@ pub fn try_box<T>(value: T) -> Result<Box<T>, NoMemory> {
     }
 }
 
+/// `try_box` for what is large: the value is made after the allocation, in a
+/// frame of its own, so that copies of it and the depth of the host's allocator
+/// do not add up on the kernel's stack.
+pub fn try_box_with<T>(make: impl FnOnce() -> T) -> Result<Box<T>, NoMemory> {
+    #[inline(never)]
+    fn fill<T>(to: &mut core::mem::MaybeUninit<T>, make: impl FnOnce() -> T) {
+        to.write(make());
+    }
+    let layout = core::alloc::Layout::new::<T>();
+    // SAFETY: every caller's T has a size; the result is checked for NULL.
+    let p = unsafe { alloc::alloc::alloc(layout) }.cast::<core::mem::MaybeUninit<T>>();
+    let mut p = NonNull::new(p).ok_or(NoMemory)?;
+    // SAFETY: `p` is fresh memory of T's layout from the global allocator,
+    // which is what a Box owns; `fill` makes it a T.
+    unsafe {
+        fill(p.as_mut(), make);
+        Ok(Box::from_raw(p.as_ptr().cast()))
+    }
+}
+
 /// `Arc::new`, likewise. Only used at load: the counted block itself comes
 /// from `Arc`, after a trial that there is memory for it.
 pub fn try_arc<T>(value: T) -> Result<Arc<T>, NoMemory> {

@@ -77,7 +77,7 @@ pub struct Vm {
     /// Which generation of them the CPUs have seen.
     pub generation: Arc<Generation>,
     /// Devices that are not a vCPU's own.
-    pub chipset: SpinLock<Chipset>,
+    pub chipset: Box<SpinLock<Chipset>>,
     /// The chipset's PM timer, to be read without its lock.
     pub pm_timer: PmTimer,
     /// Ports that userland has answered in advance.
@@ -196,8 +196,9 @@ impl Vm {
         let g = global::get();
         let clock = Clock::new(g.tsc_hz);
         let now = os::rdtsc();
-        let chipset = Chipset::new(&clock, now, os::wallclock());
-        let pm_timer = chipset.pmtmr;
+        let wall = os::wallclock();
+        let chipset = sync::try_box_with(|| SpinLock::new(Chipset::new(&clock, now, wall)))?;
+        let pm_timer = chipset.lock().pmtmr;
         let ept = Ept::<Os>::new(g.backend.caps.ept_options()).map_err(|_| NoMemory)?;
         let eptp = ept.eptp();
         let generation = ept.generation();
@@ -222,7 +223,7 @@ impl Vm {
             })?,
             eptp,
             generation,
-            chipset: SpinLock::new(chipset),
+            chipset,
             pm_timer,
             constant_ports: ConstantPorts::new(),
             chipset_timer: None,
