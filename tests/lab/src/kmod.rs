@@ -17,7 +17,9 @@ use std::process::Command;
 pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
     let source = core_src::ensure(dirs)?;
     let krate = dirs.root.join("vmm-kmod/kmod");
-    let archive = crate::progress::step("vmm.ko: Rust", || static_library(dirs, &source))?;
+    let archive = crate::progress::step("vmm.ko: Rust", || {
+        static_library(dirs, &source, "kmod", &[])
+    })?;
     crate::progress::step("vmm.ko: Kbuild", || {
         let build = dirs.target.join("vmm-linux");
         let shim = build.join("linux");
@@ -83,18 +85,19 @@ pub fn guests(dirs: &Dirs) -> Result<PathBuf> {
     Ok(dirs.target.join("guests/x86_64-unknown-none/release"))
 }
 
-fn static_library(dirs: &Dirs, source: &CoreSource) -> Result<PathBuf> {
-    let text = output(&mut cargo(
-        dirs,
-        source,
-        "vmm-kmod/kmod",
-        "kmod",
-        &[
-            "build",
-            "--release",
-            "--message-format=json-render-diagnostics",
-        ],
-    ))?;
+pub(crate) fn static_library(
+    dirs: &Dirs,
+    source: &CoreSource,
+    into: &str,
+    extra: &[&str],
+) -> Result<PathBuf> {
+    let mut args = vec![
+        "build",
+        "--release",
+        "--message-format=json-render-diagnostics",
+    ];
+    args.extend(extra);
+    let text = output(&mut cargo(dirs, source, "vmm-kmod/kmod", into, &args))?;
     text.lines()
         .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok())
         .filter_map(|m| {
@@ -111,7 +114,7 @@ fn static_library(dirs: &Dirs, source: &CoreSource) -> Result<PathBuf> {
 }
 
 /// One relocatable object with what the C side calls, and what that needs.
-fn link(archive: &Path, exports: &Path, object: &Path) -> Result<()> {
+pub(crate) fn link(archive: &Path, exports: &Path, object: &Path) -> Result<()> {
     let names = fs::read_to_string(exports)
         .with_context(|| format!("cannot read {}", exports.display()))?;
     let names: Vec<&str> = names

@@ -21,6 +21,7 @@ pub mod host_kernel;
 pub mod images;
 pub mod iso;
 pub mod kmod;
+pub mod kmod_freebsd;
 pub mod machine;
 pub mod programs;
 pub mod progress;

@@ -7,11 +7,11 @@ mod check;
 mod terminal;
 
 use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use lab::dirs::Dirs;
 use lab::machine::{Engine, Machine, Spec};
 use lab::progress::step;
-use lab::{core_src, host, host_kernel, kmod, programs};
+use lab::{apt, core_src, host, host_kernel, kmod, kmod_freebsd, programs};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -33,8 +33,15 @@ enum Verb {
     Boot(Box<boot::Options>),
     /// Check and test everything
     Test(check::Options),
-    /// Build vmm.ko for Debian's cloud kernel and print its path
-    Kmod,
+    /// Build vmm.ko, for Debian's cloud kernel unless told otherwise, and print its path
+    Kmod {
+        /// The kernel that it is for
+        #[arg(long, default_value = "linux")]
+        host: KmodHost,
+        /// FreeBSD's kernel sources, its /usr/src/sys
+        #[arg(long, required_if_eq("host", "freebsd"))]
+        sys: Option<PathBuf>,
+    },
     /// Build bhyve, bhyvectl and bhyveload as static programs and print their paths
     Programs,
     /// Boot Debian's kernel on the bare emulator, to compare a guest's log with
@@ -54,6 +61,15 @@ enum Verb {
     },
 }
 
+/// Kernels that vmm.ko can be built for.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum KmodHost {
+    /// Debian's cloud kernel
+    Linux,
+    /// FreeBSD/amd64
+    Freebsd,
+}
+
 fn main() -> ExitCode {
     match run(Arguments::parse()) {
         Ok(code) => code,
@@ -71,7 +87,20 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         Verb::Boot(options) => boot::run(&dirs, &options),
         Verb::Test(options) => check::run(&dirs, &options),
-        Verb::Kmod => {
+        Verb::Kmod {
+            host: KmodHost::Freebsd,
+            sys,
+        } => {
+            host::prerequisites(&[])?;
+            apt::ensure_installed(&kmod_freebsd::PACKAGES)?;
+            let sys = sys.context("--sys is missing")?;
+            println!("{}", kmod_freebsd::build(&dirs, &sys)?.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Kmod {
+            host: KmodHost::Linux,
+            ..
+        } => {
             host::prerequisites(&[])?;
             let kernel = host_kernel::ensure(&dirs)?;
             core_src::ensure(&dirs)?;
