@@ -18,7 +18,9 @@
 #include <machine/atomic.h>
 #include <machine/clock.h>
 #include <machine/cpu.h>
+#include <machine/cpufunc.h>
 #include <machine/md_var.h>
+#include <machine/specialreg.h>
 #include <machine/vmparam.h>
 
 #include "shim.h"
@@ -32,6 +34,10 @@ SYSCTL_NODE(_hw_vmm, OID_AUTO, vmx, CTLFLAG_RW, NULL, "Intel VT-x");
 static int use_apic_vid = 1;
 SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, use_apic_vid, CTLFLAG_RDTUN, &use_apic_vid,
     0, "use virtual-interrupt delivery where the CPU has it");
+
+static int no_flush_rsb;
+SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, no_flush_rsb, CTLFLAG_RDTUN, &no_flush_rsb,
+    0, "do not fill the return-stack buffer after VM exits");
 
 static int account;
 SYSCTL_INT(_hw_vmm, OID_AUTO, account, CTLFLAG_RDTUN, &account, 0,
@@ -64,6 +70,18 @@ cpu_resume(void)
 	vmm_rust_cpu_online();
 }
 
+/* CPUID.0DH.1:EAX, of which bit 0 is XSAVEOPT. */
+static uint32_t
+xsaveopt(void)
+{
+	u_int regs[4];
+
+	if (cpu_high < 0xd || (cpu_feature2 & CPUID2_XSAVE) == 0)
+		return (0);
+	cpuid_count(0xd, 1, regs);
+	return (regs[0] & CPUID_EXTSTATE_XSAVEOPT);
+}
+
 static int
 vmm_load(void)
 {
@@ -77,6 +95,9 @@ vmm_load(void)
 		.tsc_invariant = tsc_is_invariant,
 		.account = account != 0,
 		.use_apic_vid = use_apic_vid != 0,
+		.fill_rsb = no_flush_rsb == 0,
+		/* The only form that this kernel uses, and trusts. */
+		.xsave_forms = xsaveopt(),
 	};
 	int error;
 
