@@ -213,8 +213,9 @@ impl Host {
             kernel: kit.kernel.image.clone(),
             initramfs,
             cmdline: format!(
-                "console=ttyS0,115200 quiet nokaslr {LEAN} {} {}",
+                "console=ttyS0,115200 quiet nokaslr {LEAN} {} {} {}",
                 engine.kernel_parameters(),
+                engine.host_parameters(),
                 config.cmdline
             ),
         };
