@@ -32,6 +32,7 @@ pub mod stats;
 pub mod tables;
 pub mod testdev;
 pub mod vcpu;
+pub mod virtio;
 pub mod vm;
 
 /// Locks a mutex; a thread that panicked while it held it leaves the data as

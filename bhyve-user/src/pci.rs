@@ -68,6 +68,9 @@ pub trait PciDevice: Send + Sync {
     ) -> bool {
         false
     }
+    /// The function is on its bus: what a device needs that sends interrupts on
+    /// its own account. To be kept as a `Weak`: the function owns the device.
+    fn attached(&self, _function: &std::sync::Arc<function::PciFunction>) {}
     /// What the device shows in ACPI's namespace below its root bridge.
     fn aml(&self, _at: Bdf, _sink: &mut Vec<u8>) {}
 }

@@ -21,7 +21,7 @@ use crate::legacy::Legacy;
 use crate::machine::{Machine, Suspend};
 use crate::pci::bar::Windows;
 use crate::pci::intx::Router;
-use crate::pci::root::{PciError, PciRoot};
+use crate::pci::root::{Means, PciError, PciRoot};
 use crate::pm::{self, Pm};
 use crate::serial::backend::Spec;
 use crate::serial::port::SerialPort;
@@ -272,7 +272,11 @@ impl Vm {
                 }
             })?;
         }
-        let pci = PciRoot::new(&config.slots, windows, &buses, &machine, &router)?;
+        let means = Means {
+            memory: &memory,
+            virtio_msi: config.virtio_msi,
+        };
+        let pci = PciRoot::new(&config.slots, windows, &buses, &machine, &router, &means)?;
         set_rtc(&vm, &memory, config.utc)?;
         write_tables(&config, &vm, &memory, &pci, present)?;
 

@@ -202,6 +202,7 @@ impl PciFunction {
         }
         let _ = function.handlers.set(handlers);
         function.update_mappings(&mut lock(&function.state));
+        function.device.attached(&function);
         Ok(function)
     }
 
@@ -264,6 +265,13 @@ impl PciFunction {
             self.update_mappings(state);
             self.update_line(state);
         }
+    }
+
+    /// Whether the guest has MSI-X enabled.
+    pub fn msix_enabled(&self) -> bool {
+        let state = lock(&self.state);
+        let cap = state.msix.as_ref().map(|(cap, ..)| *cap);
+        cap.is_some_and(|cap| msi::msix_state(&state.config, cap).0)
     }
 
     /// Sends an interrupt: MSI-X vector `vector`, or that MSI message; false

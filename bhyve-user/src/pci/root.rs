@@ -13,9 +13,18 @@ use super::{Bdf, ECAM_BASE, ECAM_SIZE, PciDevice};
 use crate::bus::{BusError, Buses, MmioDevice, PortDevice, ones};
 use crate::config::PciSlot;
 use crate::machine::Machine;
+use crate::virtio;
+use crate::virtio::pci::VirtioPci;
+use vmmapi::GuestMemory;
 
 /// Emulations that `-s` knows.
-pub const EMULATIONS: [&str; 3] = ["hostbridge", "amd_hostbridge", "lpc"];
+pub const EMULATIONS: [&str; 5] = [
+    "hostbridge",
+    "amd_hostbridge",
+    "lpc",
+    "virtio-blk",
+    "virtio-rnd",
+];
 
 /// Why the bus could not be built.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -26,6 +35,9 @@ pub enum PciError {
     /// Two LPC bridges.
     #[error("-s {0},lpc: only one LPC bridge is possible")]
     SecondLpc(Bdf),
+    /// The device's host side, or what the rest of the option says of it.
+    #[error("-s {0},{1}: {2}")]
+    Device(Bdf, String, String),
     /// An LPC bridge that would not decode the legacy ports.
     #[error("-s {0},lpc: the LPC bridge must be on bus 0")]
     LpcBus(Bdf),
@@ -51,6 +63,14 @@ pub struct BusWindows {
     pub mem64: (u64, u64),
 }
 
+/// What devices have besides their slot.
+pub struct Means<'a> {
+    /// Guest memory.
+    pub memory: &'a GuestMemory,
+    /// `-W`: virtio without MSI-X.
+    pub virtio_msi: bool,
+}
+
 /// The root complex.
 pub struct PciRoot {
     functions: BTreeMap<Bdf, Arc<PciFunction>>,
@@ -70,6 +90,7 @@ impl PciRoot {
         buses: &Arc<Buses>,
         machine: &Arc<dyn Machine>,
         router: &Arc<Router>,
+        means: &Means<'_>,
     ) -> Result<Arc<PciRoot>, PciError> {
         let mut ordered: Vec<&PciSlot> = slots.iter().collect();
         ordered.sort_by_key(|s| s.at);
@@ -90,7 +111,7 @@ impl PciRoot {
                 lpc = Some(slot.at);
                 continue;
             }
-            let (plan, device) = plan(slot)?;
+            let (plan, device) = plan(slot, means)?;
             let intx = match plan.intx {
                 true => Some(pin(slot.at, &mut pins, router)?),
                 false => None,
@@ -237,12 +258,35 @@ fn pin(
     Ok((pin, route))
 }
 
-fn plan(slot: &PciSlot) -> Result<(Blueprint, Box<dyn PciDevice>), PciError> {
+type Plan = (Blueprint, Box<dyn PciDevice>);
+
+fn plan(slot: &PciSlot, means: &Means<'_>) -> Result<Plan, PciError> {
     match slot.emulation.as_str() {
         "hostbridge" => Ok((bridge::plan(0x1275, 0x1275), Box::new(HostBridge))),
         "amd_hostbridge" => Ok((bridge::plan(0x1022, 0x7432), Box::new(HostBridge))),
+        "virtio-blk" | "virtio-rnd" => virtio_plan(slot, means)
+            .map_err(|why| PciError::Device(slot.at, slot.emulation.clone(), why)),
         other => Err(PciError::Unknown(slot.at, other.into())),
     }
+}
+
+fn virtio_plan(slot: &PciSlot, means: &Means<'_>) -> Result<Plan, String> {
+    let (identity, device): (_, Box<dyn virtio::Device>) = if slot.emulation == "virtio-blk" {
+        let options: virtio::blk::options::Options = slot.conf.parse()?;
+        let (identity, blk) = virtio::blk::device::Blk::open(&options)
+            .map_err(|e| format!("{}: {e}", options.path.display()))?;
+        (identity, Box::new(blk))
+    } else if slot.conf.is_empty() {
+        let (identity, rnd) = virtio::rnd::Rnd::open().map_err(|e| e.to_string())?;
+        (identity, Box::new(rnd))
+    } else {
+        return Err(format!("no option \"{}\"", slot.conf));
+    };
+    let name = format!("{} {}", slot.emulation, slot.at);
+    let memory = means.memory.clone();
+    let (plan, device) = VirtioPci::new(name, identity, device, memory, means.virtio_msi)
+        .map_err(|e| e.to_string())?;
+    Ok((plan, Box::new(device)))
 }
 
 impl PortDevice for PciRoot {
@@ -317,7 +361,12 @@ mod tests {
         let machine: Arc<dyn Machine> = Fake::new();
         let router = Arc::new(Router::new(machine.clone(), 32));
         let buses = Arc::new(Buses::default());
-        let root = PciRoot::new(slots, Windows::new(0xc000_0000), &buses, &machine, &router)?;
+        let means = Means {
+            memory: &GuestMemory::anonymous(1 << 20).unwrap(),
+            virtio_msi: false,
+        };
+        let windows = Windows::new(0xc000_0000);
+        let root = PciRoot::new(slots, windows, &buses, &machine, &router, &means)?;
         Ok((buses, root))
     }
 
@@ -377,7 +426,8 @@ mod tests {
             .to_string();
         assert_eq!(
             e,
-            "-s 0:4:0,virtio-9000: no such emulation; there is hostbridge, amd_hostbridge, lpc"
+            "-s 0:4:0,virtio-9000: no such emulation; there is hostbridge, amd_hostbridge, lpc, \
+             virtio-blk, virtio-rnd"
         );
         assert!(matches!(
             build(&[slot(1, 0, "lpc"), slot(2, 0, "lpc")]),

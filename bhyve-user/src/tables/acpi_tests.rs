@@ -6,6 +6,7 @@ use crate::machine::fake::Fake;
 use crate::pci::Bdf;
 use crate::pci::bar::Windows;
 use crate::pci::intx::Router;
+use crate::pci::root::Means;
 use crate::tables::checksum;
 use std::path::PathBuf;
 use std::process::Command;
@@ -30,6 +31,10 @@ fn pci() -> Arc<PciRoot> {
         &buses,
         &machine,
         &router,
+        &Means {
+            memory: &vmmapi::GuestMemory::anonymous(1 << 20).unwrap(),
+            virtio_msi: false,
+        },
     )
     .unwrap()
 }

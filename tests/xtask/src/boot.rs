@@ -80,6 +80,10 @@ pub struct Options {
     /// FreeBSD kernel module to preload
     #[arg(long)]
     module: Vec<PathBuf>,
+    /// Raw disk image, for the guest a virtio disk (repeatable); the file
+    /// itself stays as it is
+    #[arg(long, value_name = "FILE")]
+    disk: Vec<PathBuf>,
     /// FreeBSD kernel environment variable
     #[arg(short = 'e', value_name = "NAME=VALUE")]
     environment: Vec<String>,
@@ -162,6 +166,9 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     }
     for (i, module) in options.module.iter().enumerate() {
         config.file(&format!("guest/module{i}"), module);
+    }
+    for (i, disk) in options.disk.iter().enumerate() {
+        config.file(&format!("guest/disk{i}"), disk);
     }
     let mut host = step(&format!("host on {engine}"), || {
         Host::boot(dirs, &kit, &config, "boot")
@@ -331,6 +338,9 @@ fn in_host(guest: &Guest, options: &Options, memory_mib: u32) -> guest::Guest {
         },
     };
     let mut more = options.bhyve_options.clone();
+    for i in 0..options.disk.len() {
+        more.push_str(&format!(" -s {},virtio-blk,/guest/disk{i}", i + 2));
+    }
     if options.x2apic {
         more.push_str(" -x");
     }

@@ -1,0 +1,313 @@
+//! The host's side of a disk: a raw file or a block device.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+
+use nix::libc;
+use vmmapi::GuestMemory;
+
+use super::SECTOR;
+use super::options::Options;
+use crate::virtio::queue::Buffer;
+
+/// What qcow2 images start with.
+const QCOW2: [u8; 4] = *b"QFI\xfb";
+/// Alignment and size of the buffer that I/O past the cache goes through.
+const ALIGN: usize = 4096;
+const BOUNCE: usize = 128 << 10;
+/// Zeroes are written so many at a time.
+const ZEROES: usize = 64 << 10;
+
+/// Why a disk cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host says no.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// Neither file nor block device.
+    #[error("neither a file nor a block device")]
+    Kind,
+    /// qcow2.
+    #[error("a qcow2 image; only raw images are read (qemu-img convert -O raw makes one)")]
+    Qcow2,
+    /// Empty or odd-sized.
+    #[error("its size of {0} bytes is not a positive multiple of {1}")]
+    Size(u64, u32),
+}
+
+/// An open disk.
+pub struct Backend {
+    file: File,
+    size: u64,
+    read_only: bool,
+    /// Every write is durable by itself (O_DSYNC).
+    sync: bool,
+    can_discard: bool,
+    /// For `nocache`: guest memory is device memory to the host's kernel,
+    /// which does no direct I/O on it, and may be unaligned.
+    bounce: Option<Vec<u8>>,
+}
+
+impl Backend {
+    /// Opens what `options` names.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn open(options: &Options) -> Result<Backend, Error> {
+        let mut flags = 0;
+        if options.sync {
+            flags |= libc::O_DSYNC;
+        }
+        // The image's kind is looked at without O_DIRECT, which wants
+        // aligned reads.
+        let mut probe = File::open(&options.path)?;
+        let kind = probe.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::Kind);
+        }
+        let mut magic = [0; 4];
+        match probe.read_exact(&mut magic) {
+            Ok(()) if magic == QCOW2 => return Err(Error::Qcow2),
+            Err(e) if e.kind() != ErrorKind::UnexpectedEof => return Err(e.into()),
+            _ => {}
+        }
+        if options.nocache {
+            flags |= libc::O_DIRECT;
+        }
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(!options.read_only)
+            .custom_flags(flags)
+            .open(&options.path)?;
+        // A device has no size in its metadata.
+        let size = file.seek(SeekFrom::End(0))?;
+        let unit = options.sector_size.map_or(SECTOR as u32, |(l, _)| l);
+        if size == 0 || !size.is_multiple_of(unit.into()) {
+            return Err(Error::Size(size, unit));
+        }
+        let can_discard = !options.read_only
+            && !options.no_delete
+            && host::can_discard(&file, kind.is_block_device(), size);
+        Ok(Backend {
+            file,
+            size,
+            read_only: options.read_only,
+            sync: options.sync,
+            can_discard,
+            bounce: options.nocache.then(|| vec![0; BOUNCE + ALIGN]),
+        })
+    }
+
+    /// Puts another file in the disk's place.
+    #[cfg(test)]
+    pub fn replace_file(&mut self, file: File) {
+        self.file = file;
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+    /// Nothing can be written.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+    /// Whether space can be given back to the host.
+    pub fn can_discard(&self) -> bool {
+        self.can_discard
+    }
+
+    /// Reads from `offset` on into `buffers`.
+    ///
+    /// # Errors
+    /// What the host says; [`ErrorKind::UnexpectedEof`] where the file has
+    /// become shorter.
+    pub fn read(
+        &mut self,
+        memory: &GuestMemory,
+        buffers: &[Buffer],
+        mut offset: u64,
+    ) -> io::Result<()> {
+        for b in buffers {
+            match &mut self.bounce {
+                None => {
+                    let n = memory.read_from_file(&self.file, offset, b.addr, b.len.into())?;
+                    if n < u64::from(b.len) {
+                        return Err(ErrorKind::UnexpectedEof.into());
+                    }
+                }
+                Some(bounce) => {
+                    for (at, part) in parts(b) {
+                        let space = aligned(bounce, part)?;
+                        self.file.read_exact_at(space, offset + at)?;
+                        let to = b.addr + at;
+                        memory.write_bytes(to, space).map_err(io::Error::other)?;
+                    }
+                }
+            }
+            offset += u64::from(b.len);
+        }
+        Ok(())
+    }
+
+    /// Writes `buffers` from `offset` on. With `durable` the data is on the
+    /// disk when this returns, which else is so with `sync` only.
+    ///
+    /// # Errors
+    /// What the host says, such as ENOSPC.
+    pub fn write(
+        &mut self,
+        memory: &GuestMemory,
+        buffers: &[Buffer],
+        mut offset: u64,
+        durable: bool,
+    ) -> io::Result<()> {
+        for b in buffers {
+            match &mut self.bounce {
+                None => {
+                    let n = memory.write_to_file(&self.file, offset, b.addr, b.len.into())?;
+                    if n < u64::from(b.len) {
+                        return Err(ErrorKind::WriteZero.into());
+                    }
+                }
+                Some(bounce) => {
+                    for (at, part) in parts(b) {
+                        let space = aligned(bounce, part)?;
+                        let from = b.addr + at;
+                        memory.read_bytes(from, space).map_err(io::Error::other)?;
+                        self.file.write_all_at(space, offset + at)?;
+                    }
+                }
+            }
+            offset += u64::from(b.len);
+        }
+        self.settle(durable)
+    }
+
+    fn settle(&self, durable: bool) -> io::Result<()> {
+        if durable && !self.sync {
+            return self.flush();
+        }
+        Ok(())
+    }
+
+    /// Makes all writes so far durable.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn flush(&self) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.file.sync_data()
+    }
+
+    /// Gives space back; what is read there later is anything.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn discard(&self, offset: u64, len: u64, durable: bool) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        host::punch(&self.file, offset, len)?;
+        self.settle(durable || self.sync)
+    }
+
+    /// Makes a range read as zeroes, by a hole where `may_unmap` allows it and
+    /// the host can.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn write_zeroes(
+        &mut self,
+        offset: u64,
+        len: u64,
+        may_unmap: bool,
+        durable: bool,
+    ) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let hole = may_unmap && self.can_discard && host::punch(&self.file, offset, len).is_ok();
+        if !hole && host::zero(&self.file, offset, len).is_err() {
+            let mut zeroes = vec![0; ZEROES + ALIGN];
+            let mut done = 0;
+            while done < len {
+                let n = (len - done).min(ZEROES as u64) as usize;
+                let space = aligned(&mut zeroes, n)?;
+                self.file.write_all_at(space, offset + done)?;
+                done += n as u64;
+            }
+        }
+        if durable || self.sync {
+            return self.flush();
+        }
+        Ok(())
+    }
+}
+
+/// A buffer in parts that fit the bounce buffer: offset in it, length.
+fn parts(b: &Buffer) -> impl Iterator<Item = (u64, usize)> + use<> {
+    let len = b.len as usize;
+    (0..len)
+        .step_by(BOUNCE)
+        .map(move |at| (at as u64, (len - at).min(BOUNCE)))
+}
+
+/// `len` aligned bytes of a buffer that has [`ALIGN`] more than it needs.
+fn aligned(buffer: &mut [u8], len: usize) -> io::Result<&mut [u8]> {
+    let skip = buffer.as_ptr().align_offset(ALIGN);
+    skip.checked_add(len)
+        .and_then(|end| buffer.get_mut(skip..end))
+        .ok_or_else(|| ErrorKind::InvalidInput.into())
+}
+
+#[cfg(target_os = "linux")]
+mod host {
+    //! Holes, by fallocate(2).
+    use nix::fcntl::{FallocateFlags as Flags, fallocate};
+    use std::fs::File;
+    use std::io;
+
+    fn call(file: &File, flags: Flags, offset: u64, len: u64) -> io::Result<()> {
+        let wide = || io::Error::from(io::ErrorKind::InvalidInput);
+        let offset = i64::try_from(offset).map_err(|_| wide())?;
+        let len = i64::try_from(len).map_err(|_| wide())?;
+        Ok(fallocate(file, flags, offset, len)?)
+    }
+
+    pub fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
+        let flags = Flags::FALLOC_FL_PUNCH_HOLE | Flags::FALLOC_FL_KEEP_SIZE;
+        call(file, flags, offset, len)
+    }
+
+    pub fn zero(file: &File, offset: u64, len: u64) -> io::Result<()> {
+        let flags = Flags::FALLOC_FL_ZERO_RANGE | Flags::FALLOC_FL_KEEP_SIZE;
+        call(file, flags, offset, len)
+    }
+
+    /// A file is asked by a hole behind its end, which changes nothing; a
+    /// device that cannot will say so each time.
+    pub fn can_discard(file: &File, device: bool, size: u64) -> bool {
+        device || punch(file, size.next_multiple_of(4096), 4096).is_ok()
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod host {
+    //! No holes: zeroes are written, and space is not given back.
+    use std::fs::File;
+    use std::io;
+
+    pub fn punch(_: &File, _: u64, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    pub fn zero(_: &File, _: u64, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    pub fn can_discard(_: &File, _: bool, _: u64) -> bool {
+        false
+    }
+}

@@ -1,0 +1,230 @@
+//! The device: its configuration space, and requests served one by one.
+
+use std::io;
+
+use vmmapi::GuestMemory;
+
+use super::SECTOR;
+use super::backend::{Backend, Error};
+use super::options::Options;
+use super::request::{Disk, HEADER, ID, MOST_SECTORS, Refused, Request, SEGMENT};
+use crate::virtio::queue::{Chain, Malformed, take_front, take_last, total};
+use crate::virtio::{Device, Identity};
+
+/// Feature bits (virtio 1.2 §5.2.3).
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_TOPOLOGY: u64 = 1 << 10;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+
+/// Request status (§5.2.6).
+const S_OK: u8 = 0;
+const S_IOERR: u8 = 1;
+const S_UNSUPP: u8 = 2;
+
+/// Entries of the queue, and segments of a request beside header and status.
+const QUEUE: u16 = 128;
+const SEG_MAX: u32 = QUEUE as u32 - 2;
+
+/// A disk.
+pub struct Blk {
+    backend: Backend,
+    serial: [u8; ID as usize],
+}
+
+/// A serial number that is the same each time for the same path, in the shape
+/// that bhyve gives it. FNV-1a, of which 48 bits are used.
+fn serial_of(path: &[u8]) -> String {
+    let hash = path.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, &b| {
+        (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
+    });
+    format!(
+        "BHYVE-{:04X}-{:04X}-{:04X}",
+        hash >> 48,
+        hash >> 32 & 0xffff,
+        hash >> 16 & 0xffff
+    )
+}
+
+/// The configuration structure (§5.2.4).
+fn config(backend: &Backend, options: &Options) -> Vec<u8> {
+    let (logical, physical) = options
+        .sector_size
+        .unwrap_or((SECTOR as u32, SECTOR as u32));
+    let exponent = physical.trailing_zeros() - logical.trailing_zeros();
+    let mut c = Vec::with_capacity(60);
+    let put = |c: &mut Vec<u8>, v: u32| c.extend(v.to_le_bytes());
+    c.extend((backend.size() / SECTOR).to_le_bytes());
+    // size_max is not offered.
+    put(&mut c, 0);
+    put(&mut c, SEG_MAX);
+    // No geometry.
+    put(&mut c, 0);
+    put(&mut c, logical);
+    // Physical block exponent, alignment offset, and in logical blocks the
+    // least and the best I/O size.
+    let least = (physical / logical) as u16;
+    c.extend([exponent as u8, 0]);
+    c.extend(least.to_le_bytes());
+    put(&mut c, 0);
+    // Writeback and num_queues, not offered.
+    put(&mut c, 0);
+    put(&mut c, MOST_SECTORS);
+    put(&mut c, 1);
+    put(&mut c, (logical / SECTOR as u32).max(1));
+    put(&mut c, MOST_SECTORS);
+    put(&mut c, 1);
+    // Write-zeroes may unmap.
+    put(&mut c, backend.can_discard().into());
+    c
+}
+
+impl Blk {
+    /// Opens the disk.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn open(options: &Options) -> Result<(Identity, Blk), Error> {
+        let backend = Backend::open(options)?;
+        let mut features = F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH;
+        if backend.read_only() {
+            features |= F_RO;
+        } else {
+            features |= F_WRITE_ZEROES;
+        }
+        if backend.can_discard() {
+            features |= F_DISCARD;
+        }
+        let name = match &options.serial {
+            Some(name) => name.clone(),
+            None => serial_of(options.path.as_os_str().as_encoded_bytes()),
+        };
+        let mut serial = [0; ID as usize];
+        for (to, from) in serial.iter_mut().zip(name.bytes()) {
+            *to = from;
+        }
+        let identity = Identity {
+            kind: 2,
+            // Mass storage, SCSI, as in bhyve.
+            class: (1, 0),
+            features,
+            queues: vec![QUEUE],
+            config: config(&backend, options),
+        };
+        Ok((identity, Blk { backend, serial }))
+    }
+
+    /// Does what a request asks; returns the bytes written to the guest.
+    fn perform(
+        &mut self,
+        request: Request,
+        disk: &Disk,
+        chain: &mut Chain,
+        memory: &GuestMemory,
+        durable: bool,
+    ) -> Result<u64, Failure> {
+        match request {
+            Request::In { offset, len } => {
+                self.backend.read(memory, &chain.writable, offset)?;
+                Ok(len)
+            }
+            Request::Out { offset, .. } => {
+                self.backend
+                    .write(memory, &chain.readable, offset, durable)?;
+                Ok(0)
+            }
+            Request::Flush => {
+                self.backend.flush()?;
+                Ok(0)
+            }
+            Request::GetId => {
+                let mut rest = self.serial.as_slice();
+                for b in &chain.writable {
+                    let (now, later) = rest.split_at(rest.len().min(b.len as usize));
+                    memory.write_bytes(b.addr, now).map_err(io::Error::other)?;
+                    rest = later;
+                }
+                Ok(ID - rest.len() as u64)
+            }
+            Request::Discard | Request::WriteZeroes => {
+                let mut segment = [0; SEGMENT];
+                if !take_front(&mut chain.readable, memory, &mut segment) {
+                    return Err(Failure::Refused(Refused::IoError));
+                }
+                let (offset, len, may_unmap) =
+                    disk.segment(request, segment).map_err(Failure::Refused)?;
+                if request == Request::Discard {
+                    self.backend.discard(offset, len, durable)?;
+                } else {
+                    self.backend.write_zeroes(offset, len, may_unmap, durable)?;
+                }
+                Ok(0)
+            }
+        }
+    }
+}
+
+enum Failure {
+    Refused(Refused),
+    Host(io::Error),
+}
+
+impl From<io::Error> for Failure {
+    fn from(e: io::Error) -> Failure {
+        Failure::Host(e)
+    }
+}
+
+impl Device for Blk {
+    fn serve(
+        &mut self,
+        _: usize,
+        chain: &mut Chain,
+        memory: &GuestMemory,
+        features: u64,
+    ) -> Result<u32, Malformed> {
+        let mut header = [0; HEADER];
+        if !take_front(&mut chain.readable, memory, &mut header) {
+            return Err(Malformed::Request);
+        }
+        let status = take_last(&mut chain.writable).ok_or(Malformed::Request)?;
+        let disk = Disk {
+            size: self.backend.size(),
+            read_only: self.backend.read_only(),
+            discard: features & F_DISCARD != 0,
+            write_zeroes: features & F_WRITE_ZEROES != 0,
+        };
+        // A driver without flush takes a write for durable when it is
+        // acknowledged (§5.2.6.2).
+        let durable = features & F_FLUSH == 0;
+        let (readable, writable) = (total(&chain.readable), total(&chain.writable));
+        let result = disk
+            .parse(header, readable, writable)
+            .map_err(Failure::Refused)
+            .and_then(|r| self.perform(r, &disk, chain, memory, durable));
+        let (code, written) = match result {
+            Ok(written) => (S_OK, written),
+            Err(Failure::Refused(Refused::Unsupported)) => (S_UNSUPP, 0),
+            Err(Failure::Host(e)) if e.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => {
+                (S_UNSUPP, 0)
+            }
+            Err(_) => (S_IOERR, 0),
+        };
+        memory.write(status, &code).map_err(|_| Malformed::Buffer)?;
+        // The status is the last byte, so what is before it counts as written
+        // when it is.
+        let all = if code == S_OK {
+            written.saturating_add(1)
+        } else {
+            writable.saturating_add(1)
+        };
+        Ok(u32::try_from(all).unwrap_or(u32::MAX))
+    }
+}
+
+#[cfg(test)]
+#[path = "device_tests.rs"]
+mod tests;

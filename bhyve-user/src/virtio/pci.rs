@@ -1,0 +1,244 @@
+//! Virtio over PCI: the transitional kind (virtio 1.2 §4.1), so that drivers
+//! from before 1.0 (FreeBSD up to 12) find the interface that they know, and
+//! later ones the modern one.
+//!
+//! BAR 0 is the legacy register block in I/O ports, BAR 1 the MSI-X table,
+//! BAR 2 the modern registers. Modern drivers notify through BAR 0 too: an OUT
+//! needs no instruction decoded, as a write to memory would.
+
+mod legacy;
+mod modern;
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+use vmmapi::GuestMemory;
+
+use super::queue::{Layout, Queue};
+use super::worker::{MAX_QUEUES, NO_VECTOR, Shared};
+use super::{Device, Identity, feature, status};
+use crate::lock;
+use crate::pci::PciDevice;
+use crate::pci::bar::BarKind;
+use crate::pci::config::{CAP_VENDOR, REVISION, SUBSYSTEM, SUBSYSTEM_VENDOR};
+use crate::pci::function::{Blueprint, PciFunction};
+
+/// The vendor of all virtio devices (§4.1.2).
+const VENDOR: u16 = 0x1af4;
+/// BARs.
+const BAR_LEGACY: usize = 0;
+const BAR_MSIX: usize = 1;
+const BAR_MODERN: usize = 2;
+/// Ports: registers, then up to 104 bytes of the device's own.
+const LEGACY_SIZE: u64 = 128;
+/// Parts of the modern BAR, a page each.
+const PART: u64 = 0x1000;
+const COMMON: u64 = 0;
+const ISR: u64 = PART;
+const CONFIG: u64 = 2 * PART;
+const MODERN_SIZE: u64 = 4 * PART;
+/// Bytes of the common configuration structure up to `queue_reset`.
+const COMMON_SIZE: u32 = 0x3c;
+/// The features of all devices here.
+const FEATURES: u64 =
+    feature::ANY_LAYOUT | feature::INDIRECT_DESC | feature::EVENT_IDX | feature::VERSION_1;
+
+/// A queue's registers.
+#[derive(Clone, Copy, Debug, Default)]
+struct QueueRegs {
+    /// The size that the driver chose, at most the device's.
+    layout: Layout,
+    enabled: bool,
+    /// Legacy page number.
+    pfn: u32,
+}
+
+/// What the driver selected and negotiated.
+#[derive(Clone, Debug, Default)]
+struct Registers {
+    device_feature_select: u32,
+    driver_feature_select: u32,
+    driver_features: u64,
+    queue_select: u16,
+    queues: Vec<QueueRegs>,
+}
+
+/// A virtio device in its slot.
+pub struct VirtioPci {
+    identity: Identity,
+    features: u64,
+    registers: Mutex<Registers>,
+    shared: Arc<Shared>,
+}
+
+/// A vendor-specific capability (§4.1.4): structure `kind` at `offset` of `bar`.
+fn capability(kind: u8, bar: usize, offset: u64, length: u32, extra: &[u8]) -> Vec<u8> {
+    let mut body = vec![16 + extra.len() as u8, kind, bar as u8, 0, 0, 0];
+    body.extend((offset as u32).to_le_bytes());
+    body.extend(length.to_le_bytes());
+    body.extend(extra);
+    body
+}
+
+impl VirtioPci {
+    /// A device called `name`, and what it asks for; with `msi` it has MSI in
+    /// place of MSI-X (`-W`).
+    ///
+    /// # Errors
+    /// No thread for it.
+    pub fn new(
+        name: String,
+        identity: Identity,
+        device: Box<dyn Device>,
+        memory: GuestMemory,
+        msi: bool,
+    ) -> std::io::Result<(Blueprint, VirtioPci)> {
+        let count = identity.queues.len().min(MAX_QUEUES);
+        let mut plan = Blueprint::default();
+        let (class, subclass) = identity.class;
+        let c = &mut plan.config;
+        // Transitional devices have the old numbers, and their type as the
+        // subsystem (§4.1.2.3).
+        let old = match identity.kind {
+            1 => 0x1000,
+            2 => 0x1001,
+            4 => 0x1005,
+            kind => 0x1040 + kind,
+        };
+        c.identify(VENDOR, old, class, subclass);
+        c.set8(REVISION, 0);
+        c.set16(SUBSYSTEM_VENDOR, VENDOR);
+        c.set16(SUBSYSTEM, identity.kind);
+        plan.intx = true;
+        plan.bar(BAR_LEGACY, BarKind::Io, LEGACY_SIZE);
+        if msi {
+            plan.msi(0);
+        } else {
+            plan.msix(count as u16 + 1, BAR_MSIX);
+        }
+        plan.bar(BAR_MODERN, BarKind::Mem32, MODERN_SIZE);
+        let config = identity.config.len() as u32;
+        let mut parts = vec![
+            capability(1, BAR_MODERN, COMMON, COMMON_SIZE, &[]),
+            // A multiplier of 0: every queue is notified at the same port.
+            capability(2, BAR_LEGACY, legacy::NOTIFY, 2, &0_u32.to_le_bytes()),
+            capability(3, BAR_MODERN, ISR, 1, &[]),
+        ];
+        if config > 0 {
+            parts.push(capability(4, BAR_MODERN, CONFIG, config, &[]));
+        }
+        for body in parts {
+            plan.config.add_capability(CAP_VENDOR, &body);
+        }
+        let features = identity.features | FEATURES;
+        let queues = QueueRegs::fresh(&identity);
+        let device = VirtioPci {
+            features,
+            identity,
+            registers: Mutex::new(Registers {
+                queues,
+                ..Registers::default()
+            }),
+            shared: Shared::start(name, device, memory, count)?,
+        };
+        Ok((plan, device))
+    }
+
+    /// Resets the device (§2.4); the driver sees status 0 when it has stopped.
+    fn reset(&self, r: &mut Registers) {
+        self.shared.reset();
+        *r = Registers {
+            queues: QueueRegs::fresh(&self.identity),
+            ..Registers::default()
+        };
+    }
+
+    /// Starts the selected queue where the driver put it.
+    fn start_queue(&self, r: &Registers, index: usize) {
+        let Some(q) = r.queues.get(index) else { return };
+        let event_idx = r.driver_features & feature::EVENT_IDX != 0;
+        let indirect = r.driver_features & feature::INDIRECT_DESC != 0;
+        match Queue::new(self.shared.memory(), q.layout, event_idx, indirect) {
+            Ok(queue) => self.shared.set_queue(index, Some(queue), r.driver_features),
+            Err(why) => self.shared.needs_reset(why),
+        }
+    }
+
+    /// The driver has put buffers into a queue.
+    fn notify(&self, queue: u16) {
+        if let Some(bit) = 1_u32.checked_shl(queue.into()) {
+            self.shared.notify(bit);
+        }
+    }
+
+    /// The vector of a queue (or, at the end, of configuration changes).
+    fn vector(&self, source: usize) -> u16 {
+        let v = self.shared.vectors.get(source);
+        v.map_or(NO_VECTOR, |v| v.load(Ordering::Relaxed) as u16)
+    }
+
+    /// Sets it; a vector that is not there reads back as none (§4.1.5.1.2.2).
+    fn set_vector(&self, source: usize, vector: u16) {
+        let there = usize::from(vector) < self.shared.vectors.len();
+        if let Some(v) = self.shared.vectors.get(source) {
+            let vector = if there { vector } else { NO_VECTOR };
+            v.store(vector.into(), Ordering::Relaxed);
+        }
+    }
+
+    fn config_source(&self) -> usize {
+        self.shared.vectors.len().saturating_sub(1)
+    }
+
+    /// Bytes of the device's configuration space; zeroes behind it.
+    fn config_read(&self, offset: u64, size: u8) -> u64 {
+        let at = usize::try_from(offset).unwrap_or(usize::MAX);
+        let bytes = self.identity.config.get(at..).unwrap_or_default();
+        let bytes = bytes.iter().take(usize::from(size)).rev();
+        bytes.fold(0, |v, &b| v << 8 | u64::from(b))
+    }
+}
+
+impl QueueRegs {
+    fn fresh(identity: &Identity) -> Vec<QueueRegs> {
+        let regs = |&size| QueueRegs {
+            layout: Layout {
+                size,
+                ..Layout::default()
+            },
+            ..QueueRegs::default()
+        };
+        identity.queues.iter().take(MAX_QUEUES).map(regs).collect()
+    }
+}
+
+impl PciDevice for VirtioPci {
+    fn attached(&self, function: &Arc<PciFunction>) {
+        self.shared.attach(function);
+    }
+
+    fn bar_read(&self, f: &PciFunction, bar: usize, offset: u64, size: u8) -> u64 {
+        match bar {
+            BAR_LEGACY => self.legacy_read(f, offset, size),
+            BAR_MODERN => match offset & !(PART - 1) {
+                COMMON => self.common_read(offset, size),
+                ISR if offset == ISR => self.shared.take_isr().into(),
+                CONFIG => self.config_read(offset - CONFIG, size),
+                _ => 0,
+            },
+            _ => 0,
+        }
+    }
+
+    fn bar_write(&self, f: &PciFunction, bar: usize, offset: u64, size: u8, value: u64) {
+        match bar {
+            BAR_LEGACY => self.legacy_write(f, offset, size, value),
+            BAR_MODERN if offset < PART => self.common_write(offset, size, value),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "pci_tests.rs"]
+mod tests;
