@@ -43,7 +43,9 @@ Usage: bhyve [-aACehHPSuvwWxY]
        -m: memory size, in MiB without a suffix (256M)
        -p: pin a virtual CPU to a host CPU
        -P: leave the guest on PAUSE
-       -s: PCI slot; \"-s help\" lists the emulations
+       -s: PCI slot; \"-s help\" lists the emulations. A disk is
+           virtio-blk,PATH[,ro][,sync][,nocache][,nodelete][,serial=ID]
+           [,sectorsize=LOGICAL[/PHYSICAL]], PATH a raw file or a block device
        -S: wire guest memory
        -u: RTC keeps UTC
        -U: UUID

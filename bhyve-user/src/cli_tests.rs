@@ -118,7 +118,7 @@ fn refusals_name_the_option_and_what_would_do() {
 fn help_is_not_an_error() {
     assert_eq!(
         run("-s help"),
-        Err("hostbridge\namd_hostbridge\nlpc\n".into())
+        Err("hostbridge\namd_hostbridge\nlpc\nvirtio-blk\nvirtio-rnd\n".into())
     );
     assert_eq!(run("-l help"), Err("com1\ncom2\npc-testdev\n".into()));
     assert!(run("-h").unwrap_err().starts_with("Usage: bhyve"));

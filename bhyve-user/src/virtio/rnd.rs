@@ -60,3 +60,39 @@ impl Device for Rnd {
         Ok(done as u32)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::queue::{Buffer, total};
+
+    #[test]
+    fn every_byte_of_a_request_is_filled_up_to_the_bound() {
+        let memory = GuestMemory::anonymous(1 << 20).unwrap();
+        let (identity, mut rnd) = Rnd::open().unwrap();
+        assert_eq!(identity.kind, 4);
+        let mut chain = Chain::default();
+        let lens = [3, 64, 4096];
+        let at = |i: usize| 0x1000 * (i as u64 + 1) + 1;
+        let buffers = lens.iter().enumerate();
+        chain
+            .writable
+            .extend(buffers.map(|(i, &len)| Buffer { addr: at(i), len }));
+        let used = rnd.serve(0, &mut chain, &memory, 0).unwrap();
+        assert_eq!(u64::from(used), total(&chain.writable));
+        for (i, &len) in lens.iter().enumerate().skip(1) {
+            let mut bytes = vec![0; len as usize + 1];
+            memory.read_bytes(at(i), &mut bytes).unwrap();
+            assert_eq!(bytes.pop(), Some(0), "nothing behind the buffer");
+            assert!(bytes[len as usize / 2..].iter().any(|&b| b != 0));
+        }
+        chain.writable = vec![Buffer {
+            addr: 0,
+            len: 1 << 20,
+        }];
+        assert_eq!(
+            u64::from(rnd.serve(0, &mut chain, &memory, 0).unwrap()),
+            MOST
+        );
+    }
+}

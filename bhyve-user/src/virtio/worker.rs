@@ -5,7 +5,7 @@
 //! at a time: who holds it knows that nothing of the guest's memory is in use,
 //! which is what a reset has to wait for.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread::{self, Thread};
 
@@ -48,6 +48,7 @@ pub struct Shared {
     thread: OnceLock<Thread>,
     function: OnceLock<Weak<PciFunction>>,
     name: String,
+    complained: AtomicBool,
 }
 
 impl Shared {
@@ -81,6 +82,7 @@ impl Shared {
             thread: OnceLock::new(),
             function: OnceLock::new(),
             name: name.clone(),
+            complained: AtomicBool::new(false),
         });
         let weak = Arc::downgrade(&shared);
         let spawned = thread::Builder::new().name(name).spawn(move || {
@@ -178,10 +180,13 @@ impl Shared {
             }
             *status |= status::NEEDS_RESET;
         }
-        eprintln!(
-            "{}: {why}; the device waits for a reset by its driver\r",
-            self.name
-        );
+        // A guest can do this as often as it likes; one message is enough.
+        if !self.complained.swap(true, Ordering::Relaxed) {
+            eprintln!(
+                "{}: {why}; the device waits for a reset by its driver\r",
+                self.name
+            );
+        }
         self.interrupt(self.vectors.len().saturating_sub(1), ISR_CONFIG);
     }
 

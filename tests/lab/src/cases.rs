@@ -5,6 +5,7 @@ pub mod guests;
 mod kvm_unit_tests;
 mod lifecycle;
 mod linux;
+mod virtio;
 
 use crate::runner::{Group, Lab};
 use anyhow::Result;
@@ -21,6 +22,7 @@ pub fn all(lab: &Lab) -> Result<Vec<Group>> {
         freebsd::group(lab),
         guests::group(lab),
     ];
+    groups.push(virtio::group(lab)?);
     groups.extend(kvm_unit_tests::groups(lab)?);
     Ok(groups)
 }

@@ -122,11 +122,21 @@ fn tsc(dirs: &Dirs) -> Result<PathBuf> {
 /// # Errors
 /// There is no busybox, or the disk is full.
 pub fn guest_initrd(dirs: &Dirs) -> Result<PathBuf> {
-    let file = dirs.fresh("guest")?.join("initrd");
-    fs::write(
-        &file,
-        Initramfs::new(GUEST_INIT, &busybox::ensure(dirs)?)?.finish()?,
-    )?;
+    guest_initrd_with(dirs, "guest", &[])
+}
+
+/// As [`guest_initrd`], in `target/lab/NAME`, with more files: path in the
+/// guest (relative to `/`), path here.
+///
+/// # Errors
+/// A file cannot be read, or as for [`guest_initrd`].
+pub fn guest_initrd_with(dirs: &Dirs, name: &str, files: &[(String, PathBuf)]) -> Result<PathBuf> {
+    let file = dirs.fresh(name)?.join("initrd");
+    let mut initramfs = Initramfs::new(GUEST_INIT, &busybox::ensure(dirs)?)?;
+    for (name, from) in files {
+        initramfs.file(name, from)?;
+    }
+    fs::write(&file, initramfs.finish()?)?;
     Ok(file)
 }
 

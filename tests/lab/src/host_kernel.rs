@@ -17,6 +17,8 @@ pub struct HostKernel {
     pub image: PathBuf,
     /// What `make -C` wants to build a module.
     pub headers: PathBuf,
+    /// Debian's modules, by folder as in the kernel's source.
+    pub modules: PathBuf,
 }
 
 const META: &str = "linux-image-cloud-amd64";
@@ -74,6 +76,7 @@ fn at(base: &Path, release: &str) -> HostKernel {
         release: release.to_owned(),
         image: root.join(format!("boot/vmlinuz-{release}")),
         headers: root.join(format!("usr/src/linux-headers-{release}")),
+        modules: root.join(format!("lib/modules/{release}/kernel")),
     }
 }
 

@@ -1,0 +1,229 @@
+//! Virtio devices, seen from both ends: a disk that guest and host read and
+//! write, and the host's entropy.
+
+use crate::console::Found;
+use crate::guest::{Guest, Load, linux_cmdline};
+use crate::host::{self, Config, Host, SHORT};
+use crate::images;
+use crate::runner::{Case, Group, Lab};
+use crate::stats;
+use anyhow::{Context, Result, ensure};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// From bhyve's start to the guest's shell.
+const UP: Duration = Duration::from_secs(300);
+/// A command in the guest.
+const COMMAND: Duration = Duration::from_secs(60);
+/// A guest's devices: an entropy source, the disk as a transitional device.
+const DEVICES: &str = "-s 3,virtio-rnd -s 4,virtio-blk,/tmp/disk";
+/// Most exits to bhyve that a read of a block may take, in tenths.
+const EXITS: u64 = 16;
+
+/// Debian's drivers, in the order of their dependencies.
+const MODULES: [&str; 7] = [
+    "drivers/virtio/virtio.ko",
+    "drivers/virtio/virtio_ring.ko",
+    "drivers/virtio/virtio_pci_legacy_dev.ko",
+    "drivers/virtio/virtio_pci_modern_dev.ko",
+    "drivers/virtio/virtio_pci.ko",
+    "drivers/block/virtio_blk.ko",
+    "drivers/char/hw_random/virtio-rng.ko",
+];
+
+/// The host and its tests.
+///
+/// # Errors
+/// The Linux guest's initramfs cannot be made.
+pub fn group(lab: &Lab) -> Result<Group> {
+    let mut config = Config::new(lab.engine, 256);
+    let modules: Vec<(String, PathBuf)> = MODULES
+        .iter()
+        .map(|m| {
+            let path = lab.kit.kernel.modules.join(m);
+            Ok((base(&path)?, path))
+        })
+        .collect::<Result<_>>()?;
+    let initrd = host::guest_initrd_with(&lab.dirs, "guest-virtio", &modules)?;
+    config.file("guest/linux", &lab.kit.kernel.image);
+    config.file("guest/initrd", &initrd);
+    let mut cases = vec![Case::new("virtio-linux", linux)];
+    let name = "virtio-freebsd";
+    match images::local_freebsd(&lab.dirs) {
+        Some(image) if image.mfsroot.is_some() => {
+            config.file("guest/kernel", &image.kernel);
+            if let Some(root) = &image.mfsroot {
+                config.file("guest/root", root);
+            }
+            cases.push(Case::new(name, freebsd));
+        }
+        _ => cases.push(Case::skipped(
+            name,
+            "no freebsd-12.1-smp.kernel and root in an image directory",
+        )),
+    }
+    Ok(Group {
+        name: "virtio".to_owned(),
+        config,
+        cases,
+    })
+}
+
+fn base(path: &Path) -> Result<String> {
+    let name = path.file_name().context("a module without a name")?;
+    Ok(name.to_string_lossy().into_owned())
+}
+
+/// Makes the disk: 16 MiB, with something to read at its tenth block.
+fn disk(host: &mut Host) -> Result<()> {
+    host.must(
+        "dd if=/dev/zero of=/tmp/disk bs=1M count=16 && \
+         printf 'the host was here\\n' | dd of=/tmp/disk bs=4096 seek=10 conv=notrunc",
+        SHORT,
+    )
+    .map(drop)
+}
+
+/// Types a line; its output up to the mark that is typed behind it, in two
+/// parts so that the echo does not look like it.
+fn types(host: &mut Host, line: &str) -> Result<String> {
+    let console = host.guest();
+    console.send(format!("{line}; echo lab-status=$? lab-'end'\r").as_bytes())?;
+    let found: Found = console.expect(r"lab-status=(\d+) lab-end", COMMAND)?;
+    ensure!(
+        found.group(1) == "0",
+        "`{line}` in the guest gives status {}:\n{}",
+        found.group(1),
+        found.before
+    );
+    Ok(found.before)
+}
+
+/// As a power cut: nothing has a chance to tidy up.
+fn kill(host: &mut Host, guest: &Guest) -> Result<()> {
+    host.must("kill -9 $(pidof bhyve)", SHORT)?;
+    guest.expect_exit(host, 128 + 9, SHORT)?;
+    guest.destroy(host)
+}
+
+fn linux(_: &Lab, host: &mut Host) -> Result<()> {
+    disk(host)?;
+    let load = Load::Linux {
+        initrd: Some("/guest/initrd".to_owned()),
+        cmdline: linux_cmdline(),
+    };
+    let mut guest = Guest::new("/guest/linux", load);
+    guest.options = format!("{DEVICES},serial=LAB-DISK");
+    guest.start(host)?;
+    host.guest().expect("guest# ", UP)?;
+    for module in MODULES {
+        types(host, &format!("insmod /{}", base(Path::new(module))?))?;
+    }
+    let text = types(
+        host,
+        "cat /sys/block/vda/size /sys/block/vda/serial; \
+         dd if=/dev/vda bs=4096 skip=10 count=1 2>/dev/null | head -n 1",
+    )?;
+    for wanted in ["32768", "LAB-DISK", "the host was here"] {
+        ensure!(text.contains(wanted), "no {wanted:?} in:\n{text}");
+    }
+    let random = types(
+        host,
+        "cat /sys/class/misc/hw_random/rng_current; dd if=/dev/hwrng bs=64 count=4 | md5sum",
+    )?;
+    ensure!(random.contains("virtio_rng"), "no virtio_rng:\n{random}");
+    // A megabyte that both ends know, by way of requests of all sizes.
+    types(
+        host,
+        "i=0; while [ $i -lt 4096 ]; do printf '%256d' $i; i=$((i+1)); done >/tmp/data; \
+         dd if=/tmp/data of=/dev/vda bs=64k seek=16 && sync",
+    )?;
+    let sum = types(host, "md5sum </tmp/data")?;
+    let sum = sum
+        .lines()
+        .find_map(|l| l.strip_suffix("  -"))
+        .with_context(|| format!("no checksum in:\n{sum}"))?
+        .to_owned();
+    kill(host, &guest)?;
+    let seen = host.must(
+        "dd if=/tmp/disk bs=64k skip=16 count=16 2>/dev/null | md5sum",
+        SHORT,
+    )?;
+    ensure!(
+        seen.contains(&sum),
+        "the host sees {seen}, not what the guest has written ({sum})"
+    );
+    host.must("rm /tmp/disk", SHORT).map(drop)
+}
+
+fn freebsd(_: &Lab, host: &mut Host) -> Result<()> {
+    disk(host)?;
+    let load = Load::FreeBsd {
+        mfsroot: Some("/guest/root".to_owned()),
+        modules: Vec::new(),
+    };
+    let mut guest = Guest::new("/guest/kernel", load);
+    guest.environment.push("bhyvers.clocktest=0".to_owned());
+    guest.options = DEVICES.to_owned();
+    guest.start(host)?;
+    host.guest().expect("bhyvers# ", UP)?;
+    let text = types(
+        host,
+        "dmesg | grep -E '^vt(blk|rnd)'; dd if=/dev/vtbd0 bs=4096 skip=10 count=1 2>/dev/null | head -n 1",
+    )?;
+    for wanted in ["vtblk0: 16MB", "vtrnd0", "the host was here"] {
+        ensure!(text.contains(wanted), "no {wanted:?} in:\n{text}");
+    }
+    exits_per_read(host)?;
+    types(
+        host,
+        "newfs -U /dev/vtbd0 && mkdir /tmp/disk && mount /dev/vtbd0 /tmp/disk && \
+         echo the-guest-was-$((40+2)) >/tmp/disk/file && sync && sync && sleep 1",
+    )?;
+    kill(host, &guest)?;
+    host.must("grep -q the-guest-was-42 /tmp/disk", SHORT)?;
+
+    // The data has outlived the machine, and a read-only disk stays as it is.
+    let before = host.must("md5sum /tmp/disk", SHORT)?;
+    guest.options.push_str(",ro");
+    guest.start(host)?;
+    host.guest().expect("bhyvers# ", UP)?;
+    let text = types(
+        host,
+        "mkdir /tmp/disk && mount -r /dev/vtbd0 /tmp/disk && cat /tmp/disk/file",
+    )?;
+    ensure!(
+        text.contains("the-guest-was-42"),
+        "the file has not survived:\n{text}"
+    );
+    types(
+        host,
+        "umount /tmp/disk; ! dd if=/dev/zero of=/dev/vtbd0 bs=512 count=1",
+    )?;
+    host.guest().send(b"shutdown -p now\r")?;
+    guest.expect_exit(host, 1, Duration::from_secs(120))?;
+    guest.destroy(host)?;
+    let after = host.must("md5sum /tmp/disk", SHORT)?;
+    ensure!(before == after, "a read-only disk has changed");
+    host.must("rm /tmp/disk", SHORT).map(drop)
+}
+
+/// The exits to bhyve that reading a block takes, from its own counters.
+fn exits_per_read(host: &mut Host) -> Result<()> {
+    const READS: u64 = 300;
+    let exits = |host: &mut Host| -> Result<u64> {
+        stats::userland_exits(&host.stats("guest", 1)?)
+            .context("no count of exits in the VM's statistics")
+    };
+    let before = exits(host)?;
+    types(host, "true")?;
+    let idle = exits(host)?.saturating_sub(before);
+    let before = exits(host)?;
+    types(host, &format!("blkread /dev/vtbd0 4096 {READS} same"))?;
+    let all = exits(host)?.saturating_sub(before).saturating_sub(idle);
+    ensure!(
+        all * 10 <= READS * EXITS,
+        "{READS} reads of a block take {all} exits"
+    );
+    Ok(())
+}
