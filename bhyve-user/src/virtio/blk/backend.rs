@@ -9,8 +9,14 @@ use vmmapi::GuestMemory;
 
 use super::SECTOR;
 use super::options::Options;
-use crate::virtio::queue::Buffer;
+use crate::virtio::queue::{Buffer, total};
 
+/// Writes return when the data is on the disk.
+#[cfg(target_os = "linux")]
+const SYNC: i32 = libc::O_DSYNC;
+/// FreeBSD knows O_DSYNC from 13 on only.
+#[cfg(not(target_os = "linux"))]
+const SYNC: i32 = libc::O_SYNC;
 /// What qcow2 images start with.
 const QCOW2: [u8; 4] = *b"QFI\xfb";
 /// Alignment and size of the buffer that I/O past the cache goes through.
@@ -41,7 +47,7 @@ pub struct Backend {
     file: File,
     size: u64,
     read_only: bool,
-    /// Every write is durable by itself (O_DSYNC).
+    /// Every write is durable by itself.
     sync: bool,
     can_discard: bool,
     /// For `nocache`: guest memory is device memory to the host's kernel,
@@ -57,7 +63,7 @@ impl Backend {
     pub fn open(options: &Options) -> Result<Backend, Error> {
         let mut flags = 0;
         if options.sync {
-            flags |= libc::O_DSYNC;
+            flags |= SYNC;
         }
         // The image's kind is looked at without O_DIRECT, which wants
         // aligned reads.
@@ -129,22 +135,20 @@ impl Backend {
         buffers: &[Buffer],
         mut offset: u64,
     ) -> io::Result<()> {
+        let Some(bounce) = &mut self.bounce else {
+            let pieces = buffers.iter().map(|b| (b.addr, b.len));
+            let n = memory.read_from_file_vectored(&self.file, offset, pieces)?;
+            if n < total(buffers) {
+                return Err(ErrorKind::UnexpectedEof.into());
+            }
+            return Ok(());
+        };
         for b in buffers {
-            match &mut self.bounce {
-                None => {
-                    let n = memory.read_from_file(&self.file, offset, b.addr, b.len.into())?;
-                    if n < u64::from(b.len) {
-                        return Err(ErrorKind::UnexpectedEof.into());
-                    }
-                }
-                Some(bounce) => {
-                    for (at, part) in parts(b) {
-                        let space = aligned(bounce, part)?;
-                        self.file.read_exact_at(space, offset + at)?;
-                        let to = b.addr + at;
-                        memory.write_bytes(to, space).map_err(io::Error::other)?;
-                    }
-                }
+            for (at, part) in parts(b) {
+                let space = aligned(bounce, part)?;
+                self.file.read_exact_at(space, offset + at)?;
+                let to = b.addr + at;
+                memory.write_bytes(to, space).map_err(io::Error::other)?;
             }
             offset += u64::from(b.len);
         }
@@ -163,22 +167,20 @@ impl Backend {
         mut offset: u64,
         durable: bool,
     ) -> io::Result<()> {
+        let Some(bounce) = &mut self.bounce else {
+            let pieces = buffers.iter().map(|b| (b.addr, b.len));
+            let n = memory.write_to_file_vectored(&self.file, offset, pieces)?;
+            if n < total(buffers) {
+                return Err(ErrorKind::WriteZero.into());
+            }
+            return self.settle(durable);
+        };
         for b in buffers {
-            match &mut self.bounce {
-                None => {
-                    let n = memory.write_to_file(&self.file, offset, b.addr, b.len.into())?;
-                    if n < u64::from(b.len) {
-                        return Err(ErrorKind::WriteZero.into());
-                    }
-                }
-                Some(bounce) => {
-                    for (at, part) in parts(b) {
-                        let space = aligned(bounce, part)?;
-                        let from = b.addr + at;
-                        memory.read_bytes(from, space).map_err(io::Error::other)?;
-                        self.file.write_all_at(space, offset + at)?;
-                    }
-                }
+            for (at, part) in parts(b) {
+                let space = aligned(bounce, part)?;
+                let from = b.addr + at;
+                memory.read_bytes(from, space).map_err(io::Error::other)?;
+                self.file.write_all_at(space, offset + at)?;
             }
             offset += u64::from(b.len);
         }
