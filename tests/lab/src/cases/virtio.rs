@@ -13,6 +13,8 @@ use std::time::Duration;
 
 /// From bhyve's start to the guest's shell.
 const UP: Duration = Duration::from_secs(300);
+/// FreeBSD's shell, and not what an earlier guest has left unread.
+const PROMPT: &str = "(?s)BHYVE-RS GUEST UP.*bhyvers# ";
 /// A command in the guest.
 const COMMAND: Duration = Duration::from_secs(60);
 /// A guest's devices: an entropy source, the disk as a transitional device.
@@ -166,7 +168,7 @@ fn freebsd(_: &Lab, host: &mut Host) -> Result<()> {
     guest.environment.push("bhyvers.clocktest=0".to_owned());
     guest.options = DEVICES.to_owned();
     guest.start(host)?;
-    host.guest().expect("bhyvers# ", UP)?;
+    host.guest().expect(PROMPT, UP)?;
     let text = types(
         host,
         "dmesg | grep -E '^vt(blk|rnd)'; dd if=/dev/vtbd0 bs=4096 skip=10 count=1 2>/dev/null | head -n 1",
@@ -187,7 +189,7 @@ fn freebsd(_: &Lab, host: &mut Host) -> Result<()> {
     let before = host.must("md5sum /tmp/disk", SHORT)?;
     guest.options.push_str(",ro");
     guest.start(host)?;
-    host.guest().expect("bhyvers# ", UP)?;
+    host.guest().expect(PROMPT, UP)?;
     let text = types(
         host,
         "mkdir /tmp/disk && mount -r /dev/vtbd0 /tmp/disk && cat /tmp/disk/file",
