@@ -25,6 +25,9 @@ const TX_BATCH: usize = 2048;
 const LSR: u16 = 5;
 /// How long output waits for more to come with it.
 const TX_DELAY: Duration = Duration::from_millis(8);
+/// The same while output flows: nobody waits for an echo then, and each batch
+/// costs the host a wake-up and a write.
+const TX_DELAY_FLOWING: Duration = Duration::from_millis(32);
 
 struct State {
     uart: Uart,
@@ -216,6 +219,7 @@ impl Shared {
 
     fn write_loop(&self, mut output: Box<dyn Write + Send>) {
         let mut batch = VecDeque::with_capacity(TX_RING);
+        let mut written: Option<Instant> = None;
         loop {
             let mut state = lock(&self.state);
             while state.tx.is_empty() {
@@ -224,7 +228,9 @@ impl Shared {
                     .wait(state)
                     .unwrap_or_else(PoisonError::into_inner);
             }
-            let until = Instant::now() + TX_DELAY;
+            let now = Instant::now();
+            let flowing = written.is_some_and(|w| now - w < TX_DELAY_FLOWING);
+            let until = now + if flowing { TX_DELAY_FLOWING } else { TX_DELAY };
             while !state.hurry && state.tx.len() < TX_BATCH {
                 let left = until.saturating_duration_since(Instant::now());
                 if left.is_zero() {
@@ -248,6 +254,7 @@ impl Shared {
             let (a, b) = batch.as_slices();
             let result = write_all(&mut output, a).and_then(|()| write_all(&mut output, b));
             batch.clear();
+            written = Some(Instant::now());
 
             let mut state = lock(&self.state);
             state.writing = false;
