@@ -27,7 +27,7 @@ const LSR: u16 = 5;
 const TX_DELAY: Duration = Duration::from_millis(8);
 /// The same while output flows: nobody waits for an echo then, and each batch
 /// costs the host a wake-up and a write.
-const TX_DELAY_FLOWING: Duration = Duration::from_millis(32);
+const TX_DELAY_FLOWING: Duration = Duration::from_millis(50);
 
 struct State {
     uart: Uart,

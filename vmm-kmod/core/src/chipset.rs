@@ -155,7 +155,9 @@ impl Chipset {
         if PmTimer::claims(port) {
             return self.pmtmr.io_read(port, now) & mask(size);
         }
-        self.service(now, sink);
+        if !Self::is_counter_port(port, size) {
+            self.service(now, sink);
+        }
         let mut value = 0;
         for n in 0..u16::from(size.min(4)) {
             value |= u32::from(self.byte_read(port.wrapping_add(n), now)) << (8 * n);
@@ -207,6 +209,12 @@ impl Chipset {
     pub const fn claims_gpa(gpa: u64) -> bool {
         (gpa >= ioapic::BASE && gpa < ioapic::BASE + 0x1000)
             || (gpa >= hpet::BASE && gpa < hpet::BASE + hpet::SIZE)
+    }
+
+    /// Whether an IN there moves no deadline and finds nothing that is due:
+    /// the 8254's counters, which guests without a better clock poll.
+    pub const fn is_counter_port(port: u16, size: u8) -> bool {
+        size == 1 && AtPit::claims(port)
     }
 
     /// Whether a read there changes nothing: the HPET's counter, which is all
