@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use vmmapi::Exit;
 
@@ -46,12 +46,17 @@ pub fn kind(exit: &Exit) -> &'static str {
     KINDS.get(n).copied().unwrap_or("unknown")
 }
 
+/// Counts of 256 ports, made when the first of them is used.
+type PortPage = OnceLock<Box<[AtomicU32; 256]>>;
+/// Counts of all ports, by the high byte of their number.
+type Ports = [PortPage; 256];
+
 /// Counts of one vCPU, written by its thread only.
 #[derive(Debug)]
 pub struct VcpuStats {
     kinds: [AtomicU64; KINDS.len()],
     /// Accesses a port, where wanted.
-    ports: Option<Box<[AtomicU32]>>,
+    ports: Option<Box<Ports>>,
 }
 
 impl VcpuStats {
@@ -64,7 +69,10 @@ impl VcpuStats {
             c.store(c.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
         }
         if let (Some(ports), Exit::Inout(io)) = (&self.ports, exit)
-            && let Some(c) = ports.get(usize::from(io.port))
+            && let Some(page) = ports.get(usize::from(io.port >> 8))
+            && let Some(c) = page
+                .get_or_init(|| Box::new([const { AtomicU32::new(0) }; 256]))
+                .get(usize::from(io.port & 0xff))
         {
             c.store(c.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
         }
@@ -91,7 +99,7 @@ impl Stats {
     pub fn vcpu(&self) -> Arc<VcpuStats> {
         let ports = self
             .with_ports
-            .then(|| (0..1 << 16).map(|_| AtomicU32::new(0)).collect());
+            .then(|| Box::new([const { PortPage::new() }; 256]));
         let stats = Arc::new(VcpuStats {
             kinds: [const { AtomicU64::new(0) }; KINDS.len()],
             ports,
@@ -118,10 +126,12 @@ impl Stats {
     pub fn ports(&self) -> BTreeMap<usize, u64> {
         let mut sums = BTreeMap::new();
         for vcpu in lock(&self.vcpus).iter() {
-            for (port, c) in vcpu.ports.iter().flatten().enumerate() {
-                let n = c.load(Ordering::Relaxed);
-                if n > 0 {
-                    *sums.entry(port).or_default() += u64::from(n);
+            for (high, page) in vcpu.ports.iter().flat_map(|p| p.iter().enumerate()) {
+                for (low, c) in page.get().iter().flat_map(|p| p.iter().enumerate()) {
+                    let n = c.load(Ordering::Relaxed);
+                    if n > 0 {
+                        *sums.entry(high << 8 | low).or_default() += u64::from(n);
+                    }
                 }
             }
         }
