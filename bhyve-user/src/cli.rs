@@ -13,6 +13,8 @@ pub enum Command {
     Run(Box<Config>),
     /// Print this and exit 0.
     Print(String),
+    /// `-h`: print this on standard error, where libvirt reads it, and exit 0.
+    Help(String),
 }
 
 /// A command line that cannot be followed; says which option and why.
@@ -72,8 +74,8 @@ pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Command, UsageErr
                 long_option(&mut config, long, &mut args)?
             }
             Some(short) if options && !short.is_empty() => {
-                if let Some(text) = short_options(&mut config, short, &mut args)? {
-                    return Ok(Command::Print(text));
+                if let Some(command) = short_options(&mut config, short, &mut args)? {
+                    return Ok(command);
                 }
             }
             // As getopt(3) has it, the first operand ends the options.
@@ -123,7 +125,7 @@ fn short_options(
     config: &mut Config,
     flags: &str,
     args: &mut impl Iterator<Item = String>,
-) -> Result<Option<String>, UsageError> {
+) -> Result<Option<Command>, UsageError> {
     let mut rest = flags.chars();
     while let Some(flag) = rest.next() {
         if "cGgklmopsU".contains(flag) {
@@ -134,14 +136,14 @@ fn short_options(
                 Some(attached.to_owned())
             };
             let value = value.ok_or_else(|| UsageError(format!("-{flag} needs an argument")))?;
-            return with_value(config, flag, &value);
+            return Ok(with_value(config, flag, &value)?.map(Command::Print));
         }
         match flag {
             'a' => config.x2apic = false,
             'A' => config.acpi = true,
             'C' => config.core_memory = true,
             'e' => config.strict_io = true,
-            'h' => return Ok(Some(USAGE.into())),
+            'h' => return Ok(Some(Command::Help(USAGE.into()))),
             'H' => config.halt_exits = true,
             // Asked for an I/O APIC once; there is always one.
             'I' => {}
@@ -302,10 +304,11 @@ fn pci_slot(value: &str) -> Result<PciSlot, UsageError> {
         return Err(bad("slots go to 31 and functions to 7"));
     }
     if !root::EMULATIONS.contains(&emulation) {
-        return Err(bad(&format!(
-            "no emulation \"{emulation}\"; there is {}",
+        // libvirt looks for these words, slot and function only.
+        return usage(format!(
+            "pci slot {slot}:{func}: unknown device \"{emulation}\"; -s {value} can have {}",
             root::EMULATIONS.join(", ")
-        )));
+        ));
     }
     Ok(PciSlot {
         at: Bdf { bus, slot, func },
@@ -325,13 +328,16 @@ fn lpc_device(config: &mut Config, value: &str) -> Result<(), UsageError> {
             return Ok(());
         }
         "bootrom" => {
+            // libvirt looks for the first words.
             return usage(format!(
-                "-l {value}: there is no boot ROM; load the kernel with bhyveload"
+                "invalid lpc device configuration '{value}': there is no boot ROM here; \
+                 load the guest's kernel with bhyveload"
             ));
         }
         _ => {
             return usage(format!(
-                "-l {value}: no LPC device \"{device}\"; there is com1, com2, pc-testdev"
+                "invalid lpc device configuration '{value}': no LPC device \"{device}\"; \
+                 there is com1, com2, pc-testdev"
             ));
         }
     };

@@ -3,7 +3,7 @@ use super::*;
 fn run(line: &str) -> Result<Config, String> {
     match parse(line.split_whitespace().map(String::from)) {
         Ok(Command::Run(c)) => Ok(*c),
-        Ok(Command::Print(text)) => Err(text),
+        Ok(Command::Print(text) | Command::Help(text)) => Err(text),
         Err(e) => Err(e.0),
     }
 }
@@ -90,7 +90,7 @@ fn refusals_name_the_option_and_what_would_do() {
     for (line, words) in [
         (
             "-s 2,ahci-hd,disk vm",
-            "there is hostbridge, amd_hostbridge, lpc",
+            "can have hostbridge, amd_hostbridge, lpc",
         ),
         ("-s 32,lpc vm", "slots go to 31"),
         ("-s 0,lpc -s 0,hostbridge vm", "already occupied"),

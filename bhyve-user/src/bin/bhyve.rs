@@ -16,6 +16,10 @@ fn main() {
             print!("{text}");
             0
         }
+        Ok(Command::Help(text)) => {
+            eprint!("{text}");
+            0
+        }
         Ok(Command::Run(config)) => vm::run(*config).unwrap_or_else(|e| {
             eprintln!("bhyve: {e}");
             ERROR

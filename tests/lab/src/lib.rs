@@ -29,3 +29,4 @@ pub mod qemu;
 pub mod report;
 pub mod runner;
 pub mod stats;
+pub mod ziglang;
