@@ -29,7 +29,7 @@ fn usage<T>(message: impl Into<String>) -> Result<T, UsageError> {
 /// The help text.
 pub const USAGE: &str = "\
 Usage: bhyve [-aACehHPSuvwWxY]
-             [-c [[cpus=]numcpus][,sockets=n][,cores=n][,threads=n]]
+             [-c [[cpus=]numcpus][,sockets=n][,cores=n][,threads=n]] [-K layout]
              [-l lpcdev[,conf]] [-m memsize[K|M|G|T]] [-p vcpu:hostcpu]
              [-s [bus:]slot[:function],emulation[,conf]] [-U uuid]
              [--exit-stats file] vmname
@@ -40,6 +40,7 @@ Usage: bhyve [-aACehHPSuvwWxY]
        -e: exit on access to an I/O port that nobody emulates
        -h: help
        -H: leave the guest on HLT (always so here: an idle guest sleeps)
+       -K: keyboard layout of VNC, without effect here
        -l: LPC device: com1, com2 (stdio, pty, /dev/TTY, file:PATH, unix:PATH,
            tcp=ADDRESS:PORT), pc-testdev; \"-l help\" lists them
        -m: memory size, in MiB without a suffix (256M)
@@ -128,7 +129,7 @@ fn short_options(
 ) -> Result<Option<Command>, UsageError> {
     let mut rest = flags.chars();
     while let Some(flag) = rest.next() {
-        if "cGgklmopsU".contains(flag) {
+        if "cGgkKlmnopsU".contains(flag) {
             let attached = rest.as_str();
             let value = if attached.is_empty() {
                 args.next()
@@ -170,6 +171,9 @@ fn with_value(config: &mut Config, flag: char, value: &str) -> Result<Option<Str
     match flag {
         'c' => config.topology = topology(value)?,
         'g' | 'G' => return usage(format!("-{flag} {value}: there is no debug server")),
+        // The keyboard of a VNC client, where there is a frame buffer.
+        'K' => {}
+        'n' => return usage(format!("-{flag} {value}: there are no NUMA domains")),
         'k' | 'o' => {
             return usage(format!(
                 "-{flag} {value}: configuration files are not supported"

@@ -175,6 +175,7 @@ pub fn run(config: Config) -> Result<i32, Error> {
         let bsp = vm.vm.vcpu(0);
         let rip = bsp.register(RegName::Rip)?;
         bsp.set_register(RegName::Rip, rip)?;
+        vmmapi::set_process_title(&vm.config.name);
         start(&vm, bsp)?;
         let status = vm.ending.wait();
         vm.finish();

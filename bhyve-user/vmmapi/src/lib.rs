@@ -21,7 +21,7 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Only the modules `sys` and [`memory`] contain `unsafe`: the system calls and the
+//! Only the modules `sys`, `title` and [`memory`] contain `unsafe`: the system calls and the
 //! mapping of guest memory. No reference into guest memory is ever handed out,
 //! because the guest changes it at will.
 
@@ -29,12 +29,14 @@ mod error;
 pub mod memory;
 mod state;
 mod sys;
+mod title;
 mod vcpu;
 mod vm;
 
 pub use error::{Error, Result};
 pub use memory::{GuestMemory, MemFlags, Segment, parse_memsize};
 pub use state::Flat32;
+pub use title::set_process_title;
 pub use vcpu::{RegisterSet, Vcpu};
 pub use vm::{CpuSet, Mapping, MemSegment, Stat, Vm};
 pub use vmm_abi as abi;
