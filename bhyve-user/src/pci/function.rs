@@ -1,7 +1,7 @@
 //! One PCI function: configuration space with its rules, BARs on the buses,
 //! and its interrupts by whichever way the guest chose.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, Weak};
 
 use super::bar::{Bar, BarKind, Windows};
 use super::config::{self, BAR0, BARS, COMMAND, Config};
@@ -98,13 +98,16 @@ pub struct PciFunction {
     /// What it is.
     pub device: Box<dyn PciDevice>,
     state: Mutex<State>,
-    handlers: OnceLock<Vec<Handler>>,
+    /// Empty once the function is off its buses.
+    handlers: Mutex<Vec<Handler>>,
     route: Option<Route>,
     router: Arc<Router>,
-    buses: Arc<Buses>,
+    /// The buses own the function, not the other way round.
+    buses: Weak<Buses>,
     machine: Arc<dyn Machine>,
 }
 
+#[derive(Clone)]
 struct Handler {
     bar: usize,
     mmio: Arc<dyn MmioDevice>,
@@ -178,10 +181,10 @@ impl PciFunction {
             at,
             device,
             state: Mutex::new(state),
-            handlers: OnceLock::new(),
+            handlers: Mutex::default(),
             route: wiring.intx.map(|(_, r)| r),
             router: Arc::clone(wiring.router),
-            buses: Arc::clone(wiring.buses),
+            buses: Arc::downgrade(wiring.buses),
             machine: Arc::clone(wiring.machine),
         });
         let mut handlers = Vec::new();
@@ -200,7 +203,7 @@ impl PciFunction {
                 ports,
             });
         }
-        let _ = function.handlers.set(handlers);
+        *lock(&function.handlers) = handlers;
         function.update_mappings(&mut lock(&function.state));
         function.device.attached(&function);
         Ok(function)
@@ -374,8 +377,22 @@ impl PciFunction {
         self.update_mappings(state);
     }
 
-    fn handler(&self, bar: usize) -> Option<&Handler> {
-        self.handlers.get()?.iter().find(|h| h.bar == bar)
+    /// Takes the function off its buses for good. They own each other until
+    /// then: a process that makes VM after VM would keep them all.
+    pub fn detach(&self) {
+        let mut state = lock(&self.state);
+        for index in 0..BARS {
+            self.unmap(&mut state, index);
+        }
+        lock(&self.handlers).clear();
+    }
+
+    fn handler(&self, bar: usize) -> Option<(Handler, Arc<Buses>)> {
+        let handler = lock(&self.handlers)
+            .iter()
+            .find(|h| h.bar == bar)
+            .cloned()?;
+        Some((handler, self.buses.upgrade()?))
     }
 
     /// Makes the buses agree with the command register.
@@ -394,16 +411,15 @@ impl PciFunction {
     }
 
     fn map(&self, state: &mut State, index: usize) {
-        let Some(handler) = self.handler(index) else {
+        let Some((handler, buses)) = self.handler(index) else {
             return;
         };
         let Some(Slot::Bar { bar, mapped }) = state.bars.get_mut(index) else {
             return;
         };
         let done = match handler.ports {
-            Some(slot) => self.buses.ports.map(slot, bar.addr as u16, bar.size as u16),
-            None => self
-                .buses
+            Some(slot) => buses.ports.map(slot, bar.addr as u16, bar.size as u16),
+            None => buses
                 .mmio
                 .map(bar.addr, bar.size, Arc::clone(&handler.mmio)),
         };
@@ -413,7 +429,7 @@ impl PciFunction {
     }
 
     fn unmap(&self, state: &mut State, index: usize) {
-        let Some(handler) = self.handler(index) else {
+        let Some((handler, buses)) = self.handler(index) else {
             return;
         };
         let Some(Slot::Bar { bar, mapped }) = state.bars.get_mut(index) else {
@@ -421,11 +437,8 @@ impl PciFunction {
         };
         if std::mem::take(mapped) {
             match handler.ports {
-                Some(slot) => self
-                    .buses
-                    .ports
-                    .unmap(slot, bar.addr as u16, bar.size as u16),
-                None => self.buses.mmio.unmap(bar.addr, &handler.mmio),
+                Some(slot) => buses.ports.unmap(slot, bar.addr as u16, bar.size as u16),
+                None => buses.mmio.unmap(bar.addr, &handler.mmio),
             }
         }
     }

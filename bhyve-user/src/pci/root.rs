@@ -166,6 +166,13 @@ impl PciRoot {
         self.functions.values()
     }
 
+    /// Takes every function off the buses; see [`PciFunction::detach`].
+    pub fn detach(&self) {
+        for f in self.functions.values() {
+            f.detach();
+        }
+    }
+
     /// Buses with functions, and what they decode. Bus 0 is always there.
     pub fn buses(&self) -> &BTreeMap<u8, BusWindows> {
         &self.windows

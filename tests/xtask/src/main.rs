@@ -4,6 +4,7 @@
 
 mod boot;
 mod check;
+mod fuzz;
 mod terminal;
 
 use anyhow::{Context, Result};
@@ -33,6 +34,8 @@ enum Verb {
     Boot(Box<boot::Options>),
     /// Check and test everything
     Test(check::Options),
+    /// Run a fuzz target for some time
+    Fuzz(fuzz::Options),
     /// Build vmm.ko, for Debian's cloud kernel unless told otherwise, and print its path
     Kmod {
         /// The kernel that it is for
@@ -87,6 +90,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         Verb::Boot(options) => boot::run(&dirs, &options),
         Verb::Test(options) => check::run(&dirs, &options),
+        Verb::Fuzz(options) => fuzz::run(&dirs, &options),
         Verb::Kmod {
             host: KmodHost::Freebsd,
             sys,

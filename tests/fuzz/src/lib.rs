@@ -1,0 +1,70 @@
+//! Fuzz targets: one function for each thing that reads what a hostile guest
+//! or a damaged file says. A target panics where the program under it would
+//! have panicked, looped or left its bounds.
+//!
+//! `cargo xtask fuzz NAME --seconds N` runs one with libFuzzer; `cargo test`
+//! replays every committed input, and cheap mutations of them.
+#![forbid(unsafe_code)]
+
+mod devices;
+mod files;
+mod kernel;
+mod machine;
+
+/// A target: its name, and what it does with an input.
+#[derive(Clone, Copy)]
+pub struct Target {
+    /// The name on the command line and of the corpus's folder.
+    pub name: &'static str,
+    /// Runs one input.
+    pub run: fn(&[u8]),
+}
+
+/// All targets, in order of name.
+pub const TARGETS: &[Target] = &[
+    Target {
+        name: "bhyve_cli",
+        run: files::bhyve_cli,
+    },
+    Target {
+        name: "bzimage",
+        run: files::bzimage,
+    },
+    Target {
+        name: "chipset",
+        run: kernel::chipset,
+    },
+    Target {
+        name: "elf_kernel",
+        run: files::elf_kernel,
+    },
+    Target {
+        name: "elf_module",
+        run: files::elf_module,
+    },
+    Target {
+        name: "instruction",
+        run: kernel::instruction,
+    },
+    Target {
+        name: "loader_conf",
+        run: files::loader_conf,
+    },
+    Target {
+        name: "multiboot",
+        run: files::multiboot,
+    },
+    Target {
+        name: "pci_config",
+        run: devices::pci_config,
+    },
+    Target {
+        name: "uart",
+        run: devices::uart,
+    },
+];
+
+/// The target called `name`.
+pub fn target(name: &str) -> Option<Target> {
+    TARGETS.iter().copied().find(|t| t.name == name)
+}
