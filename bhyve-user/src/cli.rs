@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use crate::config::{Config, PciSlot, Topology};
-use crate::pci::{Bdf, root};
+use crate::pci::{Bdf, catalog};
 use crate::serial::backend::Spec;
 
 /// What to do.
@@ -183,7 +183,7 @@ fn with_value(config: &mut Config, flag: char, value: &str) -> Result<Option<Str
         'l' => lpc_device(config, value)?,
         'm' => config.memory = memory_size(value)?,
         'p' => config.pins.push(pin(value)?),
-        's' if value == "help" => return Ok(Some(root::EMULATIONS.join("\n") + "\n")),
+        's' if value == "help" => return Ok(Some(catalog::help())),
         's' => {
             let slot = pci_slot(value)?;
             if config.slots.iter().any(|s| s.at == slot.at) {
@@ -307,11 +307,11 @@ fn pci_slot(value: &str) -> Result<PciSlot, UsageError> {
     if slot > 31 || func > 7 {
         return Err(bad("slots go to 31 and functions to 7"));
     }
-    if !root::EMULATIONS.contains(&emulation) {
+    if catalog::find(emulation).is_none() {
         // libvirt looks for these words, slot and function only.
         return usage(format!(
             "pci slot {slot}:{func}: unknown device \"{emulation}\"; -s {value} can have {}",
-            root::EMULATIONS.join(", ")
+            catalog::names()
         ));
     }
     Ok(PciSlot {

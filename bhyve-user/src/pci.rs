@@ -4,6 +4,7 @@
 
 pub mod bar;
 pub mod bridge;
+pub mod catalog;
 pub mod config;
 pub mod function;
 pub mod intx;

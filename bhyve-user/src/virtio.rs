@@ -1,16 +1,29 @@
 //! Virtio devices (virtio 1.2). [`pci`] is the transport, [`queue`] the rings,
-//! [`worker`] the thread that serves a device's requests; a device is what
-//! implements [`Device`].
+//! [`worker`] the threads that serve a device's queues, [`wait`] what they
+//! sleep on; a device is what implements [`Device`].
+//!
+//! A device's queues are divided into groups. Each group has a `Device` of its
+//! own, a thread and a lock, so that queues of different groups never wait for
+//! each other; what the parts of one device share is theirs to arrange. Most
+//! devices are one group and answer requests: they implement
+//! [`Device::serve`] and nothing else. One that has something to say by itself
+//! (a network, a console) takes chains with [`Cx::pop`] when the host has data
+//! for the guest, and tells in [`Device::sources`] what it waits for.
 
 pub mod blk;
 pub mod pci;
 pub mod queue;
 pub mod rnd;
+pub mod wait;
 pub mod worker;
+
+use std::ops::Range;
 
 use vmmapi::GuestMemory;
 
 use queue::{Chain, Malformed};
+use wait::{Ready, Sources};
+pub use worker::{Cx, Waker};
 
 /// Feature bits that are every device's (§6).
 pub mod feature {
@@ -35,7 +48,7 @@ pub mod status {
 }
 
 /// What a device is, before it runs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Identity {
     /// Virtio device type (§5): 2 block, 4 entropy.
     pub kind: u16,
@@ -43,13 +56,60 @@ pub struct Identity {
     pub class: (u8, u8),
     /// Feature bits of the device's own.
     pub features: u64,
-    /// Sizes of its queues.
+    /// Sizes of its queues, at most [`worker::MAX_QUEUES`] of them.
     pub queues: Vec<u16>,
-    /// Its configuration space, which never changes.
+    /// Its configuration space at the start; [`Cx::set_config`] changes it.
     pub config: Vec<u8>,
+    /// What of it the driver may write, offsets; [`Device::config_written`]
+    /// hears of it.
+    pub writable: Range<usize>,
 }
 
-/// A device that serves requests, on its worker's thread.
+/// Queues that are served together.
+pub struct Group {
+    /// Their numbers.
+    pub queues: Vec<usize>,
+    /// Who serves them.
+    pub device: Box<dyn Device>,
+}
+
+/// A device ready to be put into a slot.
+pub struct Built {
+    /// What it is.
+    pub identity: Identity,
+    /// Its parts. The first is the one that hears of writes to the
+    /// configuration space; a queue of no group is never served.
+    pub groups: Vec<Group>,
+}
+
+impl Built {
+    /// A device whose queues are all one group.
+    pub fn single(identity: Identity, device: impl Device + 'static) -> Built {
+        let queues = (0..identity.queues.len()).collect();
+        Built {
+            identity,
+            groups: vec![Group {
+                queues,
+                device: Box::new(device),
+            }],
+        }
+    }
+}
+
+/// Whether a queue is done with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Nothing to do until the driver notifies again, or something else
+    /// happens that the device knows of.
+    Idle,
+    /// There may be more.
+    More,
+}
+
+/// A group's device. All calls come with the group's lock held: for
+/// [`Device::activate`] and [`Device::reset`] from a vCPU, which waits, else
+/// from the group's own thread, where it may wait for the host. Each call does
+/// a bounded piece of work: between two the lock is let go of.
 pub trait Device: Send {
     /// Serves one request of queue `queue` to the end; returns the bytes
     /// written to the chain's writable part. `features` is what the driver
@@ -61,9 +121,67 @@ pub trait Device: Send {
     /// with an error of the device's own instead.
     fn serve(
         &mut self,
-        queue: usize,
-        chain: &mut Chain,
-        memory: &GuestMemory,
-        features: u64,
-    ) -> Result<u32, Malformed>;
+        _queue: usize,
+        _chain: &mut Chain,
+        _memory: &GuestMemory,
+        _features: u64,
+    ) -> Result<u32, Malformed> {
+        Err(Malformed::Request)
+    }
+
+    /// The driver has notified of `queue`, or the last turn said that there
+    /// may be more: takes a turn at it. Unless a device says otherwise, a turn
+    /// is one request.
+    ///
+    /// # Errors
+    /// As for [`Device::serve`].
+    fn turn(&mut self, queue: usize, cx: &mut Cx<'_>) -> Result<Turn, Malformed> {
+        cx.serve_one(queue, |chain, memory, features| {
+            self.serve(queue, chain, memory, features)
+        })
+    }
+
+    /// The driver is up (DRIVER_OK). Old drivers may have used queues before.
+    ///
+    /// # Errors
+    /// As for [`Device::serve`].
+    fn activate(&mut self, _cx: &mut Cx<'_>) -> Result<(), Malformed> {
+        Ok(())
+    }
+
+    /// The device was reset: its queues are gone, and chains that it kept with
+    /// them.
+    fn reset(&mut self) {}
+
+    /// The driver has written to the configuration space.
+    ///
+    /// # Errors
+    /// As for [`Device::serve`].
+    fn config_written(&mut self, _cx: &mut Cx<'_>) -> Result<(), Malformed> {
+        Ok(())
+    }
+
+    /// Asked once: whether [`Device::sources`] is to be asked, which costs a
+    /// system call more when the thread sleeps.
+    fn polls(&self) -> bool {
+        false
+    }
+
+    /// Adds what the thread is to wait for besides notifications. Asked before
+    /// each sleep; what is not wanted now (no chain to receive into) is left
+    /// out. Descriptors stay open until the next call.
+    fn sources(&mut self, _sources: &mut Sources) {}
+
+    /// Sources are ready, their time is up, or a [`Waker`] was used (then
+    /// `ready` may be empty). May be called once too often.
+    ///
+    /// # Errors
+    /// As for [`Device::serve`].
+    fn woken(&mut self, _ready: &[Ready], _cx: &mut Cx<'_>) -> Result<(), Malformed> {
+        Ok(())
+    }
+
+    /// Called once, before anything else: how to get [`Device::woken`] called
+    /// from elsewhere.
+    fn attached(&mut self, _waker: Waker) {}
 }

@@ -274,6 +274,8 @@ impl Vm {
             })?;
         }
         let means = Means {
+            vm: &config.name,
+            machine: &machine,
             memory: &memory,
             virtio_msi: config.virtio_msi,
         };

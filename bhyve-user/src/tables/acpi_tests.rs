@@ -32,6 +32,8 @@ fn pci() -> Arc<PciRoot> {
         &machine,
         &router,
         &Means {
+            vm: "vm",
+            machine: &machine,
             memory: &vmmapi::GuestMemory::anonymous(1 << 20).unwrap(),
             virtio_msi: false,
         },

@@ -8,5 +8,18 @@ pub mod device;
 pub mod options;
 pub mod request;
 
+use super::Built;
+
+/// A disk, as the options ask for it.
+///
+/// # Errors
+/// What is wrong with the options or the disk.
+pub fn build(conf: &str) -> Result<Built, String> {
+    let options: options::Options = conf.parse()?;
+    let (identity, blk) =
+        device::Blk::open(&options).map_err(|e| format!("{}: {e}", options.path.display()))?;
+    Ok(Built::single(identity, blk))
+}
+
 /// Bytes of a sector, the unit of the protocol whatever the disk's block size.
 pub const SECTOR: u64 = 512;

@@ -1,6 +1,6 @@
-//! Virtio over PCI: the transitional kind (virtio 1.2 §4.1), so that drivers
-//! from before 1.0 (FreeBSD up to 12) find the interface that they know, and
-//! later ones the modern one.
+//! Virtio over PCI: the transitional kind where there is one (virtio 1.2 §4.1), so
+//! that drivers from before 1.0 (FreeBSD up to 12) find the interface that they
+//! know, and later ones the modern one.
 //!
 //! BAR 0 is the legacy register block in I/O ports, BAR 1 the MSI-X table,
 //! BAR 2 the modern registers. Modern drivers notify through BAR 0 too: an OUT
@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex};
 use vmmapi::GuestMemory;
 
 use super::queue::{Layout, Queue};
-use super::worker::{MAX_QUEUES, NO_VECTOR, Shared};
-use super::{Device, Identity, feature, status};
+use super::worker::{NO_VECTOR, Shared};
+use super::{Built, Identity, feature, status};
 use crate::lock;
 use crate::pci::PciDevice;
 use crate::pci::bar::BarKind;
@@ -67,6 +67,8 @@ struct Registers {
 pub struct VirtioPci {
     identity: Identity,
     features: u64,
+    /// The legacy registers are there, not only the notify port.
+    transitional: bool,
     registers: Mutex<Registers>,
     shared: Arc<Shared>,
 }
@@ -80,6 +82,21 @@ fn capability(kind: u8, bar: usize, offset: u64, length: u32, extra: &[u8]) -> V
     body
 }
 
+/// PCI device numbers of transitional devices (§4.1.2.1), which have their
+/// type as the subsystem. Types that came later are modern only.
+fn transitional(kind: u16) -> Option<u16> {
+    match kind {
+        1 => Some(0x1000),
+        2 => Some(0x1001),
+        5 => Some(0x1002),
+        3 => Some(0x1003),
+        8 => Some(0x1004),
+        4 => Some(0x1005),
+        9 => Some(0x1009),
+        _ => None,
+    }
+}
+
 impl VirtioPci {
     /// A device called `name`, and what it asks for; with `msi` it has MSI in
     /// place of MSI-X (`-W`).
@@ -88,25 +105,19 @@ impl VirtioPci {
     /// No thread for it.
     pub fn new(
         name: String,
-        identity: Identity,
-        device: Box<dyn Device>,
+        built: Built,
         memory: GuestMemory,
         msi: bool,
     ) -> std::io::Result<(Blueprint, VirtioPci)> {
-        let count = identity.queues.len().min(MAX_QUEUES);
+        let (identity, shared) = Shared::start(name, built, memory)?;
+        let count = identity.queues.len();
         let mut plan = Blueprint::default();
         let (class, subclass) = identity.class;
         let c = &mut plan.config;
-        // Transitional devices have the old numbers, and their type as the
-        // subsystem (§4.1.2.3).
-        let old = match identity.kind {
-            1 => 0x1000,
-            2 => 0x1001,
-            4 => 0x1005,
-            kind => 0x1040 + kind,
-        };
-        c.identify(VENDOR, old, class, subclass);
-        c.set8(REVISION, 0);
+        let old = transitional(identity.kind);
+        let id = old.unwrap_or(0x1040_u16.saturating_add(identity.kind));
+        c.identify(VENDOR, id, class, subclass);
+        c.set8(REVISION, old.is_none().into());
         c.set16(SUBSYSTEM_VENDOR, VENDOR);
         c.set16(SUBSYSTEM, identity.kind);
         plan.intx = true;
@@ -139,7 +150,8 @@ impl VirtioPci {
                 queues,
                 ..Registers::default()
             }),
-            shared: Shared::start(name, device, memory, count)?,
+            transitional: old.is_some(),
+            shared,
         };
         Ok((plan, device))
     }
@@ -166,9 +178,7 @@ impl VirtioPci {
 
     /// The driver has put buffers into a queue.
     fn notify(&self, queue: u16) {
-        if let Some(bit) = 1_u32.checked_shl(queue.into()) {
-            self.shared.notify(bit);
-        }
+        self.shared.notify(queue.into());
     }
 
     /// The vector of a queue (or, at the end, of configuration changes).
@@ -190,12 +200,10 @@ impl VirtioPci {
         self.shared.vectors.len().saturating_sub(1)
     }
 
-    /// Bytes of the device's configuration space; zeroes behind it.
-    fn config_read(&self, offset: u64, size: u8) -> u64 {
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = self.identity.config.get(at..).unwrap_or_default();
-        let bytes = bytes.iter().take(usize::from(size)).rev();
-        bytes.fold(0, |v, &b| v << 8 | u64::from(b))
+    /// The driver writes the device's configuration space.
+    fn config_write(&self, offset: u64, size: u8, value: u64) {
+        self.shared
+            .config_write(offset, size, value, &self.identity.writable);
     }
 }
 
@@ -208,7 +216,7 @@ impl QueueRegs {
             },
             ..QueueRegs::default()
         };
-        identity.queues.iter().take(MAX_QUEUES).map(regs).collect()
+        identity.queues.iter().map(regs).collect()
     }
 }
 
@@ -223,7 +231,7 @@ impl PciDevice for VirtioPci {
             BAR_MODERN => match offset & !(PART - 1) {
                 COMMON => self.common_read(offset, size),
                 ISR if offset == ISR => self.shared.take_isr().into(),
-                CONFIG => self.config_read(offset - CONFIG, size),
+                CONFIG => self.shared.config_read(offset - CONFIG, size),
                 _ => 0,
             },
             _ => 0,
@@ -233,7 +241,11 @@ impl PciDevice for VirtioPci {
     fn bar_write(&self, f: &PciFunction, bar: usize, offset: u64, size: u8, value: u64) {
         match bar {
             BAR_LEGACY => self.legacy_write(f, offset, size, value),
-            BAR_MODERN if offset < PART => self.common_write(offset, size, value),
+            BAR_MODERN => match offset & !(PART - 1) {
+                COMMON => self.common_write(offset, size, value),
+                CONFIG => self.config_write(offset - CONFIG, size, value),
+                _ => {}
+            },
             _ => {}
         }
     }

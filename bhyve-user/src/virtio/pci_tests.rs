@@ -8,7 +8,11 @@ use crate::pci::Bdf;
 use crate::pci::bar::Windows;
 use crate::pci::function::Wiring;
 use crate::pci::intx::Router;
+use crate::virtio::Device;
 use crate::virtio::queue::{Chain, Malformed, take_front};
+
+#[path = "group_tests.rs"]
+mod groups;
 
 const IO: u16 = 0x2000;
 const DEVICE_FEATURE: u64 = 1 << 5;
@@ -45,6 +49,10 @@ struct Rig {
 }
 
 fn rig() -> Rig {
+    rig_of(|identity| Built::single(identity, Echo))
+}
+
+fn rig_of(built: impl FnOnce(Identity) -> Built) -> Rig {
     let fake = Fake::new();
     let machine: Arc<dyn Machine> = fake.clone();
     let buses = Arc::new(Buses::default());
@@ -57,15 +65,10 @@ fn rig() -> Rig {
         features: DEVICE_FEATURE,
         queues: vec![8, 8],
         config: vec![1, 2, 3, 4, 5, 6, 7, 8],
+        writable: 4..8,
     };
-    let (plan, device) = VirtioPci::new(
-        "test".into(),
-        identity,
-        Box::new(Echo),
-        memory.clone(),
-        false,
-    )
-    .unwrap();
+    let built = built(identity);
+    let (plan, device) = VirtioPci::new("test".into(), built, memory.clone(), false).unwrap();
     let wiring = Wiring {
         buses: &buses,
         machine: &machine,

@@ -15,6 +15,8 @@ const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 /// Available ring flag: the driver wants no interrupts (§2.7.6).
 const NO_INTERRUPT: u16 = 1;
+/// Used ring flag: the device wants no notifications (§2.7.8).
+const NO_NOTIFY: u16 = 1;
 /// Bytes of a descriptor.
 const DESCRIPTOR: u64 = 16;
 /// Most descriptors of one chain. §2.7.5.3.1 has the queue's size as the most,
@@ -252,13 +254,34 @@ impl Queue {
     }
 
     /// How many chains wait.
-    fn waiting(&self, memory: &GuestMemory) -> Result<u16, Malformed> {
+    ///
+    /// # Errors
+    /// [`Malformed`]; the queue is then to be used no more.
+    pub fn waiting(&self, memory: &GuestMemory) -> Result<u16, Malformed> {
         let idx = Self::read16(memory, self.layout.avail + 2)?;
         let n = idx.wrapping_sub(self.next_avail);
         if n > self.layout.size {
             return Err(Malformed::AvailIndex);
         }
         Ok(n)
+    }
+
+    /// Tells a driver without event index whether to notify of what it adds.
+    /// (With event index it only does after [`Queue::pop`] found nothing.)
+    ///
+    /// # Errors
+    /// [`Malformed::Ring`].
+    pub fn set_notify(&mut self, memory: &GuestMemory, wanted: bool) -> Result<(), Malformed> {
+        if self.event_idx {
+            return Ok(());
+        }
+        let flags = if wanted { 0 } else { NO_NOTIFY };
+        memory
+            .write(self.layout.used, &flags)
+            .map_err(|_| Malformed::Ring)?;
+        // What was added before the driver could see it is found by looking.
+        fence(Ordering::SeqCst);
+        Ok(())
     }
 
     /// Reads the next chain into `chain`; false if there is none, and then the
@@ -338,11 +361,34 @@ impl Queue {
         chain: &Chain,
         written: u32,
     ) -> Result<(), Malformed> {
+        self.put(memory, chain, written)?;
+        self.publish(memory)
+    }
+
+    /// As [`Queue::push`], but the driver sees it with the next
+    /// [`Queue::publish`] only: for what belongs together.
+    ///
+    /// # Errors
+    /// [`Malformed::Ring`].
+    pub fn put(
+        &mut self,
+        memory: &GuestMemory,
+        chain: &Chain,
+        written: u32,
+    ) -> Result<(), Malformed> {
         let at = self.layout.used + 4 + 8 * self.slot(self.next_used);
         let element = u64::from(chain.head) | u64::from(written) << 32;
         // Only 4-byte aligned, so two writes; nobody looks before the index.
         memory.write(at, &element).map_err(|_| Malformed::Ring)?;
         self.next_used = self.next_used.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Shows the driver what was put into the used ring.
+    ///
+    /// # Errors
+    /// [`Malformed::Ring`].
+    pub fn publish(&mut self, memory: &GuestMemory) -> Result<(), Malformed> {
         fence(Ordering::Release);
         memory
             .write(self.layout.used + 2, &self.next_used)

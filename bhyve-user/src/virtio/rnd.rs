@@ -6,12 +6,24 @@ use std::io;
 use vmmapi::GuestMemory;
 
 use super::queue::{Chain, Malformed};
-use super::{Device, Identity};
+use super::{Built, Device, Identity};
 
 /// Most bytes for one request, so that none keeps the worker for long.
 const MOST: u64 = 64 << 10;
 /// Entries of its queue, as in bhyve.
 const QUEUE: u16 = 64;
+
+/// A source of entropy; it has no options.
+///
+/// # Errors
+/// There are some, or the host has no entropy.
+pub fn build(conf: &str) -> Result<Built, String> {
+    if !conf.is_empty() {
+        return Err(format!("no option \"{conf}\"; there is none"));
+    }
+    let (identity, rnd) = Rnd::open().map_err(|e| format!("/dev/urandom: {e}"))?;
+    Ok(Built::single(identity, rnd))
+}
 
 /// The device.
 pub struct Rnd {
@@ -28,9 +40,8 @@ impl Rnd {
             kind: 4,
             // Encryption controller, as in bhyve.
             class: (0x10, 0),
-            features: 0,
             queues: vec![QUEUE],
-            config: Vec::new(),
+            ..Identity::default()
         };
         let source = File::open("/dev/urandom")?;
         Ok((identity, Rnd { source }))

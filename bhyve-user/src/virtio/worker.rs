@@ -1,18 +1,20 @@
-//! The thread that serves a device's queues, so that no vCPU waits for the
-//! host's disk.
+//! The threads that serve a device's queues, one a group, so that no vCPU
+//! waits for the host's disk.
 //!
-//! The queues and the device are under one lock that is held for one request
-//! at a time: who holds it knows that nothing of the guest's memory is in use,
-//! which is what a reset has to wait for.
+//! A group's queues and device are under one lock that is held for one turn
+//! at a time: who holds all of a device's locks knows that nothing of the
+//! guest's memory is in use, which is what a reset has to wait for.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
-use std::thread::{self, Thread};
+use std::thread;
 
 use vmmapi::GuestMemory;
 
 use super::queue::{Chain, Malformed, Queue};
-use super::{Device, status};
+use super::wait::{Sleeper, Sources};
+use super::{Built, Device, Group, Identity, Turn, status};
 use crate::lock;
 use crate::pci::function::PciFunction;
 
@@ -22,82 +24,220 @@ pub const NO_VECTOR: u16 = 0xffff;
 /// (§4.1.4.5).
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
-/// Most queues of a device, a bit each.
-pub const MAX_QUEUES: usize = 32;
+/// Most queues of a device, a bit each in what a group is notified of.
+pub const MAX_QUEUES: usize = 62;
+/// The other two bits: the configuration was written, a [`Waker`] was used.
+const CONFIG_WRITTEN: u64 = 1 << 62;
+const WOKEN: u64 = 1 << 63;
 
+/// A group's state, under its lock.
 struct Work {
     device: Box<dyn Device>,
+    /// By number; those of other groups are `None` for ever.
     queues: Vec<Option<Queue>>,
     features: u64,
     chain: Chain,
 }
 
-/// What transport and worker share.
+/// What a group's thread is told, and where it sleeps.
+struct Inbox {
+    /// Queues with something to look at, a bit each.
+    notified: AtomicU64,
+    sleeper: Sleeper,
+}
+
+impl Inbox {
+    /// Leaves word for the thread.
+    fn notify(&self, bits: u64) {
+        if self.notified.fetch_or(bits, Ordering::SeqCst) & bits != bits {
+            self.sleeper.wake();
+        }
+    }
+}
+
+/// A group as others see it.
+struct Crew {
+    queues: Vec<usize>,
+    work: Mutex<Work>,
+    inbox: Arc<Inbox>,
+}
+
+/// What transport and threads share.
 pub struct Shared {
     /// Device status (§2.1).
     pub status: Mutex<u8>,
     /// MSI-X vectors: of each queue, and of configuration changes at the end.
     pub vectors: Vec<AtomicU32>,
     memory: GuestMemory,
-    work: Mutex<Work>,
-    /// Queues with something to look at.
-    notified: AtomicU32,
+    crews: Vec<Crew>,
+    /// Which crew has a queue.
+    crew_of: Vec<Option<usize>>,
+    config: Mutex<Vec<u8>>,
+    generation: AtomicU8,
     /// Grows with every reset.
     epoch: AtomicU32,
+    /// Nothing is served until the next reset.
+    broken: AtomicBool,
     isr: Mutex<u8>,
-    thread: OnceLock<Thread>,
     function: OnceLock<Weak<PciFunction>>,
     name: String,
     complained: AtomicBool,
 }
 
-impl Shared {
-    /// A device and its thread, called `name`; `queues` is at most
-    /// [`MAX_QUEUES`].
+/// Gets [`Device::woken`] called for a group, from any thread; does nothing
+/// when the device is gone.
+#[derive(Clone)]
+pub struct Waker(Weak<Inbox>);
+
+impl Waker {
+    /// Has the group's thread look.
+    pub fn wake(&self) {
+        if let Some(inbox) = self.0.upgrade() {
+            inbox.notify(WOKEN);
+        }
+    }
+}
+
+/// What a device works with while it has its group's lock.
+pub struct Cx<'a> {
+    /// Guest memory.
+    pub memory: &'a GuestMemory,
+    /// What the driver accepted.
+    pub features: u64,
+    queues: &'a mut [Option<Queue>],
+    chain: &'a mut Chain,
+    shared: &'a Shared,
+}
+
+impl Cx<'_> {
+    /// A queue of the group, if it runs. Interrupts for what was given back
+    /// are sent when the device returns.
+    pub fn queue(&mut self, index: usize) -> Option<&mut Queue> {
+        self.queues.get_mut(index)?.as_mut()
+    }
+
+    /// Takes the next chain of a queue; false if there is none or the queue
+    /// does not run, and then the driver will notify of the next.
     ///
     /// # Errors
-    /// The host has no more threads.
+    /// [`Malformed`], to be returned.
+    pub fn pop(&mut self, index: usize, chain: &mut Chain) -> Result<bool, Malformed> {
+        let memory = self.memory;
+        self.queue(index)
+            .map_or(Ok(false), |q| q.pop(memory, chain))
+    }
+
+    /// Gives a chain back with `written` bytes in its writable part. One whose
+    /// queue has stopped meanwhile is forgotten.
+    ///
+    /// # Errors
+    /// [`Malformed`], to be returned.
+    pub fn push(&mut self, index: usize, chain: &Chain, written: u32) -> Result<(), Malformed> {
+        let memory = self.memory;
+        self.queue(index)
+            .map_or(Ok(()), |q| q.push(memory, chain, written))
+    }
+
+    /// Serves the next request of a queue with `serve`, which returns the
+    /// bytes written.
+    ///
+    /// # Errors
+    /// [`Malformed`], to be returned.
+    pub fn serve_one(
+        &mut self,
+        index: usize,
+        serve: impl FnOnce(&mut Chain, &GuestMemory, u64) -> Result<u32, Malformed>,
+    ) -> Result<Turn, Malformed> {
+        let Some(Some(queue)) = self.queues.get_mut(index) else {
+            return Ok(Turn::Idle);
+        };
+        if !queue.pop(self.memory, self.chain)? {
+            return Ok(Turn::Idle);
+        }
+        let written = serve(self.chain, self.memory, self.features)?;
+        queue.push(self.memory, self.chain, written)?;
+        Ok(Turn::More)
+    }
+
+    /// The configuration space.
+    pub fn config<T>(&self, look: impl FnOnce(&[u8]) -> T) -> T {
+        look(&lock(&self.shared.config))
+    }
+
+    /// Changes the configuration space from `offset` on and tells the driver.
+    pub fn set_config(&self, offset: usize, bytes: &[u8]) {
+        self.shared.set_config(offset, bytes);
+    }
+}
+
+impl Shared {
+    /// A device and its threads, called `name`; returns what it is as well.
+    ///
+    /// # Errors
+    /// The host has no more threads or descriptors.
     pub fn start(
         name: String,
-        device: Box<dyn Device>,
+        built: Built,
         memory: GuestMemory,
-        queues: usize,
-    ) -> std::io::Result<Arc<Shared>> {
-        let queues = queues.min(MAX_QUEUES);
+    ) -> io::Result<(Identity, Arc<Shared>)> {
+        let Built {
+            mut identity,
+            groups,
+        } = built;
+        identity.queues.truncate(MAX_QUEUES);
+        let count = identity.queues.len();
+        let mut crew_of = vec![None; count];
+        let mut crews = Vec::with_capacity(groups.len());
+        for (number, Group { queues, device }) in groups.into_iter().enumerate() {
+            for &q in &queues {
+                if let Some(slot) = crew_of.get_mut(q) {
+                    *slot = Some(number);
+                }
+            }
+            crews.push(Crew {
+                queues,
+                inbox: Arc::new(Inbox {
+                    notified: AtomicU64::new(0),
+                    sleeper: Sleeper::new(device.polls())?,
+                }),
+                work: Mutex::new(Work {
+                    device,
+                    queues: (0..count).map(|_| None).collect(),
+                    features: 0,
+                    chain: Chain::default(),
+                }),
+            });
+        }
         let shared = Arc::new(Shared {
             status: Mutex::new(0),
-            vectors: (0..=queues)
+            vectors: (0..=count)
                 .map(|_| AtomicU32::new(NO_VECTOR.into()))
                 .collect(),
             memory,
-            work: Mutex::new(Work {
-                device,
-                queues: (0..queues).map(|_| None).collect(),
-                features: 0,
-                chain: Chain::default(),
-            }),
-            notified: AtomicU32::new(0),
+            crews,
+            crew_of,
+            config: Mutex::new(identity.config.clone()),
+            generation: AtomicU8::new(0),
             epoch: AtomicU32::new(0),
+            broken: AtomicBool::new(false),
             isr: Mutex::new(0),
-            thread: OnceLock::new(),
             function: OnceLock::new(),
-            name: name.clone(),
+            name,
             complained: AtomicBool::new(false),
         });
-        let weak = Arc::downgrade(&shared);
-        let spawned = thread::Builder::new().name(name).spawn(move || {
-            while let Some(shared) = weak.upgrade() {
-                let notified = shared.notified.swap(0, Ordering::Acquire);
-                if notified != 0 {
-                    shared.serve(notified);
-                    continue;
-                }
-                drop(shared);
-                thread::park();
-            }
-        })?;
-        let _ = shared.thread.set(spawned.thread().clone());
-        Ok(shared)
+        for (index, crew) in shared.crews.iter().enumerate() {
+            let waker = Waker(Arc::downgrade(&crew.inbox));
+            lock(&crew.work).device.attached(waker);
+            let (weak, inbox) = (Arc::downgrade(&shared), Arc::clone(&crew.inbox));
+            let name = match index {
+                0 => shared.name.clone(),
+                n => format!("{}/{n}", shared.name),
+            };
+            let thread = thread::Builder::new().name(name);
+            let spawned = thread.spawn(move || run(&weak, index, &inbox))?;
+            crew.inbox.sleeper.set_thread(spawned.thread());
+        }
+        Ok((identity, shared))
     }
 
     /// Makes the function known that interrupts go out by.
@@ -110,23 +250,40 @@ impl Shared {
         &self.memory
     }
 
-    /// Has the worker look at queues, a bit each.
-    pub fn notify(&self, queues: u32) {
+    fn crew(&self, queue: usize) -> Option<&Crew> {
+        self.crews.get((*self.crew_of.get(queue)?)?)
+    }
+
+    /// Has the group's thread look at a queue.
+    pub fn notify(&self, queue: usize) {
         // A device that needs a reset does nothing until then, and a queue
         // that does not run is skipped.
-        if self.notified.fetch_or(queues, Ordering::Release) & queues != queues
-            && let Some(thread) = self.thread.get()
-        {
-            thread.unpark();
+        if let Some(crew) = self.crew(queue) {
+            crew.inbox.notify(1 << queue);
         }
     }
 
-    /// Starts or stops a queue. Waits for a request that is being served.
+    /// Starts or stops a queue. Waits for a turn that is under way.
     pub fn set_queue(&self, index: usize, queue: Option<Queue>, features: u64) {
-        let mut work = lock(&self.work);
+        let Some(crew) = self.crew(index) else {
+            return;
+        };
+        let mut work = lock(&crew.work);
         work.features = features;
         if let Some(slot) = work.queues.get_mut(index) {
             *slot = queue;
+        }
+    }
+
+    /// Tells the device that its driver is up.
+    pub fn activate(&self, features: u64) {
+        for crew in &self.crews {
+            let mut guard = lock(&crew.work);
+            guard.features = features;
+            self.with(crew, &mut guard, |device, cx| device.activate(cx));
+            drop(guard);
+            // It may wait for something else now.
+            crew.inbox.notify(WOKEN);
         }
     }
 
@@ -134,16 +291,75 @@ impl Shared {
     /// device uses no guest memory any more.
     pub fn reset(&self) {
         self.epoch.fetch_add(1, Ordering::AcqRel);
-        let mut work = lock(&self.work);
-        work.queues.fill_with(|| None);
-        work.features = 0;
-        self.notified.store(0, Ordering::Release);
+        for crew in &self.crews {
+            let mut work = lock(&crew.work);
+            work.queues.fill_with(|| None);
+            work.features = 0;
+            work.device.reset();
+            crew.inbox.notified.store(0, Ordering::SeqCst);
+            drop(work);
+            crew.inbox.notify(WOKEN);
+        }
+        self.broken.store(false, Ordering::Release);
         for v in &self.vectors {
             v.store(NO_VECTOR.into(), Ordering::Relaxed);
         }
         *lock(&self.status) = 0;
-        drop(work);
         self.take_isr();
+    }
+
+    /// Bytes of the configuration space from `offset` on, at most eight;
+    /// zeroes behind its end.
+    pub fn config_read(&self, offset: u64, size: u8) -> u64 {
+        let at = usize::try_from(offset).unwrap_or(usize::MAX);
+        let config = lock(&self.config);
+        let bytes = config.get(at..).unwrap_or_default();
+        let bytes = bytes.iter().take(usize::from(size)).rev();
+        bytes.fold(0, |v, &b| v << 8 | u64::from(b))
+    }
+
+    /// The driver writes to the configuration space, inside of `writable`.
+    pub fn config_write(
+        &self,
+        offset: u64,
+        size: u8,
+        value: u64,
+        writable: &std::ops::Range<usize>,
+    ) {
+        let at = usize::try_from(offset).unwrap_or(usize::MAX);
+        let end = at.saturating_add(size.into());
+        if at < writable.start || end > writable.end {
+            return;
+        }
+        if let Some(to) = lock(&self.config).get_mut(at..end) {
+            for (to, from) in to.iter_mut().zip(value.to_le_bytes()) {
+                *to = from;
+            }
+        }
+        if let Some(crew) = self.crews.first() {
+            crew.inbox.notify(CONFIG_WRITTEN);
+        }
+    }
+
+    /// Changes with the configuration space (§2.5.1).
+    pub fn generation(&self) -> u8 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    fn set_config(&self, offset: usize, bytes: &[u8]) {
+        {
+            let mut config = lock(&self.config);
+            let end = offset.saturating_add(bytes.len());
+            match config.get_mut(offset..end) {
+                Some(to) if to != bytes => to.copy_from_slice(bytes),
+                _ => return,
+            }
+            self.generation.fetch_add(1, Ordering::AcqRel);
+        }
+        // A driver that is not up yet reads it when it is.
+        if *lock(&self.status) & status::DRIVER_OK != 0 {
+            self.interrupt(self.vectors.len().saturating_sub(1), ISR_CONFIG);
+        }
     }
 
     /// Reads the ISR status, which clears it and lowers the line.
@@ -173,6 +389,7 @@ impl Shared {
 
     /// Stops the device until it is reset (§2.1.2).
     pub fn needs_reset(&self, why: Malformed) {
+        self.broken.store(true, Ordering::Release);
         {
             let mut status = lock(&self.status);
             if *status & status::NEEDS_RESET != 0 {
@@ -190,29 +407,74 @@ impl Shared {
         self.interrupt(self.vectors.len().saturating_sub(1), ISR_CONFIG);
     }
 
-    fn serve(&self, notified: u32) {
+    /// Has a group's device do something, and sends the interrupts that are
+    /// due. `None` if the device cannot go on.
+    fn with<T>(
+        &self,
+        crew: &Crew,
+        work: &mut Work,
+        call: impl FnOnce(&mut dyn Device, &mut Cx<'_>) -> Result<T, Malformed>,
+    ) -> Option<T> {
+        let mut cx = Cx {
+            memory: &self.memory,
+            features: work.features,
+            queues: &mut work.queues,
+            chain: &mut work.chain,
+            shared: self,
+        };
+        let result = call(&mut *work.device, &mut cx).and_then(|value| {
+            for &index in &crew.queues {
+                // The lock is held, so that a reset comes before or after.
+                if let Some(Some(q)) = work.queues.get_mut(index)
+                    && q.wants_interrupt(&self.memory)?
+                {
+                    self.interrupt(index, ISR_QUEUE);
+                }
+            }
+            Ok(value)
+        });
+        match result {
+            Ok(value) => Some(value),
+            Err(why) => {
+                work.queues.fill_with(|| None);
+                self.needs_reset(why);
+                None
+            }
+        }
+    }
+
+    fn stopped(&self, epoch: u32) -> bool {
+        self.epoch.load(Ordering::Acquire) != epoch || self.broken.load(Ordering::Acquire)
+    }
+
+    fn serve(&self, crew: &Crew, notified: u64) {
         let epoch = self.epoch.load(Ordering::Acquire);
+        if notified & CONFIG_WRITTEN != 0 {
+            let mut work = lock(&crew.work);
+            if !self.stopped(epoch) {
+                self.with(crew, &mut work, |device, cx| device.config_written(cx));
+            }
+        }
         let mut again = 0;
-        for index in (0..MAX_QUEUES).filter(|i| notified & 1 << i != 0) {
-            if self.serve_queue(index, epoch) {
+        for &index in crew.queues.iter().filter(|&&i| notified & 1 << i != 0) {
+            if self.serve_queue(crew, index, epoch) {
                 again |= 1 << index;
             }
         }
         if again != 0 {
-            self.notified.fetch_or(again, Ordering::AcqRel);
+            crew.inbox.notified.fetch_or(again, Ordering::AcqRel);
         }
     }
 
-    /// At most a queue's worth of requests; true if there may be more.
-    fn serve_queue(&self, index: usize, epoch: u32) -> bool {
+    /// At most a queue's worth of turns; true if there may be more.
+    fn serve_queue(&self, crew: &Crew, index: usize, epoch: u32) -> bool {
         let mut left = u16::MAX;
         loop {
-            let mut guard = lock(&self.work);
-            let work = &mut *guard;
-            if self.epoch.load(Ordering::Acquire) != epoch {
+            let mut work = lock(&crew.work);
+            if self.stopped(epoch) {
                 return false;
             }
-            let Some(Some(queue)) = work.queues.get_mut(index) else {
+            let Some(Some(queue)) = work.queues.get(index) else {
                 return false;
             };
             left = left.min(queue.size());
@@ -220,52 +482,55 @@ impl Shared {
                 return true;
             }
             left -= 1;
-            let result = Self::serve_one(
-                queue,
-                index,
-                &mut *work.device,
-                &mut work.chain,
-                &self.memory,
-                work.features,
-            );
-            match result {
-                // The lock is held, so that a reset comes before or after.
-                Ok(None) => return false,
-                Ok(Some(true)) => self.interrupt(index, ISR_QUEUE),
-                Ok(Some(false)) => {}
-                Err(why) => {
-                    work.queues.fill_with(|| None);
-                    self.needs_reset(why);
-                    return false;
-                }
+            match self.with(crew, &mut work, |device, cx| device.turn(index, cx)) {
+                Some(Turn::More) => {}
+                Some(Turn::Idle) | None => return false,
             }
         }
     }
+}
 
-    /// Serves one request; says whether an interrupt is due, `None` if there
-    /// was no request.
-    fn serve_one(
-        queue: &mut Queue,
-        index: usize,
-        device: &mut dyn Device,
-        chain: &mut Chain,
-        memory: &GuestMemory,
-        features: u64,
-    ) -> Result<Option<bool>, Malformed> {
-        if !queue.pop(memory, chain)? {
-            return Ok(None);
+/// A group's thread.
+fn run(weak: &Weak<Shared>, index: usize, inbox: &Inbox) {
+    let (mut sources, mut ready, mut late) = (Sources::default(), Vec::new(), false);
+    while let Some(shared) = weak.upgrade() {
+        let Some(crew) = shared.crews.get(index) else {
+            return;
+        };
+        let notified = inbox.notified.swap(0, Ordering::AcqRel);
+        if notified & !WOKEN != 0 {
+            shared.serve(crew, notified);
         }
-        let written = device.serve(index, chain, memory, features)?;
-        queue.push(memory, chain, written)?;
-        queue.wants_interrupt(memory).map(Some)
+        if notified & WOKEN != 0 || late || !ready.is_empty() {
+            let mut work = lock(&crew.work);
+            if !shared.broken.load(Ordering::Acquire) {
+                shared.with(crew, &mut work, |device, cx| device.woken(&ready, cx));
+            }
+        }
+        match &inbox.sleeper {
+            Sleeper::Park(_) if notified != 0 => {}
+            Sleeper::Park(_) => {
+                // Asleep, a thread keeps no device.
+                drop(shared);
+                Sleeper::park();
+            }
+            Sleeper::Poll(bell) => {
+                sources.clear();
+                lock(&crew.work).device.sources(&mut sources);
+                drop(shared);
+                late = bell.sleep(&mut sources, &mut ready, || {
+                    inbox.notified.load(Ordering::SeqCst) != 0
+                });
+            }
+        }
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // The worker finds nobody left, and ends.
-        if let Some(thread) = self.thread.get() {
-            thread.unpark();
+        // The threads find nobody left, and end.
+        for crew in &self.crews {
+            crew.inbox.notify(WOKEN);
         }
     }
 }

@@ -21,12 +21,13 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Only the modules `sys`, `title` and [`memory`] contain `unsafe`: the system calls and the
-//! mapping of guest memory. No reference into guest memory is ever handed out,
+//! Only the modules `sys`, `title`, [`poll`] and [`memory`] contain `unsafe`: the system
+//! calls and the mapping of guest memory. No reference into guest memory is ever handed out,
 //! because the guest changes it at will.
 
 mod error;
 pub mod memory;
+pub mod poll;
 mod state;
 mod sys;
 mod title;

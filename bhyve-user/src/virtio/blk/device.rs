@@ -113,6 +113,7 @@ impl Blk {
             features,
             queues: vec![QUEUE],
             config: config(&backend, options),
+            writable: 0..0,
         };
         Ok((identity, Blk { backend, serial }))
     }

@@ -22,10 +22,13 @@ const CONFIG: u64 = 0x14;
 
 impl VirtioPci {
     pub(super) fn legacy_read(&self, f: &PciFunction, offset: u64, size: u8) -> u64 {
+        if !self.transitional {
+            return 0;
+        }
         let msix = offset >= CONFIG && f.msix_enabled();
         let config = if msix { CONFIG_MSIX } else { CONFIG };
         if offset >= config {
-            return self.config_read(offset - config, size);
+            return self.shared.config_read(offset - config, size);
         }
         let r = lock(&self.registers);
         let select = usize::from(r.queue_select);
@@ -50,8 +53,13 @@ impl VirtioPci {
             self.notify(value as u16);
             return;
         }
-        // No device here has configuration that a driver may write.
-        if offset >= CONFIG && !f.msix_enabled() {
+        if !self.transitional {
+            return;
+        }
+        let msix = offset >= CONFIG && f.msix_enabled();
+        let config = if msix { CONFIG_MSIX } else { CONFIG };
+        if offset >= config {
+            self.config_write(offset - config, size, value);
             return;
         }
         let mut r = lock(&self.registers);

@@ -49,8 +49,7 @@ impl VirtioPci {
             (CONFIG_VECTOR, 2) => self.vector(self.config_source()).into(),
             (NUM_QUEUES, 2) => r.queues.len() as u64,
             (STATUS, 1) => (*lock(&self.shared.status)).into(),
-            // The devices' configuration never changes.
-            (GENERATION, 1) => 0,
+            (GENERATION, 1) => self.shared.generation().into(),
             (QUEUE_SELECT, 2) => r.queue_select.into(),
             (QUEUE_SIZE, 2) => q.layout.size.into(),
             (QUEUE_VECTOR, 2) if select < r.queues.len() => self.vector(select).into(),
@@ -141,15 +140,21 @@ impl VirtioPci {
             *status = new;
             before
         };
-        let modern = r.driver_features & feature::VERSION_1 != 0;
-        if value & !before & status::DRIVER_OK != 0 && modern {
-            for index in 0..r.queues.len() {
-                if r.queues.get(index).is_some_and(|q| q.enabled) {
-                    self.start_queue(r, index);
-                    // Buffers may be there already.
-                    self.notify(index as u16);
-                }
+        if value & !before & status::DRIVER_OK == 0 {
+            return;
+        }
+        let enabled = |i: &usize| r.queues.get(*i).is_some_and(|q| q.enabled);
+        let queues: Vec<usize> = (0..r.queues.len()).filter(enabled).collect();
+        // A legacy driver's queues run from the moment that they have a place.
+        if r.driver_features & feature::VERSION_1 != 0 {
+            for &index in &queues {
+                self.start_queue(r, index);
             }
+        }
+        self.shared.activate(r.driver_features);
+        for index in queues {
+            // Buffers may be there already.
+            self.shared.notify(index);
         }
     }
 }

@@ -1,0 +1,124 @@
+//! The emulations that `-s` knows: a name, what its options are, and who
+//! builds it.
+
+use std::sync::Arc;
+
+use vmmapi::GuestMemory;
+
+use super::PciDevice;
+use super::bridge::{self, HostBridge};
+use super::function::Blueprint;
+use crate::config::PciSlot;
+use crate::machine::Machine;
+use crate::virtio::pci::VirtioPci;
+use crate::virtio::{self, Built};
+
+/// What devices have besides their slot.
+pub struct Means<'a> {
+    /// The VM's name.
+    pub vm: &'a str,
+    /// The VM.
+    pub machine: &'a Arc<dyn Machine>,
+    /// Guest memory.
+    pub memory: &'a GuestMemory,
+    /// `-W`: virtio without MSI-X.
+    pub virtio_msi: bool,
+}
+
+/// A function that is ready for its slot.
+pub type Plan = (Blueprint, Box<dyn PciDevice>);
+
+/// How an emulation is made.
+#[derive(Clone, Copy)]
+pub enum Builder {
+    /// Any PCI function.
+    Pci(fn(&PciSlot, &Means<'_>) -> Result<Plan, String>),
+    /// A virtio device. Its options are [`PciSlot::conf`].
+    Virtio(fn(&PciSlot, &Means<'_>) -> Result<Built, String>),
+    /// The LPC bridge, which the root makes when everything else has its
+    /// interrupt.
+    Lpc,
+}
+
+/// An emulation.
+#[derive(Clone, Copy)]
+pub struct Emulation {
+    /// Its name.
+    pub name: &'static str,
+    /// What goes behind the name, and what it is.
+    pub help: &'static str,
+    /// Who makes it.
+    pub builder: Builder,
+}
+
+/// All of them, in the order that they are listed in.
+pub const EMULATIONS: &[Emulation] = &[
+    Emulation {
+        name: "hostbridge",
+        help: "a host bridge, as slot 0 has it",
+        builder: Builder::Pci(|_, _| Ok((bridge::plan(0x1275, 0x1275), Box::new(HostBridge)))),
+    },
+    Emulation {
+        name: "amd_hostbridge",
+        help: "the same with AMD's numbers",
+        builder: Builder::Pci(|_, _| Ok((bridge::plan(0x1022, 0x7432), Box::new(HostBridge)))),
+    },
+    Emulation {
+        name: "lpc",
+        help: "the bridge to com1 and com2, on bus 0",
+        builder: Builder::Lpc,
+    },
+    Emulation {
+        name: "virtio-blk",
+        help: "PATH[,ro][,sync][,nocache][,nodelete][,serial=ID][,sectorsize=LOGICAL[/PHYSICAL]]: \
+               a disk, PATH a raw file or a block device",
+        builder: Builder::Virtio(|slot, _| virtio::blk::build(&slot.conf)),
+    },
+    Emulation {
+        name: "virtio-rnd",
+        help: "the host's entropy",
+        builder: Builder::Virtio(|slot, _| virtio::rnd::build(&slot.conf)),
+    },
+];
+
+/// The emulation of that name.
+pub fn find(name: &str) -> Option<&'static Emulation> {
+    EMULATIONS.iter().find(|e| e.name == name)
+}
+
+/// All names, for a message.
+pub fn names() -> String {
+    let names: Vec<&str> = EMULATIONS.iter().map(|e| e.name).collect();
+    names.join(", ")
+}
+
+/// What `-s help` says: a line each, the name first.
+pub fn help() -> String {
+    EMULATIONS
+        .iter()
+        .map(|e| format!("{:<15} {}\n", e.name, e.help))
+        .collect()
+}
+
+/// Makes what a slot asks for; `None` for the LPC bridge.
+///
+/// # Errors
+/// What is wrong with its options, or the host's side of it.
+pub(super) fn plan(
+    emulation: &Emulation,
+    slot: &PciSlot,
+    means: &Means<'_>,
+) -> Result<Option<Plan>, String> {
+    match emulation.builder {
+        Builder::Pci(build) => build(slot, means).map(Some),
+        Builder::Virtio(build) => {
+            let built = build(slot, means)?;
+            let name = format!("{} {}", slot.emulation, slot.at);
+            let memory = means.memory.clone();
+            let (plan, device) =
+                VirtioPci::new(name, built, memory, means.virtio_msi).map_err(|e| e.to_string())?;
+            Ok(Some((plan, Box::new(device))))
+        }
+        Builder::Lpc => Ok(None),
+    }
+}
