@@ -101,6 +101,8 @@ pub fn pci_config(data: &[u8]) {
         slot(31, "lpc"),
     ];
     let means = Means {
+        vm: "fuzz",
+        machine: &machine,
         memory: &memory,
         virtio_msi: data.first().is_some_and(|b| b & 1 != 0),
     };
