@@ -116,10 +116,9 @@ fn refusals_name_the_option_and_what_would_do() {
 
 #[test]
 fn help_is_not_an_error() {
+    // libvirt compares whole lines.
     let list = run("-s help").unwrap_err();
-    let mut lines = list.lines();
-    assert!(lines.next().unwrap().starts_with("hostbridge "));
-    assert!(lines.any(|l| l.starts_with("virtio-blk ") && l.contains("PATH[,ro]")));
+    assert!(list.lines().any(|l| l == "virtio-blk"), "{list}");
     assert_eq!(run("-l help"), Err("com1\ncom2\npc-testdev\n".into()));
     assert!(run("-h").unwrap_err().starts_with("Usage: bhyve"));
 }

@@ -5,7 +5,7 @@ use std::process::{Command as Process, Output};
 
 use bhyve::cli::{self, Command};
 use bhyve::config::Config;
-use bhyve::pci::root::EMULATIONS;
+use bhyve::pci::catalog;
 use bhyve::virtio::blk::options::Options as Disk;
 
 const BHYVE: &str = include_str!("../../tests/callers/bhyve.txt");
@@ -57,7 +57,7 @@ fn split(words: &[String]) -> (Vec<String>, Vec<String>) {
         let missing = match word.as_str() {
             "-s" => {
                 let emulation = value.split(',').nth(1).expect("an emulation");
-                (!EMULATIONS.contains(&emulation)).then(|| emulation.to_owned())
+                (catalog::find(emulation).is_none()).then(|| emulation.to_owned())
             }
             "-l" => {
                 let device = value.split(',').next().unwrap_or_default();
@@ -141,7 +141,10 @@ fn libvirt_finds_out_what_there_is() {
     assert!(!help.contains("-c vcpus") && !help.contains("-n:"));
 
     let (_, list, _) = bhyve(&["-s", "help"]);
-    assert!(list.lines().eq(EMULATIONS), "{list}");
+    assert!(
+        list.lines().eq(catalog::EMULATIONS.iter().map(|e| e.name)),
+        "{list}"
+    );
 
     for device in [
         "ahci",
@@ -155,7 +158,11 @@ fn libvirt_finds_out_what_there_is() {
     ] {
         let (out, _, stderr) = bhyve(&["-s", &format!("0,{device}")]);
         let denied = stderr.contains(&format!("pci slot 0:0: unknown device \"{device}\""));
-        assert_eq!(denied, !EMULATIONS.contains(&device), "{device}: {stderr}");
+        assert_eq!(
+            denied,
+            catalog::find(device).is_none(),
+            "{device}: {stderr}"
+        );
         assert!(!out.status.success());
     }
     let (_, _, stderr) = bhyve(&["-l", "bootrom"]);
@@ -166,7 +173,7 @@ fn libvirt_finds_out_what_there_is() {
         "{stderr}"
     );
     let (_, _, stderr) = bhyve(&["-s", "0,fbuf,password="]);
-    assert!(EMULATIONS.contains(&"fbuf") || stderr.contains("unknown device \"fbuf\""));
+    assert!(catalog::find("fbuf").is_some() || stderr.contains("unknown device \"fbuf\""));
 }
 
 #[test]
