@@ -92,10 +92,12 @@ pub fn names() -> String {
     names.join(", ")
 }
 
-/// What `-s help` says: a name a line and nothing else, because libvirt compares
-/// whole lines. What they are is in bhyve(8).
+/// What `-s help` says: a line each, the name first.
 pub fn help() -> String {
-    EMULATIONS.iter().map(|e| format!("{}\n", e.name)).collect()
+    EMULATIONS
+        .iter()
+        .map(|e| format!("{:<15} {}\n", e.name, e.help))
+        .collect()
 }
 
 /// Makes what a slot asks for; `None` for the LPC bridge.

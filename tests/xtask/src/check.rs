@@ -9,7 +9,7 @@ use lab::dirs::Dirs;
 use lab::host::{self, Kit};
 use lab::progress::step;
 use lab::runner::{self, Lab, Tally};
-use lab::{apt, core_src, kmod};
+use lab::{core_src, kmod};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
@@ -74,12 +74,8 @@ fn components() -> Result<()> {
     Ok(())
 }
 
-/// What unit tests make disk images with.
-const IMAGE_PACKAGES: [&str; 3] = ["makefs", "xorriso", "fdisk"];
-
 fn checks(dirs: &Dirs, tally: &mut Tally) -> Result<()> {
     components()?;
-    apt::ensure_installed(&IMAGE_PACKAGES)?;
     let source = core_src::ensure(dirs)?;
     let kernel = |dirs: &Dirs, source: &CoreSource, args: &[&str]| {
         kmod::cargo(dirs, source, "vmm-kmod/kmod", "kmod", args)

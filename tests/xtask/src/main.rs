@@ -12,7 +12,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use lab::dirs::Dirs;
 use lab::machine::{Engine, Machine, Spec};
 use lab::progress::step;
-use lab::{apt, core_src, host, host_kernel, kmod, kmod_freebsd, programs, programs_freebsd};
+use lab::{apt, core_src, host, host_kernel, kmod, kmod_freebsd, programs};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -45,16 +45,8 @@ enum Verb {
         #[arg(long, required_if_eq("host", "freebsd"))]
         sys: Option<PathBuf>,
     },
-    /// Build bhyve, bhyvectl and bhyveload and print their paths
-    Programs {
-        /// The system that they are for: static programs for Linux, or FreeBSD/amd64
-        #[arg(long, default_value = "linux")]
-        host: KmodHost,
-        /// An installed FreeBSD (its usr/lib): the programs are static and run
-        /// on that release. Without it they are for FreeBSD 14 and later
-        #[arg(long, value_name = "DIR")]
-        sysroot: Option<PathBuf>,
-    },
+    /// Build bhyve, bhyvectl and bhyveload as static programs and print their paths
+    Programs,
     /// Boot Debian's kernel on the bare emulator, to compare a guest's log with
     Bare {
         /// What runs it
@@ -72,10 +64,10 @@ enum Verb {
     },
 }
 
-/// Systems that vmm.ko and the programs can be built for.
+/// Kernels that vmm.ko can be built for.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum KmodHost {
-    /// Debian, with its cloud kernel
+    /// Debian's cloud kernel
     Linux,
     /// FreeBSD/amd64
     Freebsd,
@@ -119,13 +111,9 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             println!("{}", kmod::build(&dirs, &kernel)?.display());
             Ok(ExitCode::SUCCESS)
         }
-        Verb::Programs { host, sysroot } => {
+        Verb::Programs => {
             host::prerequisites(&[])?;
-            let built = step("bhyve, bhyvectl, bhyveload", || match host {
-                KmodHost::Linux => programs::build(&dirs),
-                KmodHost::Freebsd => programs_freebsd::build(&dirs, sysroot.as_deref()),
-            })?;
-            for program in built {
+            for program in step("bhyve, bhyvectl, bhyveload", || programs::build(&dirs))? {
                 println!("{}", program.display());
             }
             Ok(ExitCode::SUCCESS)

@@ -66,14 +66,17 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         return errno::ENXIO;
     }
     // SAFETY: CPL 0; CPUs of one machine are alike.
-    let backend = match unsafe { vmm_hw::backend::Backend::<os::Os>::new() } {
+    let backend = match unsafe { vmm_hw::vmx::Backend::<os::Os>::new() } {
         Ok(b) => b,
         Err(e) => {
-            klog!(Error, "{e}");
+            klog!(Error, "VT-x cannot be used: {e}");
             return errno::ENXIO;
         }
     };
-    warn_of_holes(backend.mitigations());
+    let Ok(backend) = sync::try_arc(backend) else {
+        return errno::ENOMEM;
+    };
+    warn_of_holes(&backend.caps.mitigations);
     let g = global::Global {
         cpuid_caps: global::caps(&backend, info),
         // SAFETY: CPL 0; the MSRs are those of every CPU with VT-x, or
@@ -86,9 +89,9 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         fill_rsb: info.fill_rsb != 0,
         xsave_forms: info.xsave_forms,
         apic_virt: if info.use_apic_vid != 0 {
-            vmm_hw::backend::ApicVirt::all()
+            vmm_hw::vmx::ApicVirt::all()
         } else {
-            vmm_hw::backend::ApicVirt::all().difference(vmm_hw::backend::ApicVirt::INTERRUPTS)
+            vmm_hw::vmx::ApicVirt::all().difference(vmm_hw::vmx::ApicVirt::INTERRUPTS)
         },
         backend,
     };
@@ -134,7 +137,7 @@ fn set_vmxe(on: bool) {
     unsafe { ffi::vmm_host_set_vmxe(c_int::from(on)) }
 }
 
-/// VT-x or AMD-V on, on this CPU.
+/// VMX on, on this CPU.
 ///
 /// # Safety
 /// Interrupts off.
@@ -149,19 +152,18 @@ pub unsafe extern "C" fn vmm_rust_cpu_online() -> c_int {
         Err(e) => {
             klog!(
                 Error,
-                "CPU {}: {e}",
+                "CPU {}: VMX cannot be switched on: {e}",
                 os::Os::cpu()
             );
-            if e.in_use() {
-                errno::EBUSY
-            } else {
-                errno::ENXIO
+            match e {
+                vmm_hw::vmx::EnableError::InUse => errno::EBUSY,
+                _ => errno::ENXIO,
             }
         }
     }
 }
 
-/// VT-x or AMD-V off, on this CPU.
+/// VMX off, on this CPU.
 ///
 /// # Safety
 /// Interrupts off, no vCPU in the guest here.
