@@ -9,6 +9,7 @@ mod options;
 mod show;
 
 use options::Given;
+pub use options::usage;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use vmmapi::{
@@ -45,7 +46,7 @@ pub fn main(args: &[String]) -> ExitCode {
 fn run(args: &[String], out: &mut impl Write) -> Result<(), Failure> {
     let given = options::parse(args).map_err(Failure::Usage)?;
     if given.has("help") {
-        write!(out, "{}", options::usage())?;
+        write!(out, "{}", usage())?;
         return Ok(());
     }
     let name = given

@@ -16,7 +16,6 @@
 )]
 
 pub mod bhyvectl;
-pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod config;

@@ -151,16 +151,11 @@ fn other(vm: &Arc<Vm>, vcpu: &Vcpu, exit: &VmExit) -> vmmapi::Result<Next> {
 /// A vCPU thread's whole life; the VM learns how it ended.
 pub fn thread(vm: &Arc<Vm>, vcpu: &Vcpu) {
     let pins = vm.config.pins.iter().filter(|(v, _)| *v == vcpu.id());
-    let mut set = nix::sched::CpuSet::new();
-    let mut pinned = false;
-    for (_, host) in pins {
-        pinned = true;
-        if let Err(e) = set.set(*host) {
-            eprintln!("-p {}:{host}: {e}", vcpu.id());
-        }
-    }
-    if pinned && let Err(e) = nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set) {
-        eprintln!("vCPU {}: cannot be pinned: {e}", vcpu.id());
+    let hosts: Vec<usize> = pins.map(|(_, host)| *host).collect();
+    if !hosts.is_empty()
+        && let Err(e) = vmmapi::pin_thread(&hosts)
+    {
+        eprintln!("-p: vCPU {} cannot be pinned to {hosts:?}: {e}", vcpu.id());
     }
     let result = run(vm, vcpu);
     vm.ended(result);

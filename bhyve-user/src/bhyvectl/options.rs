@@ -124,7 +124,7 @@ fn all() -> Vec<(String, Option<String>)> {
 }
 
 /// The list of options, as stock prints it.
-pub(super) fn usage() -> String {
+pub fn usage() -> String {
     let mut text = String::from("Usage: bhyvectl --vm=<vmname>\n");
     for (name, arg) in all().iter().skip(1) {
         let arg = arg.as_ref().map_or_else(String::new, |a| format!("=<{a}>"));

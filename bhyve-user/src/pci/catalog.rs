@@ -92,12 +92,10 @@ pub fn names() -> String {
     names.join(", ")
 }
 
-/// What `-s help` says: a line each, the name first.
+/// What `-s help` says: a name a line and nothing else, because libvirt compares
+/// whole lines. What they are is in bhyve(8).
 pub fn help() -> String {
-    EMULATIONS
-        .iter()
-        .map(|e| format!("{:<15} {}\n", e.name, e.help))
-        .collect()
+    EMULATIONS.iter().map(|e| format!("{}\n", e.name)).collect()
 }
 
 /// Makes what a slot asks for; `None` for the LPC bridge.

@@ -21,10 +21,11 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Only the modules `sys`, `title`, [`poll`] and [`memory`] contain `unsafe`: the system
+//! Only the modules `affinity`, `sys`, `title`, [`poll`] and [`memory`] contain `unsafe`: the system
 //! calls and the mapping of guest memory. No reference into guest memory is ever handed out,
 //! because the guest changes it at will.
 
+mod affinity;
 mod error;
 pub mod memory;
 pub mod poll;
@@ -34,6 +35,7 @@ mod title;
 mod vcpu;
 mod vm;
 
+pub use affinity::pin_thread;
 pub use error::{Error, Result};
 pub use memory::{GuestMemory, MemFlags, Segment, parse_memsize};
 pub use state::Flat32;

@@ -24,6 +24,7 @@ pub mod kmod;
 pub mod kmod_freebsd;
 pub mod machine;
 pub mod programs;
+pub mod programs_freebsd;
 pub mod progress;
 pub mod qemu;
 pub mod report;

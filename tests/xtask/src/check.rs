@@ -1,6 +1,7 @@
 //! `cargo xtask test`: format, lints, documentation, unit tests, lab tests.
 
 use crate::boot::EngineName;
+use crate::pages;
 use anyhow::Result;
 use clap::Args;
 use lab::command::output;
@@ -9,7 +10,7 @@ use lab::dirs::Dirs;
 use lab::host::{self, Kit};
 use lab::progress::step;
 use lab::runner::{self, Lab, Tally};
-use lab::{core_src, kmod};
+use lab::{apt, core_src, kmod};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
@@ -74,8 +75,12 @@ fn components() -> Result<()> {
     Ok(())
 }
 
+/// What unit tests make disk images with.
+const IMAGE_PACKAGES: [&str; 3] = ["makefs", "xorriso", "fdisk"];
+
 fn checks(dirs: &Dirs, tally: &mut Tally) -> Result<()> {
     components()?;
+    apt::ensure_installed(&IMAGE_PACKAGES)?;
     let source = core_src::ensure(dirs)?;
     let kernel = |dirs: &Dirs, source: &CoreSource, args: &[&str]| {
         kmod::cargo(dirs, source, "vmm-kmod/kmod", "kmod", args)
@@ -133,7 +138,27 @@ fn checks(dirs: &Dirs, tally: &mut Tally) -> Result<()> {
     let mut doc = cargo(&["doc", "--workspace", "--no-deps", "--quiet"]);
     doc.env("RUSTDOCFLAGS", "-D warnings");
     check("documentation", doc, tally)?;
-    unit_tests(cargo(&["test", "--workspace", "--no-fail-fast"]), tally)
+    unit_tests(cargo(&["test", "--workspace", "--no-fail-fast"]), tally)?;
+    apt::ensure_installed(&pages::PACKAGES)?;
+    step_of("manual pages and completions", tally, || pages::check(dirs));
+    Ok(())
+}
+
+/// A check that is no single command.
+fn step_of(name: &str, tally: &mut Tally, check: impl FnOnce() -> Result<()>) {
+    let started = Instant::now();
+    let result = check();
+    let seconds = started.elapsed().as_secs_f64();
+    match result {
+        Ok(()) => {
+            println!("{name}: ok ({seconds:.1} s)");
+            tally.passed += 1;
+        }
+        Err(e) => {
+            println!("{name}: FAILED ({seconds:.1} s)\n{e:#}");
+            tally.failed += 1;
+        }
+    }
 }
 
 fn check(name: &str, mut command: Command, tally: &mut Tally) -> Result<()> {

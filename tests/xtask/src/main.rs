@@ -5,6 +5,7 @@
 mod boot;
 mod check;
 mod fuzz;
+mod pages;
 mod terminal;
 
 use anyhow::{Context, Result};
@@ -12,7 +13,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use lab::dirs::Dirs;
 use lab::machine::{Engine, Machine, Spec};
 use lab::progress::step;
-use lab::{apt, core_src, host, host_kernel, kmod, kmod_freebsd, programs};
+use lab::{apt, core_src, host, host_kernel, kmod, kmod_freebsd, programs, programs_freebsd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -45,8 +46,20 @@ enum Verb {
         #[arg(long, required_if_eq("host", "freebsd"))]
         sys: Option<PathBuf>,
     },
-    /// Build bhyve, bhyvectl and bhyveload as static programs and print their paths
-    Programs,
+    /// Build bhyve, bhyvectl and bhyveload and print their paths
+    Programs {
+        /// The system that they are for: static programs for Linux, or FreeBSD/amd64
+        #[arg(long, default_value = "linux")]
+        host: KmodHost,
+        /// An installed FreeBSD (its usr/lib): the programs are static and run
+        /// on that release. Without it they are for FreeBSD 14 and later
+        #[arg(long, value_name = "DIR")]
+        sysroot: Option<PathBuf>,
+    },
+    /// Write the manual pages and print their paths
+    Man,
+    /// Write the shell completions and print their paths
+    Completions,
     /// Boot Debian's kernel on the bare emulator, to compare a guest's log with
     Bare {
         /// What runs it
@@ -64,10 +77,10 @@ enum Verb {
     },
 }
 
-/// Kernels that vmm.ko can be built for.
+/// Systems that vmm.ko and the programs can be built for.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum KmodHost {
-    /// Debian's cloud kernel
+    /// Debian, with its cloud kernel
     Linux,
     /// FreeBSD/amd64
     Freebsd,
@@ -111,13 +124,19 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             println!("{}", kmod::build(&dirs, &kernel)?.display());
             Ok(ExitCode::SUCCESS)
         }
-        Verb::Programs => {
+        Verb::Programs { host, sysroot } => {
             host::prerequisites(&[])?;
-            for program in step("bhyve, bhyvectl, bhyveload", || programs::build(&dirs))? {
+            let built = step("bhyve, bhyvectl, bhyveload", || match host {
+                KmodHost::Linux => programs::build(&dirs),
+                KmodHost::Freebsd => programs_freebsd::build(&dirs, sysroot.as_deref()),
+            })?;
+            for program in built {
                 println!("{}", program.display());
             }
             Ok(ExitCode::SUCCESS)
         }
+        Verb::Man => list(&pages::write(&dirs)?.join("man")),
+        Verb::Completions => list(&pages::write(&dirs)?.join("completions")),
         Verb::Bare {
             engine,
             cpus,
@@ -125,6 +144,14 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             kernel,
         } => bare(&dirs, engine.resolve(), cpus, &cmdline, kernel),
     }
+}
+
+/// Prints the paths of all files in a folder.
+fn list(folder: &Path) -> Result<ExitCode> {
+    for file in pages::files(folder)? {
+        println!("{}", file.display());
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn bare(
