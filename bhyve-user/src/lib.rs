@@ -24,6 +24,7 @@ pub mod i8042;
 pub mod legacy;
 pub mod machine;
 pub mod mmio;
+pub mod net;
 pub mod pci;
 pub mod pm;
 pub mod serial;

@@ -21,8 +21,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Only the modules `affinity`, `sys`, `title`, [`poll`] and [`memory`] contain `unsafe`: the system
-//! calls and the mapping of guest memory. No reference into guest memory is ever handed out,
+//! Only the modules `affinity`, `sys`, `title`, [`poll`], [`tap`] and [`memory`] contain `unsafe`: the
+//! system calls and the mapping of guest memory. No reference into guest memory is ever handed out,
 //! because the guest changes it at will.
 
 mod affinity;
@@ -31,6 +31,7 @@ pub mod memory;
 pub mod poll;
 mod state;
 mod sys;
+pub mod tap;
 mod title;
 mod vcpu;
 mod vm;

@@ -1,0 +1,571 @@
+//! User-mode networking: the guest's packets become sockets of this process,
+//! so that a guest has a network without root and without an interface on the
+//! host. `slirp` in bhyve's words; the addresses are slirp's too.
+//!
+//! ```text
+//! 10.0.2.2    the gateway, and the host itself (its loopback interface)
+//! 10.0.2.3    name server: the host's
+//! 10.0.2.15   the guest, by DHCP
+//! ```
+//!
+//! TCP is smoltcp's at the guest's side and the host's at the other
+//! ([`tcp`]); UDP and ICMP are translated datagram by datagram ([`udp`]).
+//! Everything the guest writes is parsed by smoltcp's checked packet types.
+//! There is no thread of its own: whoever sends and receives moves it on.
+
+mod dhcp;
+mod link;
+pub mod options;
+mod resolver;
+mod tcp;
+mod udp;
+
+use std::io::{self, ErrorKind};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use mio::{Events, Poll, Token};
+use smoltcp::time::Instant as SmolInstant;
+use smoltcp::wire::{
+    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol,
+    Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, IpAddress, IpProtocol, Ipv4Packet, Ipv4Repr,
+    TcpPacket, UdpPacket,
+};
+
+use super::mac::Mac;
+use super::{HEADER, Header, NEEDS_CSUM, Offloads, Port};
+use link::Link;
+use options::{Forward, Options, Protocol};
+use tcp::Key;
+
+/// The gateway, which is the host.
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+/// The name server.
+pub const DNS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
+/// The guest.
+pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
+const NETMASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
+const DNS_PORT: u16 = 53;
+/// The gateway's card, as slirp has it.
+const GATEWAY_MAC: EthernetAddress = EthernetAddress([0x52, 0x55, 10, 0, 2, 2]);
+/// Events taken from the host at a time.
+const EVENTS: usize = 64;
+/// The largest datagram.
+const DATAGRAM: usize = 65536;
+/// What an ICMP error quotes of the packet that it is about (RFC 1812
+/// §4.3.2.3), less headers.
+const QUOTE: usize = 548;
+
+/// Whose turn an event of the host's is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Tcp,
+    Udp,
+    TcpForward,
+    UdpForward,
+}
+
+fn token(kind: Kind, slot: usize) -> Token {
+    Token(slot << 2 | kind as usize)
+}
+
+fn untoken(token: Token) -> (Kind, usize) {
+    let kind = match token.0 & 3 {
+        0 => Kind::Tcp,
+        1 => Kind::Udp,
+        2 => Kind::TcpForward,
+        _ => Kind::UdpForward,
+    };
+    (kind, token.0 >> 2)
+}
+
+/// Whether an address is of the guest's network.
+fn local(ip: Ipv4Addr) -> bool {
+    let [a, b, c, _] = ip.octets();
+    (a, b, c) == (10, 0, 2)
+}
+
+/// Whether a guest may have an address: one of its network that means nothing
+/// else there.
+fn ours(ip: Ipv4Addr) -> bool {
+    let [.., d] = ip.octets();
+    local(ip) && (4..255).contains(&d)
+}
+
+/// Something that an outsider cannot guess, for TCP's first sequence number.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    RandomState::new().build_hasher().finish()
+}
+
+/// Why a user-mode network cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum UserError {
+    /// A port to forward is taken or forbidden.
+    #[error("hostfwd: the host does not let us have {protocol:?} port {at}: {why}")]
+    Forward {
+        /// TCP or UDP.
+        protocol: Protocol,
+        /// The host's address and port.
+        at: SocketAddr,
+        /// What the host says.
+        why: io::Error,
+    },
+    /// Out of descriptors.
+    #[error("slirp: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// A user-mode network.
+pub struct UserNet {
+    open: bool,
+    poll: Poll,
+    events: Events,
+    start: Instant,
+    link: Link,
+    resolver: resolver::Resolver,
+    tcp: tcp::Flows,
+    udp: udp::Flows,
+    tcp_forwards: Vec<tcp::Forward>,
+    udp_forwards: Vec<udp::Forward>,
+    buffer: Vec<u8>,
+}
+
+impl UserNet {
+    /// A network for a card with the address `guest`, whose largest IP packet
+    /// has `mtu` bytes. The ports to forward are bound at once.
+    ///
+    /// # Errors
+    /// [`UserError`].
+    pub fn new(options: &Options, guest: Mac, mtu: u16) -> Result<UserNet, UserError> {
+        let poll = Poll::new()?;
+        let (mut tcp_forwards, mut udp_forwards) = (Vec::new(), Vec::new());
+        for f in &options.forwards {
+            let refused = |why| UserError::Forward {
+                protocol: f.protocol,
+                at: f.host,
+                why,
+            };
+            forward(f, &poll, &mut tcp_forwards, &mut udp_forwards).map_err(refused)?;
+        }
+        Ok(UserNet {
+            open: options.open,
+            poll,
+            events: Events::with_capacity(EVENTS),
+            start: Instant::now(),
+            link: Link::new(EthernetAddress(guest.0), mtu.into()),
+            resolver: resolver::Resolver::new(),
+            tcp: tcp::Flows::default(),
+            udp: udp::Flows::default(),
+            tcp_forwards,
+            udp_forwards,
+            buffer: vec![0; DATAGRAM],
+        })
+    }
+
+    /// Time as smoltcp counts it.
+    fn now(&self) -> SmolInstant {
+        let us = self.start.elapsed().as_micros();
+        SmolInstant::from_micros(i64::try_from(us).unwrap_or(i64::MAX))
+    }
+
+    /// Where the host finds what the guest calls `ip`, for its `port`.
+    fn outside(&mut self, ip: Ipv4Addr, port: u16) -> Option<IpAddr> {
+        if !self.open {
+            return None;
+        }
+        match ip {
+            GATEWAY => Some(Ipv4Addr::LOCALHOST.into()),
+            DNS if port == DNS_PORT => self.resolver.server(),
+            _ => {
+                let [first, ..] = ip.octets();
+                let nowhere = local(ip) || first == 0 || first == 127 || first >= 224;
+                (!nowhere).then_some(ip.into())
+            }
+        }
+    }
+
+    fn arp(&mut self, data: &[u8]) {
+        let Ok(packet) = ArpPacket::new_checked(data) else {
+            return;
+        };
+        let Ok(ArpRepr::EthernetIpv4 {
+            operation: ArpOperation::Request,
+            source_hardware_addr,
+            source_protocol_addr,
+            target_protocol_addr,
+            ..
+        }) = ArpRepr::parse(&packet)
+        else {
+            return;
+        };
+        // Everybody else is behind the gateway, and the rest of this network
+        // does not exist.
+        if ![GATEWAY, DNS].contains(&target_protocol_addr) || !source_hardware_addr.is_unicast() {
+            return;
+        }
+        let reply = ArpRepr::EthernetIpv4 {
+            operation: ArpOperation::Reply,
+            source_hardware_addr: GATEWAY_MAC,
+            source_protocol_addr: target_protocol_addr,
+            target_hardware_addr: source_hardware_addr,
+            target_protocol_addr: source_protocol_addr,
+        };
+        let mut bytes = vec![0; reply.buffer_len()];
+        reply.emit(&mut ArpPacket::new_unchecked(&mut bytes));
+        self.link.arp(source_hardware_addr, &bytes);
+    }
+
+    /// Tells the guest that its packet came to nothing.
+    fn unreachable(&mut self, ip: &Ipv4Packet<&[u8]>, reason: Icmpv4DstUnreachable) {
+        // Never about a broadcast or the like (RFC 1122 §3.2.2).
+        let to = ip.dst_addr();
+        if to.is_broadcast() || to.is_multicast() || (local(to) && to.octets().ends_with(&[255])) {
+            return;
+        }
+        let Ok(header) = Ipv4Repr::parse(ip, &smoltcp::phy::ChecksumCapabilities::ignored()) else {
+            return;
+        };
+        let data = ip.payload();
+        let repr = Icmpv4Repr::DstUnreachable {
+            reason,
+            header,
+            data: data.get(..QUOTE).unwrap_or(data),
+        };
+        // A packet for the gateway is answered by it, one that passes too.
+        self.link.icmp(GATEWAY, ip.src_addr(), &repr);
+    }
+
+    fn icmp(&mut self, ip: &Ipv4Packet<&[u8]>) {
+        let Ok(packet) = Icmpv4Packet::new_checked(ip.payload()) else {
+            return;
+        };
+        let caps = smoltcp::phy::ChecksumCapabilities::default();
+        let Ok(Icmpv4Repr::EchoRequest {
+            ident,
+            seq_no,
+            data,
+        }) = Icmpv4Repr::parse(&packet, &caps)
+        else {
+            return;
+        };
+        if [GATEWAY, DNS].contains(&ip.dst_addr()) {
+            let reply = Icmpv4Repr::EchoReply {
+                ident,
+                seq_no,
+                data,
+            };
+            self.link.icmp(ip.dst_addr(), ip.src_addr(), &reply);
+        } else {
+            // A process has no right to send an echo: the guest is told so.
+            self.unreachable(ip, Icmpv4DstUnreachable::HostProhibited);
+        }
+    }
+
+    fn tcp(&mut self, header: Header, ip: &Ipv4Packet<&[u8]>, whole: &[u8]) {
+        let Ok(packet) = TcpPacket::new_checked(ip.payload()) else {
+            return;
+        };
+        let (from, to) = (ip.src_addr(), ip.dst_addr());
+        // One that is left to us is right: nothing happened to it on the way.
+        let trusted = header.flags & NEEDS_CSUM != 0;
+        if !trusted && !packet.verify_checksum(&from.into(), &to.into()) {
+            return;
+        }
+        let key = Key {
+            guest: SocketAddrV4::new(from, packet.src_port()),
+            peer: SocketAddrV4::new(to, packet.dst_port()),
+        };
+        // smoltcp takes nothing else for an interface's address.
+        let unicast = IpAddress::from(to).is_unicast();
+        if key.guest.port() == 0 || key.peer.port() == 0 || !unicast {
+            return;
+        }
+        let now = self.now();
+        if self.tcp.has(&key) {
+            self.tcp.packet(&key, whole, &mut self.link, now);
+            return;
+        }
+        if !packet.syn() || packet.ack() {
+            tcp::refuse(whole, to, &mut self.link, now);
+            return;
+        }
+        let Some(host) = self.outside(to, key.peer.port()) else {
+            if self.open && !local(to) {
+                self.unreachable(ip, Icmpv4DstUnreachable::HostUnreachable);
+            } else {
+                tcp::refuse(whole, to, &mut self.link, now);
+            }
+            return;
+        };
+        let host = SocketAddr::new(host, key.peer.port());
+        let registry = self.poll.registry();
+        if let Err(e) = self
+            .tcp
+            .connect(key, host, whole, &mut self.link, registry, now)
+        {
+            self.not_connected(whole, &e);
+        }
+    }
+
+    /// Answers a SYN whose connection the host could not make.
+    fn not_connected(&mut self, syn: &[u8], why: &io::Error) {
+        let now = self.now();
+        let Ok(ip) = Ipv4Packet::new_checked(syn) else {
+            return;
+        };
+        match why.kind() {
+            ErrorKind::HostUnreachable | ErrorKind::TimedOut => {
+                self.unreachable(&ip, Icmpv4DstUnreachable::HostUnreachable);
+            }
+            ErrorKind::NetworkUnreachable => {
+                self.unreachable(&ip, Icmpv4DstUnreachable::NetUnreachable);
+            }
+            _ => tcp::refuse(syn, ip.dst_addr(), &mut self.link, now),
+        }
+    }
+
+    fn udp(&mut self, header: Header, source: EthernetAddress, ip: &Ipv4Packet<&[u8]>) {
+        let Ok(packet) = UdpPacket::new_checked(ip.payload()) else {
+            return;
+        };
+        let (from, to) = (ip.src_addr(), ip.dst_addr());
+        let trusted = header.flags & NEEDS_CSUM != 0;
+        if !trusted && packet.checksum() != 0 && !packet.verify_checksum(&from.into(), &to.into()) {
+            return;
+        }
+        let data = packet.payload();
+        if packet.dst_port() == dhcp::SERVER && (to == GATEWAY || to.is_broadcast()) {
+            dhcp::serve(&mut self.link, source, data, self.open);
+            return;
+        }
+        if !ours(from) || packet.src_port() == 0 || packet.dst_port() == 0 {
+            return;
+        }
+        let key = Key {
+            guest: SocketAddrV4::new(from, packet.src_port()),
+            peer: SocketAddrV4::new(to, packet.dst_port()),
+        };
+        let now = Instant::now();
+        for f in &mut self.udp_forwards {
+            if f.answer(&key, data, now) {
+                return;
+            }
+        }
+        let fate = match self.outside(to, key.peer.port()) {
+            Some(host) => {
+                let host = SocketAddr::new(host, key.peer.port());
+                self.udp.send(key, host, data, self.poll.registry(), now)
+            }
+            None => udp::Fate::Refused,
+        };
+        if matches!(fate, udp::Fate::Refused) {
+            self.unreachable(ip, Icmpv4DstUnreachable::PortUnreachable);
+        }
+    }
+
+    fn ipv4(&mut self, header: Header, source: EthernetAddress, data: &[u8]) {
+        let Ok(ip) = Ipv4Packet::new_checked(data) else {
+            return;
+        };
+        // Fragments are not put together: TCP has none, and UDP that needs
+        // them is rare enough.
+        let whole = !ip.more_frags() && ip.frag_offset() == 0;
+        if ip.version() != 4 || !ip.verify_checksum() || !whole {
+            return;
+        }
+        let from = ip.src_addr();
+        if ours(from) {
+            self.link.guest = source;
+        } else if !from.is_unspecified() || ip.next_header() != IpProtocol::Udp {
+            return;
+        }
+        // Behind the packet there may be padding.
+        let len = usize::from(ip.total_len());
+        let packet = data.get(..len).unwrap_or(data);
+        match ip.next_header() {
+            IpProtocol::Tcp => self.tcp(header, &ip, packet),
+            IpProtocol::Udp => self.udp(header, source, &ip),
+            IpProtocol::Icmp => self.icmp(&ip),
+            _ => self.unreachable(&ip, Icmpv4DstUnreachable::ProtoUnreachable),
+        }
+    }
+
+    /// A packet of the guest's. What makes no sense is dropped, as a network
+    /// does.
+    fn input(&mut self, packet: &[u8]) {
+        let Some((head, frame)) = packet.split_at_checked(HEADER) else {
+            return;
+        };
+        let Some(head) = head.first_chunk() else {
+            return;
+        };
+        let header = Header::parse(*head);
+        let Ok(eth) = EthernetFrame::new_checked(frame) else {
+            return;
+        };
+        let (from, to) = (eth.src_addr(), eth.dst_addr());
+        if !from.is_unicast() || (to != GATEWAY_MAC && !to.is_broadcast()) {
+            return;
+        }
+        match eth.ethertype() {
+            EthernetProtocol::Arp => self.arp(eth.payload()),
+            EthernetProtocol::Ipv4 => self.ipv4(header, from, eth.payload()),
+            _ => {}
+        }
+    }
+
+    /// Takes the host's events and serves what is due.
+    fn turn(&mut self) {
+        // Interrupted or out of memory: the next turn tries again.
+        if self
+            .poll
+            .poll(&mut self.events, Some(Duration::ZERO))
+            .is_err()
+        {
+            return;
+        }
+        let now = self.now();
+        let mut failed = Vec::new();
+        for event in &self.events {
+            let (kind, slot) = untoken(event.token());
+            match kind {
+                Kind::Tcp => failed.extend(self.tcp.ready(slot, event, &mut self.link, now)),
+                Kind::Udp => {
+                    let time = Instant::now();
+                    let buffer = &mut self.buffer;
+                    // A refusal needs the datagram that it is about, which is
+                    // gone: the guest hears with the next one it sends.
+                    let _ = self.udp.ready(slot, &mut self.link, buffer, time);
+                }
+                Kind::TcpForward => {
+                    if let Some(f) = self.tcp_forwards.get(slot) {
+                        let registry = self.poll.registry();
+                        accept(f, &mut self.tcp, &mut self.link, registry, now);
+                    }
+                }
+                Kind::UdpForward => {
+                    if let Some(f) = self.udp_forwards.get_mut(slot) {
+                        f.ready(&mut self.link, &mut self.buffer, Instant::now());
+                    }
+                }
+            }
+        }
+        for (syn, why) in failed {
+            self.not_connected(&syn, &why);
+        }
+        let all = self.link.starved && self.link.room();
+        if all {
+            self.link.starved = false;
+            let time = Instant::now();
+            for slot in self.udp.left() {
+                self.udp.ready(slot, &mut self.link, &mut self.buffer, time);
+            }
+            for f in self.udp_forwards.iter_mut().filter(|f| f.left()) {
+                f.ready(&mut self.link, &mut self.buffer, time);
+            }
+        }
+        self.tcp.timers(all, &mut self.link, now);
+        self.udp.timers(Instant::now());
+    }
+}
+
+fn forward(
+    f: &Forward,
+    poll: &Poll,
+    tcp: &mut Vec<tcp::Forward>,
+    udp: &mut Vec<udp::Forward>,
+) -> io::Result<()> {
+    match f.protocol {
+        Protocol::Tcp => {
+            let mut one = tcp::Forward::listen(f.host, f.guest)?;
+            one.register(poll.registry(), token(Kind::TcpForward, tcp.len()))?;
+            tcp.push(one);
+        }
+        Protocol::Udp => {
+            let mut one = udp::Forward::bind(f.host, f.guest)?;
+            one.register(poll.registry(), token(Kind::UdpForward, udp.len()))?;
+            udp.push(one);
+        }
+    }
+    Ok(())
+}
+
+/// Takes the connections that wait at a forwarded port.
+fn accept(
+    f: &tcp::Forward,
+    flows: &mut tcp::Flows,
+    link: &mut Link,
+    registry: &mio::Registry,
+    now: SmolInstant,
+) {
+    loop {
+        match f.listener.accept() {
+            // One that the host has no place for is closed.
+            Ok((stream, from)) => {
+                let _ = flows.accept(stream, from, f.guest, link, registry, now);
+            }
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::ConnectionAborted => {}
+            Err(_) => return,
+        }
+    }
+}
+
+impl Port for UserNet {
+    /// Checksums are not looked at, and TCP in one piece is as good as in
+    /// many. IPv6 is not spoken.
+    fn takes(&self) -> Offloads {
+        Offloads {
+            csum: true,
+            tso4: true,
+            tso6: false,
+            ecn: false,
+        }
+    }
+
+    fn gives(&self) -> Offloads {
+        self.takes()
+    }
+
+    fn guest_takes(&mut self, offloads: Offloads) -> io::Result<()> {
+        self.tcp.clear();
+        self.udp.clear();
+        self.link.clear();
+        self.link.guest_takes = offloads;
+        Ok(())
+    }
+
+    fn send(&mut self, packet: &[u8]) -> io::Result<()> {
+        self.input(packet);
+        Ok(())
+    }
+
+    fn receive(&mut self, into: &mut [u8]) -> io::Result<Option<usize>> {
+        if !self.link.waiting() {
+            self.turn();
+        }
+        Ok(self.link.pop(into))
+    }
+
+    fn pending(&self) -> bool {
+        self.link.waiting()
+    }
+
+    fn fd(&self) -> RawFd {
+        self.poll.as_raw_fd()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let tcp = self.tcp.due().map(|at| {
+            let us = u64::try_from(at.total_micros()).unwrap_or(0);
+            self.start + Duration::from_micros(us)
+        });
+        tcp.into_iter().chain(self.udp.due()).min()
+    }
+}
+
+#[cfg(test)]
+#[path = "user_tests.rs"]
+mod tests;
