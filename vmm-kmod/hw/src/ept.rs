@@ -1,7 +1,7 @@
 //! Nested page tables: guest-physical to host-physical.
 //!
 //! The walker is generic over the entry [`Format`]; [`EptFormat`] is VT-x's
-//! (SDM Vol. 3C §28.2.2). CPUs walk the tables while they change: every entry
+//! (SDM Vol. 3C §28.2.2), [`NptFormat`] AMD-V's. CPUs walk the tables while they change: every entry
 //! is one atomic store, a new table is complete before it is linked, and a
 //! table that was unlinked is kept until [`Ept::reclaim`].
 
@@ -9,7 +9,7 @@ mod format;
 #[cfg(test)]
 mod tests;
 
-pub use format::{EptFormat, Format, MemType, Prot};
+pub use format::{EptFormat, Format, MemType, NptFormat, Prot};
 
 use crate::error::Error;
 use alloc::boxed::Box;
@@ -143,6 +143,11 @@ impl<H: Host, F: Format> Ept<H, F> {
     /// Physical address of the root table.
     pub fn root_pa(&self) -> Hpa {
         self.root.pa
+    }
+
+    /// An entry of a table above the root that leads to the root.
+    pub fn link(&self) -> u64 {
+        F::table(self.root.pa)
     }
 
     /// The generation counters, for vCPUs.

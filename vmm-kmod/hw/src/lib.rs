@@ -1,8 +1,8 @@
 //! The CPU backends: everything that needs virtualization instructions,
 //! privileged registers or page tables that the CPU walks.
 //!
-//! `vmx` drives VT-x; `ept` owns nested page tables in a format-generic way;
-//! `mitigation` decides what a CPU's vulnerabilities cost. Locks, ioctls and
+//! `vmx` drives VT-x, behind the traits of `backend`;
+//! `ept` owns nested page tables in a format-generic way; `mitigation` decides what a CPU's vulnerabilities cost. Locks, ioctls and
 //! the run loop belong to `vmm-kmod`.
 //!
 //! The crate also compiles for an ordinary target, so that its pure parts run
@@ -22,9 +22,15 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod backend;
+pub mod cr;
 pub mod ept;
 pub mod error;
+pub mod fpu;
+pub mod instr;
 pub mod mitigation;
+pub mod msr;
+pub mod nested;
 pub mod page;
 #[cfg(test)]
 mod testhost;

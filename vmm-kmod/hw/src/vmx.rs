@@ -8,7 +8,6 @@ pub mod enable;
 pub mod entry;
 pub mod exit;
 pub mod fields;
-pub mod fpu;
 pub mod host_state;
 pub mod inject;
 pub mod instr;
@@ -16,11 +15,14 @@ pub mod msrbitmap;
 pub mod setup;
 pub mod state;
 pub mod vcpu;
+mod virtual_cpu;
 pub mod vpid;
 
-pub use apicv::{ApicMode, ApicVirt};
 pub use caps::{Capabilities, Features, Missing};
 pub use enable::{Backend, EnableError};
-pub use inject::PauseExiting;
-pub use setup::Reset;
-pub use vcpu::{Config, Vcpu};
+pub use vcpu::Vcpu;
+
+/// CPUID says that there is VT-x.
+pub fn present() -> bool {
+    instr::cpuid(1, 0)[2] & (1 << 5) != 0
+}

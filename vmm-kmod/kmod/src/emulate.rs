@@ -12,6 +12,7 @@ use vmm_core::inst::{self, Bus, BusError, CodeMode, DecodeError, Hint, Inst, Out
 use vmm_core::lapic::{Effect, Lapic};
 use vmm_core::paging::{self, GuestPhys, Paging, WalkError};
 use vmm_core::stats::Stat;
+use vmm_hw::backend::RunCpu;
 
 use crate::errno;
 use crate::memory::{self, GuestMemory};
@@ -182,7 +183,7 @@ impl GuestPhys for GuestMemory<'_> {
     }
 }
 
-impl Runner<'_> {
+impl<C: RunCpu> Runner<'_, C> {
     /// Resolves a nested fault. True: an exit for userland is in place.
     pub fn fault(&mut self, f: Fault) -> Result<bool, i32> {
         let mut mem = self.vm.mem.lock();
@@ -380,7 +381,7 @@ impl Runner<'_> {
     }
 
     /// Loads the PDPTEs that a MOV to CR0 or CR4 needs, then completes it.
-    pub fn load_pdptes(&mut self, new: &vmm_hw::vmx::cr::Controls) {
+    pub fn load_pdptes(&mut self, new: &vmm_hw::cr::Controls) {
         let mem = self.vm.mem.lock();
         let guest = mem.map.guest();
         let mut ptes = [0u64; 4];

@@ -3,15 +3,15 @@
 use vmm_abi::exit::{self as user, Exit as UserExit, Inout, VmExit};
 use vmm_abi::raw_exit::VmExitRaw;
 use vmm_core::chipset::Chipset;
-use vmm_core::cpu::{CpuState, CrAccess, DrAccess, Event, Exit, Gpr, IoExit, RFLAGS_IF, Reg, Seg};
+use vmm_core::cpu::{CrAccess, DrAccess, Event, Exit, Gpr, IoExit, RFLAGS_IF, Reg, Seg};
 use vmm_core::cpuid::DynState;
 use vmm_core::lapic::Effect;
 use vmm_core::msr::{MsrRead, MsrWrite, efer_change_allowed};
 use vmm_core::pmtmr;
 use vmm_core::stats::Stat;
-use vmm_hw::vmx::ApicMode;
-use vmm_hw::vmx::cr::{self, Controls};
-use vmm_hw::vmx::host_state as hw;
+use vmm_hw::backend::{ApicMode, RunCpu};
+use vmm_hw::cr::{self, Controls};
+use vmm_hw::msr;
 
 use crate::emulate::{Fault, apply};
 use crate::klog;
@@ -21,7 +21,7 @@ use crate::run::{Runner, Todo};
 
 const CR4_OSXSAVE: u64 = 1 << 18;
 
-impl Runner<'_> {
+impl<C: RunCpu> Runner<'_, C> {
     /// None: enter the guest again.
     #[inline]
     pub fn handle(&mut self, exit: Exit) -> Option<Todo> {
@@ -249,7 +249,7 @@ impl Runner<'_> {
                 return Some(self.user(len, UserExit::Wrmsr { msr, value }));
             }
             MsrWrite::Backend => {
-                if inner.hw.set_msr(msr, value) != hw::MsrWrite::Done {
+                if inner.hw.set_msr(msr, value) != msr::MsrWrite::Done {
                     return self.fault_with(Event::GP0);
                 }
             }

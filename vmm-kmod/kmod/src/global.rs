@@ -1,21 +1,21 @@
 //! What exists once while the module is loaded.
 
-use alloc::sync::Arc;
 use core::cell::UnsafeCell;
 use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use vmm_core::cpuid::CpuidCaps;
 use vmm_core::host::Host;
-use vmm_hw::vmx::{ApicVirt, Backend, Features, instr};
+use vmm_hw::backend::{ApicVirt, Backend};
+use vmm_hw::instr;
 
 use crate::ffi::HostInfo;
 use crate::os::Os;
 
 /// The CPU backend and constants of the host.
 pub struct Global {
-    /// VT-x.
-    pub backend: Arc<Backend<Os>>,
+    /// VT-x or AMD-V.
+    pub backend: Backend<Os>,
     /// Host's TSC frequency, Hz.
     pub tsc_hz: u64,
     /// What guests are offered.
@@ -93,22 +93,18 @@ pub fn trusted_cpuid(leaf: u32, sub: u32) -> [u32; 4] {
 
 /// What guests can be offered, from what the CPU and the host have.
 pub fn caps(backend: &Backend<Os>, info: &HostInfo) -> CpuidCaps {
-    let f = backend.caps.features;
-    let m = &backend.caps.mitigations;
+    let cpu = backend.offer();
+    let m = backend.mitigations();
     CpuidCaps {
-        invpcid: f.contains(Features::INVPCID),
-        pcid: f.contains(Features::VPID),
-        rdtscp: f.contains(Features::RDTSCP),
+        invpcid: cpu.invpcid,
+        pcid: cpu.pcid,
+        rdtscp: cpu.rdtscp,
         tsc_deadline: true,
         tsc_adjust: true,
         invariant_tsc: info.tsc_invariant != 0,
         gib_pages: cpuid(0x8000_0001, 0)[3] & (1 << 26) != 0,
-        xcr0: if f.contains(Features::XSAVE) {
-            backend.caps.xcr0
-        } else {
-            0
-        },
-        xsaves: f.contains(Features::XSAVES) && info.xsave_forms & 8 != 0,
+        xcr0: cpu.xcr0,
+        xsaves: cpu.xsaves && info.xsave_forms & 8 != 0,
         spec_ctrl: m.spec_ctrl,
         ssbd: m.spec_ctrl && cpuid(7, 0)[3] & (1 << 31) != 0,
         arch_capabilities: cpuid(7, 0)[3] & (1 << 29) != 0,

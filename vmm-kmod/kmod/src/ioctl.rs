@@ -6,8 +6,8 @@ use vmm_abi::layout::*;
 use vmm_abi::names::VM_REG_LAST_12;
 use vmm_abi::request as req;
 use vmm_abi::{Capability, CpusetWhich, IntrTrigger, X2apicState};
-use vmm_core::cpu::{CpuState, Gpr};
-use vmm_hw::vmx::ApicMode;
+use vmm_core::cpu::Gpr;
+use vmm_hw::backend::ApicMode;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::errno;
@@ -390,7 +390,7 @@ fn guest_memory(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
         req::VM_GET_GPA_PMAP => {
             let a: &mut VmGpaPte = arg(data)?;
             let mem = vm.mem.lock();
-            let (ptes, n) = mem.ept.walk(a.gpa);
+            let (ptes, n) = mem.nested.walk(a.gpa);
             a.pte = ptes;
             a.ptenum = n as i32;
             Ok(())

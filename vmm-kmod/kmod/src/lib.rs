@@ -66,17 +66,14 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         return errno::ENXIO;
     }
     // SAFETY: CPL 0; CPUs of one machine are alike.
-    let backend = match unsafe { vmm_hw::vmx::Backend::<os::Os>::new() } {
+    let backend = match unsafe { vmm_hw::backend::Backend::<os::Os>::new() } {
         Ok(b) => b,
         Err(e) => {
-            klog!(Error, "VT-x cannot be used: {e}");
+            klog!(Error, "{e}");
             return errno::ENXIO;
         }
     };
-    let Ok(backend) = sync::try_arc(backend) else {
-        return errno::ENOMEM;
-    };
-    warn_of_holes(&backend.caps.mitigations);
+    warn_of_holes(backend.mitigations());
     let g = global::Global {
         cpuid_caps: global::caps(&backend, info),
         // SAFETY: CPL 0; the MSRs are those of every CPU with VT-x, or
@@ -89,9 +86,9 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         fill_rsb: info.fill_rsb != 0,
         xsave_forms: info.xsave_forms,
         apic_virt: if info.use_apic_vid != 0 {
-            vmm_hw::vmx::ApicVirt::all()
+            vmm_hw::backend::ApicVirt::all()
         } else {
-            vmm_hw::vmx::ApicVirt::all().difference(vmm_hw::vmx::ApicVirt::INTERRUPTS)
+            vmm_hw::backend::ApicVirt::all().difference(vmm_hw::backend::ApicVirt::INTERRUPTS)
         },
         backend,
     };
@@ -137,7 +134,7 @@ fn set_vmxe(on: bool) {
     unsafe { ffi::vmm_host_set_vmxe(c_int::from(on)) }
 }
 
-/// VMX on, on this CPU.
+/// VT-x or AMD-V on, on this CPU.
 ///
 /// # Safety
 /// Interrupts off.
@@ -152,18 +149,19 @@ pub unsafe extern "C" fn vmm_rust_cpu_online() -> c_int {
         Err(e) => {
             klog!(
                 Error,
-                "CPU {}: VMX cannot be switched on: {e}",
+                "CPU {}: {e}",
                 os::Os::cpu()
             );
-            match e {
-                vmm_hw::vmx::EnableError::InUse => errno::EBUSY,
-                _ => errno::ENXIO,
+            if e.in_use() {
+                errno::EBUSY
+            } else {
+                errno::ENXIO
             }
         }
     }
 }
 
-/// VMX off, on this CPU.
+/// VT-x or AMD-V off, on this CPU.
 ///
 /// # Safety
 /// Interrupts off, no vCPU in the guest here.

@@ -6,6 +6,7 @@ use vmm_abi::limits::REG_HARDWARE;
 use vmm_abi::{CpuMode, PagingMode, RegName, TaskSwitchReason};
 use vmm_core::cpu::{CR0_PE, CR0_PG, CR4_PAE, CpuState, EFER_LMA, Gpr, Reg, Seg, SegDesc};
 use vmm_core::cpuid::CpuidTable;
+use vmm_hw::backend::VirtualCpu;
 
 use crate::errno;
 use crate::ffi;
@@ -13,7 +14,10 @@ use crate::vcpu::Inner;
 
 /// Does `f` with the vCPU's VMCS current and interrupts off. `f` must be
 /// short and must not sleep.
-pub fn with_current<R>(inner: &mut Inner, f: impl FnOnce(&mut Inner) -> R) -> R {
+pub fn with_current<C: VirtualCpu + ?Sized, R>(
+    inner: &mut Inner<C>,
+    f: impl FnOnce(&mut Inner<C>) -> R,
+) -> R {
     let mut f = Some(f);
     loop {
         // Where VMX is off (a CPU that is going offline) the thread moves on.
@@ -22,7 +26,7 @@ pub fn with_current<R>(inner: &mut Inner, f: impl FnOnce(&mut Inner) -> R) -> R 
         let flags = unsafe { ffi::vmm_host_irq_save() };
         // SAFETY: interrupts are off, and the vCPU's lock is held. Making it
         // current is all that is wanted; `f` then works on `inner`.
-        let current = unsafe { inner.hw.with_current(|_| ()) };
+        let current = unsafe { inner.hw.make_current() };
         let r = current
             .is_ok()
             .then(|| f.take().map(|f| f(inner)))
@@ -252,7 +256,7 @@ pub fn seg_name(s: Seg) -> RegName {
 }
 
 /// The paging state that exits carry.
-pub fn paging(cpu: &impl CpuState) -> GuestPaging {
+pub fn paging(cpu: &(impl CpuState + ?Sized)) -> GuestPaging {
     let cr0 = cpu.reg(Reg::Cr0);
     let cr4 = cpu.reg(Reg::Cr4);
     let long = cpu.reg(Reg::Efer) & EFER_LMA != 0;
@@ -294,7 +298,7 @@ pub fn task_switch_reason(reason: u8) -> TaskSwitchReason {
 }
 
 /// The address behind an instruction of `len` bytes at `rip`.
-pub fn behind(cpu: &impl CpuState, rip: u64, len: u8) -> u64 {
+pub fn behind(cpu: &(impl CpuState + ?Sized), rip: u64, len: u8) -> u64 {
     let next = rip.wrapping_add(u64::from(len));
     if (rip ^ next) >> 32 != 0 && !cpu.long_mode_code() {
         next & 0xffff_ffff

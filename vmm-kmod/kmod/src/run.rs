@@ -2,16 +2,16 @@
 //! userland when somebody there is needed.
 
 use vmm_abi::{Exit as UserExit, SuspendHow, VmExit};
-use vmm_core::cpu::{CpuState, Exit, Reg};
+use vmm_core::cpu::{Exit, Reg};
 use vmm_core::lapic::Changes;
 use vmm_core::stats::Stat;
-use vmm_hw::vmx::cr::Controls;
-use vmm_hw::vmx::{ApicVirt, Features, Reset};
+use vmm_hw::backend::{ApicVirt, Reset, RunCpu};
+use vmm_hw::cr::Controls;
 
 use crate::errno;
 use crate::ffi;
 use crate::os::{self, ThreadFlags};
-use crate::vcpu::{Inner, Vcpu, Wait};
+use crate::vcpu::{Inner, Kind, Vcpu, Wait};
 use crate::vm::Vm;
 
 /// Why the inner loop ended.
@@ -41,13 +41,13 @@ pub enum Todo {
 }
 
 /// A vCPU, its VM and the thread that runs it.
-pub struct Runner<'a> {
+pub struct Runner<'a, C> {
     /// The VM.
     pub vm: &'a Vm,
     /// What others see of the vCPU.
     pub vcpu: &'a Vcpu,
     /// What this thread has to itself.
-    pub inner: &'a mut Inner,
+    pub inner: &'a mut Inner<C>,
     /// PDPTEs for a MOV to CR0 or CR4 that is to be completed.
     pub pdptes: Option<([u64; 4], Controls)>,
     flags: ThreadFlags,
@@ -60,6 +60,12 @@ pub struct Runner<'a> {
 /// EINVAL: not active, or suspended. ENXIO: the VM was destroyed. ENOMEM: no
 /// memory for the guest.
 pub fn run(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
+    match inner.kind() {
+        Kind::Vmx(inner) => run_on(vm, vcpu, inner),
+    }
+}
+
+fn run_on<C: RunCpu>(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner<C>) -> Result<(), i32> {
     let id = vcpu.id as usize;
     if !vm.active.contains(id) || vm.suspended.contains(id) {
         return Err(errno::EINVAL);
@@ -70,12 +76,7 @@ pub fn run(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
     }
     // Userland may have loaded secrets into the caches since the last run.
     inner.hw.request_l1d_flush();
-    let preemption_timer = inner
-        .hw
-        .backend()
-        .caps
-        .features
-        .contains(Features::PREEMPTION_TIMER);
+    let preemption_timer = inner.hw.has_preemption_timer();
     Runner {
         vm,
         vcpu,
@@ -88,7 +89,7 @@ pub fn run(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
     .outer()
 }
 
-impl Runner<'_> {
+impl<C: RunCpu> Runner<'_, C> {
     fn outer(&mut self) -> Result<(), i32> {
         loop {
             if self.must_leave()? {
@@ -285,7 +286,7 @@ impl Runner<'_> {
     }
 
     /// # Safety
-    /// As `vmx::Vcpu::enter`.
+    /// As [`RunCpu::enter`].
     #[cold]
     #[inline(never)]
     unsafe fn enter_counted(&mut self) -> Exit {
@@ -497,7 +498,7 @@ impl Runner<'_> {
     }
 }
 
-impl Runner<'_> {
+impl<C: RunCpu> Runner<'_, C> {
     /// Looks which vCPUs that userland has not started yet got a start-up
     /// IPI: their own threads cannot.
     pub fn collect_spinups(&mut self) {

@@ -30,7 +30,7 @@ fn gpr(n: usize) -> Gpr {
 
 impl Snapshot {
     /// Copies what emulation can need; the VMCS is current.
-    pub fn take(cpu: &impl CpuState, next_rip: Option<u64>) -> Self {
+    pub fn take(cpu: &(impl CpuState + ?Sized), next_rip: Option<u64>) -> Self {
         let mut s = Snapshot {
             gprs: [0; 16],
             rip: next_rip.unwrap_or_else(|| cpu.reg(Reg::Rip)),
@@ -59,7 +59,7 @@ impl Snapshot {
     }
 
     /// Puts back what has changed; the VMCS is current.
-    pub fn put(&self, cpu: &mut impl CpuState) {
+    pub fn put(&self, cpu: &mut (impl CpuState + ?Sized)) {
         for (n, v) in self.gprs.iter().enumerate() {
             if self.gprs_changed & (1 << n) != 0 {
                 cpu.set_gpr(gpr(n), *v);

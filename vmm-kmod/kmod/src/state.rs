@@ -2,8 +2,8 @@
 
 use vmm_abi::Capability;
 use vmm_abi::layout::VmException;
-use vmm_core::cpu::{CpuState, Event, Reg};
-use vmm_hw::vmx::{Features, PauseExiting};
+use vmm_core::cpu::{Event, Reg};
+use vmm_hw::backend::{PauseExiting, VirtualCpu};
 
 use crate::errno;
 use crate::vcpu::Inner;
@@ -16,7 +16,7 @@ const PAUSE_WINDOW: u32 = 4096;
 /// Where giving way does not end the loop, the patience doubles up to this.
 const PAUSE_WINDOW_MAX: u32 = 1 << 22;
 
-impl Inner {
+impl<C: VirtualCpu + ?Sized> Inner<C> {
     /// Exits from PAUSE loops, where the CPU tells them from single PAUSEs.
     pub fn watch_pause_loops(&mut self) {
         self.pause_window = PAUSE_WINDOW;
@@ -99,7 +99,7 @@ impl Inner {
             Capability::UnrestrictedGuest => true,
             Capability::EnableInvpcid => self.invpcid,
             Capability::Rdtscp | Capability::Rdpid => {
-                self.hw.backend().caps.features.contains(Features::RDTSCP)
+                self.hw.has_rdtscp()
             }
             _ => return Err(errno::ENOENT),
         };

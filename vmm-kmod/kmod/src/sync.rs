@@ -1,7 +1,6 @@
 //! Locks, sleepers and timers over the host's.
 
 use alloc::boxed::Box;
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cell::UnsafeCell;
 use core::ops::{Deref, DerefMut};
@@ -49,14 +48,6 @@ pub fn try_box_with<T>(make: impl FnOnce() -> T) -> Result<Box<T>, NoMemory> {
         fill(p.as_mut(), make);
         Ok(Box::from_raw(p.as_ptr().cast()))
     }
-}
-
-/// `Arc::new`, likewise. Only used at load: the counted block itself comes
-/// from `Arc`, after a trial that there is memory for it.
-pub fn try_arc<T>(value: T) -> Result<Arc<T>, NoMemory> {
-    drop(try_box([0u8; 256])?);
-    drop(try_slice(core::mem::size_of::<T>(), |_| 0u8)?);
-    Ok(Arc::new(value))
 }
 
 /// A zero-filled `T` on the heap, never on the stack.
@@ -148,15 +139,15 @@ impl<T> Drop for SpinGuard<'_, T> {
 }
 
 /// A lock whose holder may sleep.
-pub struct Mutex<T> {
+pub struct Mutex<T: ?Sized> {
     raw: NonNull<ffi::HostMutex>,
     value: UnsafeCell<T>,
 }
 
 // SAFETY: the lock gives one thread at a time access to T.
-unsafe impl<T: Send> Sync for Mutex<T> {}
+unsafe impl<T: Send + ?Sized> Sync for Mutex<T> {}
 // SAFETY: owning the lock is owning T.
-unsafe impl<T: Send> Send for Mutex<T> {}
+unsafe impl<T: Send + ?Sized> Send for Mutex<T> {}
 
 impl<T> Mutex<T> {
     /// An unlocked mutex.
@@ -168,7 +159,9 @@ impl<T> Mutex<T> {
             value: UnsafeCell::new(value),
         })
     }
+}
 
+impl<T: ?Sized> Mutex<T> {
     /// Takes the lock, sleeping until it is free.
     pub fn lock(&self) -> MutexGuard<'_, T> {
         // SAFETY: `raw` lives as long as self; callers are in process context.
@@ -184,7 +177,7 @@ impl<T> Mutex<T> {
     }
 }
 
-impl<T> Drop for Mutex<T> {
+impl<T: ?Sized> Drop for Mutex<T> {
     fn drop(&mut self) {
         // SAFETY: nobody holds or waits for a mutex that is being dropped.
         unsafe { ffi::vmm_host_mutex_destroy(self.raw.as_ptr()) }
@@ -192,11 +185,11 @@ impl<T> Drop for Mutex<T> {
 }
 
 /// Holds a [`Mutex`].
-pub struct MutexGuard<'a, T> {
+pub struct MutexGuard<'a, T: ?Sized> {
     lock: &'a Mutex<T>,
 }
 
-impl<T> Deref for MutexGuard<'_, T> {
+impl<T: ?Sized> Deref for MutexGuard<'_, T> {
     type Target = T;
     fn deref(&self) -> &T {
         // SAFETY: the lock is held.
@@ -204,14 +197,14 @@ impl<T> Deref for MutexGuard<'_, T> {
     }
 }
 
-impl<T> DerefMut for MutexGuard<'_, T> {
+impl<T: ?Sized> DerefMut for MutexGuard<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
         // SAFETY: the lock is held.
         unsafe { &mut *self.lock.value.get() }
     }
 }
 
-impl<T> Drop for MutexGuard<'_, T> {
+impl<T: ?Sized> Drop for MutexGuard<'_, T> {
     fn drop(&mut self) {
         // SAFETY: this thread holds the lock.
         unsafe { ffi::vmm_host_mutex_unlock(self.lock.raw.as_ptr()) }

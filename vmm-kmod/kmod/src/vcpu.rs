@@ -16,7 +16,8 @@ use vmm_core::lapic::{DEFAULT_BASE, Lapic, LapicConfig, LapicPage, Mailbox};
 use vmm_core::msr::{MsrConfig, MsrState};
 use vmm_core::stats::Stats;
 use vmm_core::time::Ratio;
-use vmm_hw::vmx::{self, ApicMode, ApicVirt, Reset};
+use vmm_hw::backend::{ApicMode, ApicVirt, Backend, Config, Reset, VirtualCpu};
+use vmm_hw::vmx;
 
 use crate::ffi;
 use crate::global;
@@ -60,9 +61,10 @@ pub enum Wait {
 
 /// The part of a vCPU that belongs to whoever holds its lock: its thread
 /// while it runs, an ioctl while it does not.
-pub struct Inner {
-    /// VMCS and registers.
-    pub hw: vmx::Vcpu<Os>,
+///
+/// Generic over the kind of CPU: the run loop is compiled for each, all others
+/// see any.
+pub struct Inner<C: ?Sized = dyn VirtualCpu> {
     /// Local APIC.
     pub lapic: Lapic<MailboxRef>,
     /// CPUID answers.
@@ -99,6 +101,27 @@ pub struct Inner {
     pub active_seen: u32,
     /// Deadline that the host's timer was last armed for, host TSC.
     pub timer_armed: u64,
+    /// The CPU's structures and the guest's registers.
+    pub hw: C,
+}
+
+/// A vCPU's inner part as what it is.
+pub enum Kind<'a> {
+    /// With VT-x.
+    Vmx(&'a mut Inner<vmx::Vcpu<Os>>),
+}
+
+impl Inner {
+    /// The inner part as what it is.
+    #[inline]
+    pub fn kind(&mut self) -> Kind<'_> {
+        let this = ptr::from_mut(self);
+        match global::get().backend {
+            // SAFETY: `Vcpu::new` makes every vCPU with the machine's backend,
+            // of which there is one.
+            Backend::Vmx(_) => Kind::Vmx(unsafe { &mut *this.cast() }),
+        }
+    }
 }
 
 /// A virtual CPU.
@@ -116,7 +139,7 @@ pub struct Vcpu {
     sleeper: Sleeper,
     /// Counters, written by the vCPU's thread.
     pub stats: Stats,
-    inner: Mutex<Inner>,
+    inner: Box<Mutex<Inner>>,
 }
 
 impl Vcpu {
@@ -138,26 +161,27 @@ impl Vcpu {
             x2apic: false,
             bsp: id == 0,
         };
-        let msr = MsrState::new(&msr_config(), &cpuid);
-        let hw = vmx::Vcpu::new(
-            Arc::clone(&g.backend),
-            vmx::Config {
-                vm: vm.hw_id,
-                eptp: vm.eptp,
-                generation: Arc::clone(&vm.generation),
-                virtual_apic: Some(page_pa),
-                apic_access: Some(vm.apic_access_pa()),
-                apic_virt: g.apic_virt,
-                longest_stay: g.tsc_hz / LEAVES_PER_SECOND,
-                fill_rsb: g.fill_rsb,
-            },
-        )
-        .map_err(|e| {
+        let hw_config = Config {
+            vm: vm.hw_id,
+            nested_root: vm.nested_root,
+            generation: Arc::clone(&vm.generation),
+            virtual_apic: Some(page_pa),
+            apic_access: Some(vm.apic_access_pa()),
+            apic_virt: g.apic_virt,
+            longest_stay: g.tsc_hz / LEAVES_PER_SECOND,
+            fill_rsb: g.fill_rsb,
+        };
+        let lapic = Lapic::new(page, to_mailbox, config);
+        let failed = |e| {
             klog!(Error, "no vCPU {id}: {e}");
             NoMemory
-        })?;
-        let mut lapic = Lapic::new(page, to_mailbox, config);
-        lapic.use_virtual_delivery(hw.apic_virt().contains(ApicVirt::INTERRUPTS));
+        };
+        let inner: Box<Mutex<Inner>> = match &g.backend {
+            Backend::Vmx(b) => {
+                let hw = vmx::Vcpu::new(Arc::clone(b), hw_config).map_err(failed)?;
+                sync::try_box(Mutex::new(Inner::new(hw, lapic, cpuid))?)?
+            }
+        };
         let mut vcpu = sync::try_box(Vcpu {
             timer: None,
             mailbox,
@@ -167,27 +191,7 @@ impl Vcpu {
             id,
             sleeper: Sleeper::new()?,
             stats: Stats::new(),
-            inner: Mutex::new(Inner {
-                hw,
-                lapic,
-                cpuid,
-                msr,
-                config_gen: 0,
-                exit: VmExitRaw::default(),
-                next_rip: None,
-                vectoring: None,
-                exception: None,
-                attention: true,
-                wait: Wait::No,
-                tsc_adjust: 0,
-                halt_exit: false,
-                pause_exit: false,
-                mtrap_exit: false,
-                invpcid: false,
-                pause_window: 0,
-                active_seen: 1,
-                timer_armed: 0,
-            })?,
+            inner,
         })?;
         {
             let mut inner = vcpu.freeze();
@@ -289,7 +293,36 @@ impl Vcpu {
     }
 }
 
-impl Inner {
+impl<C: VirtualCpu> Inner<C> {
+    // Not inlined, for the stack's sake.
+    #[inline(never)]
+    fn new(hw: C, mut lapic: Lapic<MailboxRef>, cpuid: Box<CpuidTable>) -> Self {
+        lapic.use_virtual_delivery(hw.apic_virt().contains(ApicVirt::INTERRUPTS));
+        Inner {
+            lapic,
+            msr: MsrState::new(&msr_config(), &cpuid),
+            cpuid,
+            config_gen: 0,
+            exit: VmExitRaw::default(),
+            next_rip: None,
+            vectoring: None,
+            exception: None,
+            attention: true,
+            wait: Wait::No,
+            tsc_adjust: 0,
+            halt_exit: false,
+            pause_exit: false,
+            mtrap_exit: false,
+            invpcid: false,
+            pause_window: 0,
+            active_seen: 1,
+            timer_armed: 0,
+            hw,
+        }
+    }
+}
+
+impl<C: VirtualCpu + ?Sized> Inner<C> {
     /// Makes the CPUID table anew if the VM's settings have changed.
     // Not inlined: a table is put together on the stack, and `run` stays
     // there for long.
@@ -360,7 +393,7 @@ fn cpuid_table(vm: &Vm, id: u32) -> Result<Box<CpuidTable>, NoMemory> {
 fn cpuid_config(vm: &Vm, id: u32, x2apic: bool) -> CpuidConfig {
     let g = global::get();
     CpuidConfig {
-        vendor: Vendor::Intel,
+        vendor: vendor(),
         vcpu_id: id,
         apic_id: id,
         topology: vm.topology(),
@@ -377,9 +410,18 @@ fn cpuid_config(vm: &Vm, id: u32, x2apic: bool) -> CpuidConfig {
 fn msr_config() -> MsrConfig {
     let g = global::get();
     MsrConfig {
-        vendor: Vendor::Intel,
+        vendor: vendor(),
         microcode: g.microcode,
         arch_capabilities: g.arch_capabilities,
         tsc_hz: g.tsc_hz,
+    }
+}
+
+/// Whose conventions the guest's CPUID and MSRs follow: the host's.
+fn vendor() -> Vendor {
+    if global::get().backend.is_amd() {
+        Vendor::Amd
+    } else {
+        Vendor::Intel
     }
 }

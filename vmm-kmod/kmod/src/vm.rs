@@ -13,9 +13,9 @@ use vmm_core::cpuid::Topology;
 use vmm_core::lapic::{Lvt, Mailbox};
 use vmm_core::pmtmr::PmTimer;
 use vmm_core::time::Clock;
-use vmm_hw::ept::{Ept, Generation, Invalidation, Prot};
+use vmm_hw::backend::ApicVirt;
+use vmm_hw::ept::{Generation, Invalidation, Prot};
 use vmm_hw::page::Pages;
-use vmm_hw::vmx::ApicVirt;
 
 use crate::cpuset::{CpuSet, MAX_VCPUS};
 use crate::errno;
@@ -72,8 +72,8 @@ pub struct Vm {
     pub tsc_base: u64,
     /// Guest memory.
     pub mem: Mutex<Memory>,
-    /// EPT pointer of the nested page tables.
-    pub eptp: u64,
+    /// What tells a CPU where the nested page tables are.
+    pub nested_root: u64,
     /// Which generation of them the CPUs have seen.
     pub generation: Arc<Generation>,
     /// Devices that are not a vCPU's own.
@@ -199,11 +199,11 @@ impl Vm {
         let wall = os::wallclock();
         let chipset = sync::try_box_with(|| SpinLock::new(Chipset::new(&clock, now, wall)))?;
         let pm_timer = chipset.lock().pmtmr;
-        let ept = Ept::<Os>::new(g.backend.caps.ept_options()).map_err(|_| NoMemory)?;
-        let eptp = ept.eptp();
-        let generation = ept.generation();
+        let nested = g.backend.nested_tables().map_err(|_| NoMemory)?;
+        let nested_root = nested.root();
+        let generation = nested.generation();
         let apic_access = Pages::new(0).map_err(|_| NoMemory)?;
-        let apic_page_used = ApicVirt::supported(&g.backend.caps).contains(ApicVirt::ACCESS_PAGE);
+        let apic_page_used = g.backend.apic_virt().contains(ApicVirt::ACCESS_PAGE);
         let mut stored = [0; NAME_MAX + 1];
         for (to, from) in stored.iter_mut().zip(name) {
             *to = *from;
@@ -219,9 +219,9 @@ impl Vm {
             tsc_base: now,
             mem: Mutex::new(Memory {
                 map: MemMap::default(),
-                ept,
+                nested,
             })?,
-            eptp,
+            nested_root,
             generation,
             chipset,
             pm_timer,
@@ -248,7 +248,7 @@ impl Vm {
         })?;
         {
             let mut mem = vm.mem.lock();
-            vm.map_apic_page(&mut mem.ept, Prot::READ | Prot::WRITE)
+            vm.map_apic_page(&mut mem.nested, Prot::READ | Prot::WRITE)
                 .map_err(|_| NoMemory)?;
         }
         let target = ptr::from_mut::<Vm>(&mut vm).cast::<c_void>();
@@ -475,11 +475,11 @@ impl Vm {
             self.apic_mode_changed(v.id as usize, true)?;
         }
         let mut mem = self.mem.lock();
-        let Memory { map, ept } = &mut *mem;
+        let Memory { map, nested } = &mut *mem;
         let mut unmapped = Ok(Invalidation::None);
         map.unmap_devices(|gpa, len| {
             // Every vCPU is out of the guest, and invalidates on its way back.
-            unmapped = unmapped.and(ept.unmap(gpa, len));
+            unmapped = unmapped.and(nested.unmap(gpa, len));
         });
         drop(mem);
         let _ = unmapped.map_err(|_| errno::ENOMEM)?;

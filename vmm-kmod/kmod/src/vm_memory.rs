@@ -6,7 +6,8 @@ use core::ptr::{self, NonNull};
 
 use vmm_abi::layout::{c_name, set_c_name};
 use vmm_core::lapic::DEFAULT_BASE;
-use vmm_hw::ept::{Ept, Invalidation, MemType, Prot};
+use vmm_hw::ept::{Invalidation, MemType, Prot};
+use vmm_hw::nested::NestedTables;
 
 use crate::errno;
 use crate::ffi;
@@ -19,14 +20,14 @@ pub struct Memory {
     /// Segments and mappings.
     pub map: MemMap,
     /// Nested page tables.
-    pub ept: Ept<Os>,
+    pub nested: NestedTables<Os>,
 }
 
 impl Memory {
     /// Puts backing memory into the nested page tables.
     pub fn enter(&mut self, gpa: u64, b: &crate::memory::Backing) -> Result<(), i32> {
         let mask = b.size - 1;
-        self.ept
+        self.nested
             .map(
                 gpa & !mask,
                 b.hpa & !mask,
@@ -140,7 +141,7 @@ impl Vm {
     pub fn munmap_memseg(&self, gpa: u64, len: u64) -> Result<(), i32> {
         let mut mem = self.mem.lock();
         mem.map.unmap(gpa, len)?;
-        let stale = mem.ept.unmap(gpa, len).map_err(|_| errno::ENOMEM)?;
+        let stale = mem.nested.unmap(gpa, len).map_err(|_| errno::ENOMEM)?;
         drop(mem);
         if stale == Invalidation::Required {
             // Whoever has been stopped once has left the guest, and
@@ -148,7 +149,7 @@ impl Vm {
             for v in self.vcpus() {
                 drop(v.freeze());
             }
-            self.mem.lock().ept.reclaim();
+            self.mem.lock().nested.reclaim();
         }
         Ok(())
     }
@@ -171,16 +172,16 @@ impl Vm {
         } else {
             Prot::empty()
         };
-        self.map_apic_page(&mut mem.ept, prot)
+        self.map_apic_page(&mut mem.nested, prot)
     }
 
     /// Maps the APIC-access page, or with no rights takes it away.
-    pub fn map_apic_page(&self, ept: &mut Ept<Os>, prot: Prot) -> Result<(), i32> {
+    pub fn map_apic_page(&self, nested: &mut NestedTables<Os>, prot: Prot) -> Result<(), i32> {
         if self.apic_page_used {
             // Raises the generation; whoever still has the old mapping uses
             // it at most until the next exit, and it leads to a page of this
             // VM's own.
-            let _ = ept
+            let _ = nested
                 .map(
                     DEFAULT_BASE,
                     self.apic_access.pa(),

@@ -153,6 +153,102 @@ impl Format for EptFormat {
     }
 }
 
+/// AMD-V nested page tables: long-mode entries as the host's own (APM Vol. 2
+/// §15.25, §5.3.3). Every access counts as a user's.
+pub struct NptFormat;
+
+const NPT_PRESENT: u64 = 1;
+const NPT_WRITE: u64 = 2;
+const NPT_USER: u64 = 4;
+const NPT_PWT: u64 = 8;
+const NPT_PCD: u64 = 0x10;
+const NPT_ACCESSED: u64 = 0x20;
+const NPT_DIRTY: u64 = 0x40;
+const NPT_NX: u64 = 1 << 63;
+
+impl NptFormat {
+    fn rights(prot: Prot) -> u64 {
+        let mut e = NPT_PRESENT | NPT_USER;
+        if prot.contains(Prot::WRITE) {
+            e |= NPT_WRITE;
+        }
+        if !prot.contains(Prot::EXEC) {
+            e |= NPT_NX;
+        }
+        e
+    }
+}
+
+impl Format for NptFormat {
+    const ADDR_MASK: u64 = 0x000f_ffff_ffff_f000;
+    const DIRTY: u64 = NPT_DIRTY;
+
+    fn table(pa: Hpa) -> u64 {
+        pa & Self::ADDR_MASK | NPT_PRESENT | NPT_WRITE | NPT_USER
+    }
+
+    fn leaf(pa: Hpa, prot: Prot, memory: MemType, level: u8, _accessed_dirty: bool) -> u64 {
+        if prot.is_empty() {
+            return 0;
+        }
+        // The host's PAT says what the bits select. Linux and FreeBSD agree on
+        // WB for 0, UC- for PCD (a guest's own PAT may make it WC) and UC for
+        // both.
+        let kind = match memory {
+            MemType::WriteBack => 0,
+            MemType::WriteCombining => NPT_PCD,
+            _ => NPT_PCD | NPT_PWT,
+        };
+        let large = if level > 1 { LARGE } else { 0 };
+        pa & Self::ADDR_MASK | Self::rights(prot) | kind | large
+    }
+
+    fn present(e: u64) -> bool {
+        e & NPT_PRESENT != 0
+    }
+
+    fn is_leaf(e: u64, level: u8) -> bool {
+        level == 1 || e & LARGE != 0
+    }
+
+    fn leaf_addr(e: u64, level: u8) -> Hpa {
+        e & Self::ADDR_MASK & !(super::span(level) - 1)
+    }
+
+    fn shrink_leaf(e: u64, level: u8, offset: u64) -> u64 {
+        let large = if level > 2 { LARGE } else { 0 };
+        (Self::leaf_addr(e, level) + offset) | e & !(Self::ADDR_MASK | LARGE) | large
+    }
+
+    fn prot(e: u64) -> Prot {
+        let mut prot = Prot::READ;
+        prot.set(Prot::WRITE, e & NPT_WRITE != 0);
+        prot.set(Prot::EXEC, e & NPT_NX == 0);
+        prot
+    }
+
+    fn with_prot(e: u64, prot: Prot) -> u64 {
+        if prot.is_empty() {
+            0
+        } else {
+            e & !(NPT_WRITE | NPT_NX) | Self::rights(prot)
+        }
+    }
+
+    fn same_but_more(old: u64, new: u64) -> bool {
+        let ignored = NPT_WRITE | NPT_NX | NPT_ACCESSED | NPT_DIRTY;
+        (old ^ new) & !ignored == 0 && old & NPT_WRITE & !new == 0 && new & NPT_NX & !old == 0
+    }
+
+    fn accessed(e: u64) -> bool {
+        e & NPT_ACCESSED != 0
+    }
+
+    fn dirty(e: u64) -> bool {
+        e & NPT_DIRTY != 0
+    }
+}
+
 /// Writable or executable without readable is a misconfiguration, or needs a
 /// capability that not every CPU has.
 fn readable(prot: Prot) -> Prot {

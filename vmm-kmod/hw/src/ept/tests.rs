@@ -203,3 +203,42 @@ fn each_cpu_invalidates_once_per_generation() {
     g.raise();
     assert!(g.seen(0) < g.current());
 }
+
+#[test]
+fn amd_entries_are_those_of_the_hosts_own_tables() {
+    let mut e = Ept::<TestHost, NptFormat>::new(ALL).unwrap();
+    let wb = MemType::WriteBack;
+    e.map(0, 4 * G1, M2, Prot::RWX, wb).unwrap();
+    e.map(M2, 5 * G1, 4096, Prot::READ, MemType::Uncacheable)
+        .unwrap();
+    let (path, n) = e.walk(0);
+    // Present, writable, user's (APM Vol. 2 §15.25.5); PS in the leaf.
+    assert_eq!(n, 3);
+    assert!(path[..2].iter().all(|x| x & 0xfff == 7));
+    assert_eq!(path[2], 4 * G1 | 0x87);
+    let (path, n) = e.walk(M2);
+    assert_eq!((n, path[3]), (4, 1 << 63 | 5 * G1 | 0x1d));
+    assert_eq!(e.translate(M2).unwrap().prot, Prot::READ);
+    // Rights that grow need no flush, rights that shrink do.
+    let protect = |e: &mut Ept<TestHost, NptFormat>, p| e.protect(M2, 4096, p).unwrap();
+    assert_eq!(protect(&mut e, Prot::RWX), Invalidation::None);
+    assert_eq!(protect(&mut e, Prot::RX), Invalidation::Required);
+    assert_eq!(e.unmap(4096, 4096).unwrap(), Invalidation::Required);
+    assert_eq!(e.translate(4096), None);
+    assert_eq!(e.translate(8192).unwrap().hpa, 4 * G1 + 8192);
+}
+
+#[test]
+fn a_host_with_five_levels_gets_a_table_on_top() {
+    use crate::nested::NestedTables;
+    let mut t = NestedTables::<TestHost>::npt(ALL, true).unwrap();
+    t.map(0, G1, 4096, Prot::RWX, MemType::WriteBack).unwrap();
+    let top = TestHost::phys_to_virt(t.root()) as *const u64;
+    // SAFETY: the root is a page of the tables'.
+    let entries = unsafe { core::slice::from_raw_parts(top, 512) };
+    let NestedTables::Npt { tables, .. } = &t else {
+        unreachable!();
+    };
+    assert_eq!(entries[0], tables.root_pa() | 7);
+    assert!(entries[1..].iter().all(|e| *e == 0));
+}

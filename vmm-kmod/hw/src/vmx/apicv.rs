@@ -5,64 +5,33 @@ use super::caps::{Capabilities, Features};
 use super::fields::{proc1, proc2, vmcs};
 use super::instr::vmwrite;
 use super::vcpu::Vcpu;
-use bitflags::bitflags;
+pub use crate::backend::{ApicMode, ApicVirt};
 use vmm_core::host::Host;
 
-bitflags! {
-    /// Parts of APIC virtualization that the local APIC's owner wants.
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-    pub struct ApicVirt: u8 {
-        /// TPR shadow: CR8 (and offset 80H of the APIC page) without exits
-        /// above the threshold.
-        const TPR_SHADOW = 1;
-        /// APIC-access page: MMIO accesses exit as APIC accesses with their
-        /// offset, or are virtualized.
-        const ACCESS_PAGE = 2;
-        /// Reads come from the virtual-APIC page; writes exit after they are
-        /// done.
-        const REGISTERS = 4;
-        /// Virtual-interrupt delivery: RVI/SVI, EOI without exits.
-        const INTERRUPTS = 8;
-        /// The same for x2APIC MSRs.
-        const X2APIC = 16;
-    }
-}
-
-/// Mode of the guest's local APIC (IA32_APIC_BASE bits 11 and 10).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ApicMode {
-    /// Globally disabled.
-    Disabled,
-    /// Reached at its memory page.
-    XApic,
-    /// Reached through MSRs.
-    X2Apic,
+/// What the CPU can do of it.
+pub fn supported(caps: &Capabilities) -> ApicVirt {
+    let mut v = ApicVirt::empty();
+    v.set(
+        ApicVirt::TPR_SHADOW,
+        caps.features.contains(Features::TPR_SHADOW),
+    );
+    v.set(
+        ApicVirt::ACCESS_PAGE,
+        caps.features.contains(Features::APIC_ACCESSES),
+    );
+    v.set(
+        ApicVirt::REGISTERS,
+        caps.features.contains(Features::APIC_REGISTER),
+    );
+    v.set(
+        ApicVirt::INTERRUPTS,
+        caps.features.contains(Features::VIRTUAL_INTERRUPTS),
+    );
+    v.set(ApicVirt::X2APIC, caps.features.contains(Features::X2APIC));
+    v.closed()
 }
 
 impl ApicVirt {
-    /// What the CPU can do of it.
-    pub fn supported(caps: &Capabilities) -> Self {
-        let mut v = ApicVirt::empty();
-        v.set(
-            ApicVirt::TPR_SHADOW,
-            caps.features.contains(Features::TPR_SHADOW),
-        );
-        v.set(
-            ApicVirt::ACCESS_PAGE,
-            caps.features.contains(Features::APIC_ACCESSES),
-        );
-        v.set(
-            ApicVirt::REGISTERS,
-            caps.features.contains(Features::APIC_REGISTER),
-        );
-        v.set(
-            ApicVirt::INTERRUPTS,
-            caps.features.contains(Features::VIRTUAL_INTERRUPTS),
-        );
-        v.set(ApicVirt::X2APIC, caps.features.contains(Features::X2APIC));
-        v.closed()
-    }
-
     /// Without the parts whose prerequisites are not there
     /// (SDM Vol. 3C §26.2.1.1).
     pub fn closed(mut self) -> Self {

@@ -482,6 +482,22 @@ impl Capabilities {
             accessed_dirty: self.features.contains(Features::EPT_AD),
         }
     }
+
+    /// What guests can be offered.
+    pub fn offer(&self) -> crate::backend::Offer {
+        let f = self.features;
+        crate::backend::Offer {
+            invpcid: f.contains(Features::INVPCID),
+            pcid: f.contains(Features::VPID),
+            rdtscp: f.contains(Features::RDTSCP),
+            xcr0: if f.contains(Features::XSAVE) {
+                self.xcr0
+            } else {
+                0
+            },
+            xsaves: f.contains(Features::XSAVES),
+        }
+    }
 }
 
 #[cfg(test)]

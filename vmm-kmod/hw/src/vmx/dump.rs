@@ -82,7 +82,7 @@ const SEGS: [(&str, Seg); 8] = [
 
 /// What is wrong with guest state, of the commonest causes of a failed entry
 /// (SDM Vol. 3C §26.3).
-pub fn suspects(cpu: &impl CpuState, out: &mut impl fmt::Write) -> fmt::Result {
+pub fn suspects(cpu: &impl CpuState, out: &mut dyn fmt::Write) -> fmt::Result {
     let cr0 = cpu.reg(Reg::Cr0);
     let cr4 = cpu.reg(Reg::Cr4);
     let efer = cpu.reg(Reg::Efer);
@@ -138,7 +138,7 @@ pub fn suspects(cpu: &impl CpuState, out: &mut impl fmt::Write) -> fmt::Result {
 
 impl<H: Host> Vcpu<H> {
     /// Writes guest state and controls for a log. The VMCS is current.
-    pub fn dump(&self, out: &mut impl fmt::Write) -> fmt::Result {
+    pub fn dump(&self, out: &mut dyn fmt::Write) -> fmt::Result {
         let error = self.vmread(vmcs::INSTRUCTION_ERROR) as u32;
         let qualification = self.vmread(vmcs::EXIT_QUALIFICATION);
         writeln!(

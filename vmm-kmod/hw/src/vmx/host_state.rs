@@ -6,6 +6,9 @@ use super::fields::{msr, vmcs};
 use super::instr::{self, TableRegister, rdmsr, vmwrite, wrmsr};
 use super::vcpu::{Vcpu, work};
 use crate::error::Error;
+use crate::msr::{canonical, valid_pat};
+
+pub use crate::msr::MsrWrite;
 use vmm_core::host::Host;
 
 /// What the host-state area of the VMCS holds, and what `unload` puts back.
@@ -203,34 +206,6 @@ impl GuestMsrs {
             }
         }
     }
-}
-
-/// What became of a WRMSR.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MsrWrite {
-    /// Done.
-    Done,
-    /// The value is not allowed: #GP(0).
-    Fault,
-    /// Not an MSR that the backend keeps.
-    NotHere,
-}
-
-/// Whether bits 63 to 47 are equal.
-pub const fn canonical(addr: u64) -> bool {
-    (addr as i64) << 16 >> 16 == addr as i64
-}
-
-/// Whether `pat` holds only defined memory types (SDM Vol. 3A §11.12.2).
-pub const fn valid_pat(pat: u64) -> bool {
-    let mut i = 0;
-    while i < 8 {
-        if !matches!((pat >> (8 * i)) as u8, 0 | 1 | 4..=7) {
-            return false;
-        }
-        i += 1;
-    }
-    true
 }
 
 impl<H: Host> Vcpu<H> {
@@ -441,7 +416,7 @@ impl<H: Host> Vcpu<H> {
     /// XSETBV of XCR0; false for #GP(0). The caller has checked CPL and
     /// CR4.OSXSAVE.
     pub fn set_xcr0(&mut self, value: u64) -> bool {
-        if !super::fpu::check_xcr0(value, self.backend.caps.xcr0) {
+        if !crate::fpu::check_xcr0(value, self.backend.caps.xcr0) {
             return false;
         }
         let loaded = self.loaded;
@@ -453,24 +428,6 @@ impl<H: Host> Vcpu<H> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn canonical_addresses() {
-        for a in [0, 0x7fff_ffff_ffff, 0xffff_8000_0000_0000, u64::MAX] {
-            assert!(canonical(a));
-        }
-        for a in [0x8000_0000_0000, 0xffff_7fff_ffff_ffff, 1 << 63] {
-            assert!(!canonical(a));
-        }
-    }
-
-    #[test]
-    fn pat_entries() {
-        assert!(valid_pat(0x0007_0406_0007_0406));
-        assert!(!valid_pat(0x0007_0406_0007_0402));
-        assert!(!valid_pat(0x0307_0406_0007_0406));
-        assert!(!valid_pat(0x0807_0406_0007_0406));
-    }
 
     #[test]
     fn tss_base_is_put_together_from_its_four_pieces() {

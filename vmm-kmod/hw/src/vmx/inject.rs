@@ -4,25 +4,9 @@ use super::caps::Features;
 use super::fields::{interruptibility, intr_info, proc1, proc2, vmcs};
 use super::instr::vmwrite;
 use super::vcpu::Vcpu;
+pub use crate::backend::PauseExiting;
 use vmm_core::cpu::{CR0_PE, CpuState, Event, EventKind, RFLAGS_IF, pushes_error_code};
 use vmm_core::host::Host;
-
-/// When PAUSE exits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PauseExiting {
-    /// Never.
-    Off,
-    /// Each time.
-    Every,
-    /// When a loop of PAUSEs, each within `gap` TSC ticks of the last, has
-    /// run for `window` ticks at CPL 0 (SDM Vol. 3C §25.1.3).
-    Loop {
-        /// Most ticks between two PAUSEs of one loop.
-        gap: u32,
-        /// Ticks until the exit.
-        window: u32,
-    },
-}
 
 /// Interruption information and error code of an event. Whether there is an
 /// error code follows from the event, or the entry would fail (SDM Vol. 3C

@@ -7,6 +7,7 @@ use super::entry::exit_from_guest;
 use super::fields::{entry_ctl, exit_ctl, msr, pin, vmcs};
 use super::instr::{self, rdmsr, vmwrite};
 use super::vcpu::Vcpu;
+pub use crate::backend::{PAT_POWER_ON, Reset};
 use vmm_core::cpu::{CpuState, Gpr, Reg, Seg, SegDesc};
 use vmm_core::host::Host;
 
@@ -14,18 +15,6 @@ use vmm_core::host::Host;
 /// endless loop inside the CPU (CVE-2015-8104, CVE-2015-5307), and #MC, which
 /// is the host's.
 const EXCEPTIONS: u64 = 1 << 1 | 1 << 17 | 1 << 18;
-
-/// IA32_PAT after power-on (SDM Vol. 3A §11.12.4).
-pub const PAT_POWER_ON: u64 = 0x0007_0406_0007_0406;
-
-/// Kinds of reset (SDM Vol. 3A table 9-1).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reset {
-    /// Power-on: everything.
-    PowerOn,
-    /// INIT: caches, FPU and most MSRs keep their contents.
-    Init,
-}
 
 impl<H: Host> Vcpu<H> {
     /// Fills a new VMCS. It is current.

@@ -1,17 +1,18 @@
 //! One virtual CPU: its VMCS, what the VMCS does not hold, and its life.
 
-use super::apicv::ApicVirt;
+use super::apicv::{self, ApicVirt};
 use super::caps::Features;
 use super::enable::{Backend, VmcsNode};
 use super::entry::{Regs, VERW};
 use super::fields::{proc1, proc2, vmcs};
-use super::fpu::Fpu;
 use super::host_state::{GuestMsrs, HostState};
 use super::inject::preemption_ticks;
 use super::instr;
 use super::msrbitmap::MsrBitmap;
+pub use crate::backend::Config;
 use crate::ept::Generation;
 use crate::error::Error;
+use crate::fpu::Fpu;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::ffi::c_void;
@@ -30,34 +31,6 @@ pub(super) mod work {
     pub const SPEC_CTRL: u32 = 1 << 3;
     /// What stays due.
     pub const STICKY: u32 = SPEC_CTRL;
-}
-
-/// What a vCPU is made of.
-#[derive(Clone)]
-pub struct Config {
-    /// The VM's number from [`Backend::new_vm_id`].
-    pub vm: u64,
-    /// [`crate::ept::Ept::eptp`].
-    pub eptp: u64,
-    /// [`crate::ept::Ept::generation`].
-    pub generation: Arc<Generation>,
-    /// Physical address of the vCPU's virtual-APIC page; without it no part
-    /// of APIC virtualization but the APIC-access page is used.
-    pub virtual_apic: Option<Hpa>,
-    /// Physical address of the APIC-access page, which the nested page table
-    /// maps at the guest's APIC base; without it accesses there are nested
-    /// faults.
-    pub apic_access: Option<Hpa>,
-    /// Parts of APIC virtualization wanted; what the CPU lacks is left out.
-    pub apic_virt: ApicVirt,
-    /// TSC ticks after which a guest is left even if nothing else makes it
-    /// leave, where the CPU has a preemption timer. Bochs keeps
-    /// the host's interrupts waiting in a guest that was entered, and stays,
-    /// with RFLAGS.IF = 0: this is then all that ends its stay.
-    pub longest_stay: u64,
-    /// Fill the return-stack buffer after each exit (Spectre v2 and its kin),
-    /// as the host decides for itself.
-    pub fill_rsb: bool,
 }
 
 /// A virtual CPU. The registers of [`vmm_core::cpu::CpuState`] and most
@@ -131,7 +104,7 @@ impl<H: Host> Vcpu<H> {
     /// VMX must be on, on this CPU.
     pub fn new(backend: Arc<Backend<H>>, config: Config) -> Result<Self, Error> {
         let caps = &backend.caps;
-        let mut apic_virt = config.apic_virt & ApicVirt::supported(caps);
+        let mut apic_virt = config.apic_virt & apicv::supported(caps);
         if config.virtual_apic.is_none() {
             apic_virt &= ApicVirt::ACCESS_PAGE;
         }
@@ -140,7 +113,7 @@ impl<H: Host> Vcpu<H> {
         }
         let node = VmcsNode::new(caps.revision)?;
         let msr_bitmap = MsrBitmap::new()?;
-        let fpu = Fpu::new(caps)?;
+        let fpu = Fpu::new(caps.xcr0)?;
         let vpid = if caps.features.contains(Features::VPID) {
             backend.vpids.alloc().unwrap_or(0)
         } else {
@@ -187,7 +160,7 @@ impl<H: Host> Vcpu<H> {
             dr7: 0,
             tsc_offset: 0,
             eoi_exit: [0; 4],
-            eptp: config.eptp,
+            eptp: config.nested_root,
             vm: config.vm,
             apic_virt: apic_virt.closed(),
             virtual_apic: config.virtual_apic.unwrap_or(0),

@@ -2,9 +2,8 @@
 //! `unload`, in the standard (non-compacted) XSAVE format
 //! (SDM Vol. 1 chapter 13).
 
-use super::caps::Capabilities;
-use super::instr;
 use crate::error::Error;
+use crate::instr;
 use crate::page::Pages;
 use core::arch::asm;
 use vmm_core::host::Host;
@@ -45,9 +44,9 @@ fn area_size(mask: u64, cpuid: impl Fn(u32, u32) -> [u32; 4]) -> usize {
 }
 
 impl<H: Host> Fpu<H> {
-    /// State as after power-on (SDM Vol. 3A table 9-1).
-    pub fn new(caps: &Capabilities) -> Result<Self, Error> {
-        let mask = caps.xcr0;
+    /// State as after power-on (SDM Vol. 3A table 9-1), with the components
+    /// in `mask`; 0 for a CPU or host without XSAVE.
+    pub fn new(mask: u64) -> Result<Self, Error> {
         let area = Pages::for_bytes(area_size(mask, instr::cpuid))?;
         let mut fpu = Fpu {
             area,
@@ -77,7 +76,7 @@ impl<H: Host> Fpu<H> {
         self.xcr0
     }
 
-    pub(super) fn set_xcr0(&mut self, value: u64, loaded: bool) {
+    pub(crate) fn set_xcr0(&mut self, value: u64, loaded: bool) {
         self.xcr0 = value;
         if loaded && self.mask != 0 {
             // SAFETY: the caller checked the value against what the host has
@@ -90,7 +89,7 @@ impl<H: Host> Fpu<H> {
     ///
     /// # Safety
     /// CPL 0, preemption off, the host's FPU state is saved and CR0.TS clear.
-    pub(super) unsafe fn load(&mut self) {
+    pub(crate) unsafe fn load(&mut self) {
         let p = self.area.as_ptr();
         // SAFETY: the area is 64-byte aligned (a page), large enough for the
         // components in `mask`, and holds what `power_on` or XSAVE wrote.
@@ -112,7 +111,7 @@ impl<H: Host> Fpu<H> {
     ///
     /// # Safety
     /// As [`Fpu::load`], after it.
-    pub(super) unsafe fn save(&mut self) {
+    pub(crate) unsafe fn save(&mut self) {
         let p = self.area.as_ptr();
         // SAFETY: as in `load`.
         unsafe {

@@ -1,0 +1,141 @@
+//! VT-x behind the interface that both backends have.
+
+use super::caps::Features;
+use super::vcpu::Vcpu;
+use crate::backend::{ApicMode, ApicVirt, PauseExiting, Reset, RunCpu, VirtualCpu};
+use crate::cr::Controls;
+use crate::error::Error;
+use crate::msr::MsrWrite;
+use core::fmt;
+use vmm_core::cpu::{Event, Exit};
+use vmm_core::host::Host;
+
+impl<H: Host> VirtualCpu for Vcpu<H> {
+    #[inline]
+    fn prepare_migration(&mut self) {
+        Vcpu::prepare_migration(self);
+    }
+    unsafe fn make_current(&mut self) -> Result<(), Error> {
+        // SAFETY: by the caller's promise.
+        unsafe { self.with_current(|_| ()) }
+    }
+    fn inject(&mut self, event: Event) {
+        Vcpu::inject(self, event);
+    }
+    fn entry_event(&self) -> Option<Event> {
+        Vcpu::entry_event(self)
+    }
+    #[inline(always)]
+    fn pending_vectoring(&self) -> Option<Event> {
+        Vcpu::pending_vectoring(self)
+    }
+    fn interruptible(&self) -> bool {
+        Vcpu::interruptible(self)
+    }
+    fn nmi_interruptible(&self) -> bool {
+        Vcpu::nmi_interruptible(self)
+    }
+    fn set_interrupt_window(&mut self, on: bool) {
+        Vcpu::set_interrupt_window(self, on);
+    }
+    fn set_nmi_window(&mut self, on: bool) {
+        Vcpu::set_nmi_window(self, on);
+    }
+    fn set_mtf(&mut self, on: bool) -> bool {
+        Vcpu::set_mtf(self, on)
+    }
+    fn set_invpcid(&mut self, on: bool) -> bool {
+        Vcpu::set_invpcid(self, on)
+    }
+    fn set_pause_exiting(&mut self, when: PauseExiting) -> bool {
+        Vcpu::set_pause_exiting(self, when)
+    }
+    fn set_tsc_offset(&mut self, offset: i64) {
+        Vcpu::set_tsc_offset(self, offset);
+    }
+    fn has_preemption_timer(&self) -> bool {
+        let features = self.backend().caps.features;
+        features.contains(Features::PREEMPTION_TIMER)
+    }
+    fn has_rdtscp(&self) -> bool {
+        self.backend().caps.features.contains(Features::RDTSCP)
+    }
+    fn apic_virt(&self) -> ApicVirt {
+        Vcpu::apic_virt(self)
+    }
+    fn set_apic_mode(&mut self, mode: ApicMode) {
+        Vcpu::set_apic_mode(self, mode);
+    }
+    fn controls(&self) -> Controls {
+        Vcpu::controls(self)
+    }
+    fn check_cr4(&self, new: u64, allowed: u64) -> bool {
+        Vcpu::check_cr4(self, new, allowed)
+    }
+    fn msr(&self, n: u32) -> Option<u64> {
+        Vcpu::msr(self, n)
+    }
+    fn set_msr(&mut self, n: u32, value: u64) -> MsrWrite {
+        Vcpu::set_msr(self, n, value)
+    }
+    fn xcr0(&self) -> u64 {
+        Vcpu::xcr0(self)
+    }
+    fn set_xcr0(&mut self, value: u64) -> bool {
+        Vcpu::set_xcr0(self, value)
+    }
+    fn reset(&mut self, kind: Reset) {
+        Vcpu::reset(self, kind);
+    }
+    fn sipi(&mut self, vector: u8) {
+        Vcpu::sipi(self, vector);
+    }
+    fn exit_reason(&self) -> u32 {
+        Vcpu::exit_reason(self)
+    }
+    fn field(&self, number: u16) -> Option<u64> {
+        Vcpu::field(self, number)
+    }
+    fn dump(&self, f: &mut dyn fmt::Write) -> fmt::Result {
+        Vcpu::dump(self, f)
+    }
+}
+
+impl<H: Host> RunCpu for Vcpu<H> {
+    const DESCRIBES_EXITS: bool = true;
+
+    #[inline]
+    unsafe fn load(&mut self) -> Result<(), Error> {
+        // SAFETY: by the caller's promise, here and below.
+        unsafe { Vcpu::load(self) }
+    }
+    #[inline]
+    unsafe fn unload(&mut self) {
+        // SAFETY: as above.
+        unsafe { Vcpu::unload(self) }
+    }
+    #[inline(always)]
+    unsafe fn enter(&mut self) -> Exit {
+        // SAFETY: as above.
+        unsafe { Vcpu::enter(self) }
+    }
+    fn request_l1d_flush(&mut self) {
+        Vcpu::request_l1d_flush(self);
+    }
+    #[inline]
+    fn set_preemption_timer(&mut self, delta: Option<u64>) {
+        Vcpu::set_preemption_timer(self, delta);
+    }
+    fn set_rvi(&mut self, rvi: u8) {
+        Vcpu::set_rvi(self, rvi);
+    }
+    fn set_svi(&mut self, svi: u8) {
+        Vcpu::set_svi(self, svi);
+    }
+    fn set_eoi_exit_bitmap(&mut self, bitmap: [u64; 4]) {
+        Vcpu::set_eoi_exit_bitmap(self, bitmap);
+    }
+    fn set_tpr_threshold(&mut self, threshold: u8) {
+        Vcpu::set_tpr_threshold(self, threshold);
+    }
+}
