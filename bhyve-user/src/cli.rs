@@ -2,6 +2,10 @@
 
 use std::str::FromStr;
 
+use bhyve_config::keys::Opt;
+use bhyve_config::variables::Variables;
+use bhyve_config::{Origin, Program, Settings, file, settings};
+
 use crate::config::{Config, PciSlot, Topology};
 use crate::pci::{Bdf, catalog};
 use crate::serial::backend::Spec;
@@ -28,22 +32,27 @@ fn usage<T>(message: impl Into<String>) -> Result<T, UsageError> {
 
 /// The help text.
 pub const USAGE: &str = "\
-Usage: bhyve [-aACehHPSuvwWxY]
+Usage: bhyve [-aACDehHPSuvwWxY]
              [-c [[cpus=]numcpus][,sockets=n][,cores=n][,threads=n]] [-K layout]
-             [-l lpcdev[,conf]] [-m memsize[K|M|G|T]] [-p vcpu:hostcpu]
-             [-s [bus:]slot[:function],emulation[,conf]] [-U uuid]
-             [--exit-stats file] vmname
+             [-k file] [-l lpcdev[,conf]] [-m memsize[K|M|G|T]] [-o var=value]
+             [-p vcpu:hostcpu] [-s [bus:]slot[:function],emulation[,conf]]
+             [-U uuid] [--boot] [--config file] [--exit-stats file]
+             [--print-config] vmname
+       bhyve --config vm.toml [--boot] [option ...] [vmname]
        -a: local APIC is in xAPIC mode (the default)
        -A: create ACPI tables
        -c: number of CPUs and/or their topology
        -C: include guest memory in core files
+       -D: destroy the VM when the guest has powered itself off
        -e: exit on access to an I/O port that nobody emulates
        -h: help
        -H: leave the guest on HLT (always so here: an idle guest sleeps)
        -K: keyboard layout of VNC, without effect here
+       -k: read variables from a file (bhyve_config(5))
        -l: LPC device: com1, com2 (stdio, pty, /dev/TTY, file:PATH, unix:PATH,
            tcp=ADDRESS:PORT), pc-testdev; \"-l help\" lists them
        -m: memory size, in MiB without a suffix (256M)
+       -o: set a variable of bhyve_config(5), or a key of the --config file
        -p: pin a virtual CPU to a host CPU
        -P: leave the guest on PAUSE
        -s: PCI slot; \"-s help\" lists the emulations. A disk is
@@ -57,37 +66,107 @@ Usage: bhyve [-aACehHPSuvwWxY]
        -W: virtio uses MSI instead of MSI-X
        -x: local APIC is in x2APIC mode
        -Y: no MP table
+       --boot: load the guest by bhyveload first, again after each reset, and
+           destroy the VM at the end; what to load is in the file's [boot]
+       --config: read the VM's TOML file; options given beside it go before it
        --exit-stats: write the counts of -v as JSON
-Exit status: 0 reset, 1 powered off, 2 halted, 3 triple fault, 4 error.
+       --print-config: print the file that says the same as this command line
+Exit status: 0 reset, 1 powered off, 2 halted, 3 triple fault, 4 error;
+with --boot 0 powered off.
 ";
 
-/// Parses the arguments after the program's name.
+/// Options that want a value.
+const WITH_VALUE: &str = "cGgkKlmnopsU";
+/// Long ones, likewise.
+const LONG_WITH_VALUE: [&str; 2] = ["--config", "--exit-stats"];
+
+/// An option as it was given.
+struct Given {
+    option: String,
+    value: Option<String>,
+}
+
+/// Parses the arguments after the program's name. Files and variables are read
+/// first, wherever they stand: an option goes before them.
 pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Command, UsageError> {
-    let mut args = args.into_iter();
+    let (given, names) = split(args)?;
+    for g in &given {
+        let help = g.value.as_deref() == Some("help");
+        match g.option.as_str() {
+            "-h" | "--help" => return Ok(Command::Help(USAGE.into())),
+            "-s" if help => return Ok(Command::Print(catalog::help())),
+            "-l" if help => return Ok(Command::Print("com1\ncom2\npc-testdev\n".into())),
+            _ => {}
+        }
+    }
+    let (settings, mut print) = read_settings(&given)?;
     let mut config = Config::new("");
-    let mut names: Vec<String> = Vec::new();
-    let mut options = true;
-    while let Some(arg) = args.next() {
-        match arg.strip_prefix('-') {
-            Some("-") if options => options = false,
-            Some("-help") if options => return Ok(Command::Print(USAGE.into())),
-            Some(long) if options && long.starts_with('-') => {
-                long_option(&mut config, long, &mut args)?
-            }
-            Some(short) if options && !short.is_empty() => {
-                if let Some(command) = short_options(&mut config, short, &mut args)? {
-                    return Ok(command);
+    for arg in settings.arguments(Program::Bhyve) {
+        if arg.option.is_empty() {
+            config.name = arg.value.unwrap_or_default();
+            continue;
+        }
+        apply(&mut config, arg.option, arg.value.as_deref()).map_err(|UsageError(text)| {
+            // The place says it better than the option.
+            let text = text.strip_prefix(arg.option).unwrap_or(&text).trim_start();
+            let key = if arg.key.is_empty() {
+                "device"
+            } else {
+                arg.key
+            };
+            UsageError(format!("{}: {key}: {text}", arg.at))
+        })?;
+    }
+    config.load = settings
+        .values
+        .into_iter()
+        .filter(|s| s.key.bhyve == Opt::None)
+        .collect();
+    let mut slots: Vec<Bdf> = Vec::new();
+    let mut serial = [false; 2];
+    for g in &given {
+        let value = g.value.as_deref();
+        match g.option.as_str() {
+            "--config" | "-k" | "-o" => continue,
+            "--print-config" => print = true,
+            "-s" => {
+                let slot = pci_slot(value.unwrap_or_default())?;
+                if slots.contains(&slot.at) {
+                    return usage(format!(
+                        "-s {}: {} is already occupied",
+                        value.unwrap_or_default(),
+                        slot.at
+                    ));
                 }
+                slots.push(slot.at);
+                config.slots.retain(|s| s.at != slot.at);
+                config.slots.push(slot);
             }
-            // As getopt(3) has it, the first operand ends the options.
-            _ => {
-                options = false;
-                names.push(arg);
+            option => {
+                // A port that the command line gives stdio takes it from a file's.
+                let port = ["com1", "com2"].iter().position(|p| {
+                    option == "-l" && value.is_some_and(|v| v.to_ascii_lowercase().starts_with(p))
+                });
+                if let Some(port) = port {
+                    let other = 1 - port.min(1);
+                    if let (Some(s), Some(false)) =
+                        (config.serial.get_mut(other), serial.get(other))
+                        && *s == Some(Spec::Stdio)
+                        && value.is_some_and(|v| v.ends_with(",stdio"))
+                    {
+                        *s = None;
+                    }
+                    if let Some(s) = serial.get_mut(port) {
+                        *s = true;
+                    }
+                }
+                apply(&mut config, option, value)?;
             }
         }
     }
     match names.as_slice() {
         [name] => config.name.clone_from(name),
+        [] if print || !config.name.is_empty() => {}
         [] => return usage("which VM? Its name comes last"),
         [_, extra, ..] => {
             return usage(format!(
@@ -95,105 +174,150 @@ pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Command, UsageErr
             ));
         }
     }
+    if print && config.name.is_empty() {
+        return Ok(Command::Print(bhyve_config::print::toml(
+            &config.settings(),
+        )));
+    }
     check(&config)?;
+    if print {
+        return Ok(Command::Print(bhyve_config::print::toml(
+            &config.settings(),
+        )));
+    }
     Ok(Command::Run(Box::new(config)))
 }
 
-fn long_option(
-    config: &mut Config,
-    long: &str,
-    args: &mut impl Iterator<Item = String>,
-) -> Result<(), UsageError> {
-    let (name, value) = match long.split_once('=') {
-        Some((n, v)) => (n, Some(v.to_owned())),
-        None => (long, None),
-    };
-    match name {
-        "-exit-stats" => {
-            let file = value.or_else(|| args.next());
-            config.exit_stats = Some(
-                file.ok_or_else(|| UsageError("--exit-stats needs a file".into()))?
-                    .into(),
-            );
-            Ok(())
-        }
-        "-config" => usage("--config: configuration files are not supported"),
-        _ => usage(format!("-{name}: no such option")),
-    }
-}
-
-fn short_options(
-    config: &mut Config,
-    flags: &str,
-    args: &mut impl Iterator<Item = String>,
-) -> Result<Option<Command>, UsageError> {
-    let mut rest = flags.chars();
-    while let Some(flag) = rest.next() {
-        if "cGgkKlmnopsU".contains(flag) {
-            let attached = rest.as_str();
-            let value = if attached.is_empty() {
-                args.next()
-            } else {
-                Some(attached.to_owned())
+/// Options and operands, as getopt(3) takes them: the first operand ends the
+/// options.
+fn split(args: impl IntoIterator<Item = String>) -> Result<(Vec<Given>, Vec<String>), UsageError> {
+    let mut args = args.into_iter();
+    let (mut given, mut names) = (Vec::new(), Vec::new());
+    while let Some(arg) = args.next() {
+        if arg == "--" || !arg.starts_with('-') || arg == "-" {
+            names.extend((arg != "--").then_some(arg));
+            names.extend(args.by_ref());
+        } else if arg.starts_with("--") {
+            let (option, mut value) = match arg.split_once('=') {
+                Some((o, v)) => (o.to_owned(), Some(v.to_owned())),
+                None => (arg, None),
             };
-            let value = value.ok_or_else(|| UsageError(format!("-{flag} needs an argument")))?;
-            return Ok(with_value(config, flag, &value)?.map(Command::Print));
-        }
-        match flag {
-            'a' => config.x2apic = false,
-            'A' => config.acpi = true,
-            'C' => config.core_memory = true,
-            'e' => config.strict_io = true,
-            'h' => return Ok(Some(Command::Help(USAGE.into()))),
-            'H' => config.halt_exits = true,
-            // Asked for an I/O APIC once; there is always one.
-            'I' => {}
-            'P' => config.pause_exits = true,
-            'S' => config.wired = true,
-            'u' => config.utc = true,
-            'v' => config.verbose = true,
-            'w' => config.strict_msr = false,
-            'W' => config.virtio_msi = true,
-            'x' => config.x2apic = true,
-            'Y' => config.mptable = false,
-            'b' | 'B' | 'D' | 'M' => {
-                return usage(format!(
-                    "-{flag}: not supported; the console is a 16550, see -l com1,stdio"
-                ));
+            if LONG_WITH_VALUE.contains(&option.as_str()) {
+                value = value.or_else(|| args.next());
+                if value.is_none() {
+                    return usage(format!("{option} needs an argument"));
+                }
+            } else if value.is_some() {
+                return usage(format!("{option} takes no argument"));
             }
-            _ => return usage(format!("-{flag}: no such option")),
+            given.push(Given { option, value });
+        } else {
+            let mut rest = arg.chars().skip(1);
+            while let Some(flag) = rest.next() {
+                let option = format!("-{flag}");
+                let value = if WITH_VALUE.contains(flag) {
+                    let attached: String = rest.by_ref().collect();
+                    let value = Some(attached)
+                        .filter(|a| !a.is_empty())
+                        .or_else(|| args.next());
+                    Some(value.ok_or_else(|| UsageError(format!("{option} needs an argument")))?)
+                } else {
+                    None
+                };
+                given.push(Given { option, value });
+            }
         }
     }
-    Ok(None)
+    Ok((given, names))
 }
 
-fn with_value(config: &mut Config, flag: char, value: &str) -> Result<Option<String>, UsageError> {
-    match flag {
-        'c' => config.topology = topology(value)?,
-        'g' | 'G' => return usage(format!("-{flag} {value}: there is no debug server")),
+/// What `--config`, `-k` and `-o` say, in their order, and whether it is only to be
+/// printed.
+fn read_settings(given: &[Given]) -> Result<(Settings, bool), UsageError> {
+    let fail = |e: bhyve_config::ConfigError| UsageError(e.to_string());
+    let mut settings = Settings::default();
+    let mut variables = Variables::default();
+    for g in given {
+        let value = g.value.as_deref().unwrap_or_default();
+        match g.option.as_str() {
+            "--config" => settings.merge(file::read(value.as_ref()).map_err(fail)?),
+            "-k" => variables.read(value.as_ref()).map_err(fail)?,
+            "-o" => {
+                let at = Origin {
+                    file: "-o".into(),
+                    ..Origin::default()
+                };
+                variables.set(value, at).map_err(fail)?;
+            }
+            _ => {}
+        }
+    }
+    let dump = variables.take_dump();
+    let (said, warnings) = variables.settings().map_err(fail)?;
+    for warning in warnings {
+        eprintln!("bhyve: warning: {warning}");
+    }
+    settings.merge(said);
+    Ok((settings, dump))
+}
+
+/// Does what one option says.
+fn apply(config: &mut Config, option: &str, value: Option<&str>) -> Result<(), UsageError> {
+    let text = value.unwrap_or_default();
+    match option {
+        "-a" => config.x2apic = false,
+        "-A" => config.acpi = true,
+        "-C" => config.core_memory = true,
+        "-D" => config.destroy_on_poweroff = true,
+        "-e" => config.strict_io = true,
+        "-H" => config.halt_exits = true,
+        // Asked for an I/O APIC once; there is always one.
+        "-I" => {}
         // The keyboard of a VNC client, where there is a frame buffer.
-        'K' => {}
-        'n' => return usage(format!("-{flag} {value}: there are no NUMA domains")),
-        'k' | 'o' => {
+        "-K" => {}
+        "-n" => return usage(format!("{option} {text}: there are no NUMA domains")),
+        "-P" => config.pause_exits = true,
+        "-S" => config.wired = true,
+        "-u" => config.utc = true,
+        "-v" => config.verbose = true,
+        "-w" => config.strict_msr = false,
+        "-W" => config.virtio_msi = true,
+        "-x" => config.x2apic = true,
+        "-Y" => config.mptable = false,
+        "-c" => config.topology = topology(text)?,
+        "-l" => lpc_device(config, text)?,
+        "-m" => config.memory = memory_size(text)?,
+        "-p" => config.pins.push(pin(text)?),
+        "-s" => config.slots.push(pci_slot(text)?),
+        "-U" => config.uuid = Some(uuid(text)?),
+        "--exit-stats" => config.exit_stats = Some(text.into()),
+        "--boot" => config.boot = true,
+        "-b" | "-B" | "-M" => {
             return usage(format!(
-                "-{flag} {value}: configuration files are not supported"
+                "{option}: not supported; the console is a 16550, see -l com1,stdio"
             ));
         }
-        'l' if value == "help" => return Ok(Some("com1\ncom2\npc-testdev\n".into())),
-        'l' => lpc_device(config, value)?,
-        'm' => config.memory = memory_size(value)?,
-        'p' => config.pins.push(pin(value)?),
-        's' if value == "help" => return Ok(Some(catalog::help())),
-        's' => {
-            let slot = pci_slot(value)?;
-            if config.slots.iter().any(|s| s.at == slot.at) {
-                return usage(format!("-s {value}: {} is already occupied", slot.at));
-            }
-            config.slots.push(slot);
-        }
-        _ => config.uuid = Some(uuid(value)?),
+        "-g" | "-G" => return usage(format!("{option} {text}: there is no debug server")),
+        _ => return usage(unknown(option)),
     }
-    Ok(None)
+    Ok(())
+}
+
+fn unknown(option: &str) -> String {
+    let long = [
+        "--boot",
+        "--config",
+        "--exit-stats",
+        "--help",
+        "--print-config",
+    ];
+    match long
+        .iter()
+        .find(|l| option.len() > 3 && l.starts_with(option.get(..4).unwrap_or("?")))
+    {
+        Some(l) => format!("{option}: no such option; did you mean {l}?"),
+        None => format!("{option}: no such option"),
+    }
 }
 
 fn check(config: &Config) -> Result<(), UsageError> {
@@ -297,16 +421,9 @@ fn pci_slot(value: &str) -> Result<PciSlot, UsageError> {
         .split_once(',')
         .ok_or_else(|| bad("a slot and an emulation, as in 0,hostbridge"))?;
     let (emulation, conf) = device.split_once(',').unwrap_or((device, ""));
-    let numbers: Option<Vec<u8>> = place.split(':').map(|n| n.parse().ok()).collect();
-    let (bus, slot, func) = match numbers.as_deref() {
-        Some([slot]) => (0, *slot, 0),
-        Some([slot, func]) => (0, *slot, *func),
-        Some([bus, slot, func]) => (*bus, *slot, *func),
-        _ => return Err(bad("a place is slot, slot:function or bus:slot:function")),
-    };
-    if slot > 31 || func > 7 {
-        return Err(bad("slots go to 31 and functions to 7"));
-    }
+    let (bus, slot, func) = settings::parse_place(place).ok_or_else(|| {
+        bad("a place is slot, slot:function or bus:slot:function; slots go to 31 and functions to 7")
+    })?;
     if catalog::find(emulation).is_none() {
         // libvirt looks for these words, slot and function only.
         return usage(format!(

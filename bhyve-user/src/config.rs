@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use bhyve_config::settings::Setting;
+use bhyve_config::{Device, Origin, Settings, Value, keys};
+
 use crate::pci::Bdf;
 use crate::serial::backend::Spec;
 
@@ -79,6 +82,12 @@ pub struct Config {
     pub verbose: bool,
     /// `--exit-stats`.
     pub exit_stats: Option<PathBuf>,
+    /// `-D`: the VM goes when the guest has powered itself off.
+    pub destroy_on_poweroff: bool,
+    /// `--boot`: load, run, load again after a reset, destroy.
+    pub boot: bool,
+    /// What only bhyveload has a use for.
+    pub load: Vec<Setting>,
 }
 
 impl Config {
@@ -110,6 +119,111 @@ impl Config {
             pins: Vec::new(),
             verbose: false,
             exit_stats: None,
+            destroy_on_poweroff: false,
+            boot: false,
+            load: Vec::new(),
         }
     }
+
+    /// The settings that make this configuration of the defaults.
+    pub fn settings(&self) -> Settings {
+        let mut settings = Settings::default();
+        let mut put = |path: &str, value: Value| {
+            if let Some(key) = keys::find(path) {
+                settings.set(Setting {
+                    key,
+                    value,
+                    at: Origin::default(),
+                });
+            }
+        };
+        let new = Config::new("");
+        let text = |t: String| Value::Text(t);
+        if !self.name.is_empty() {
+            put("name", text(self.name.clone()));
+        }
+        if let Some(uuid) = &self.uuid {
+            put("uuid", text(uuid_text(uuid)));
+        }
+        let t = self.topology;
+        match (t.cores, t.threads) {
+            (1, 1) if t.sockets == 1 => {}
+            (1, 1) => put("cpu.count", text(t.sockets.to_string())),
+            _ => {
+                put("cpu.sockets", text(t.sockets.to_string()));
+                put("cpu.cores", text(t.cores.to_string()));
+                put("cpu.threads", text(t.threads.to_string()));
+            }
+        }
+        if !self.pins.is_empty() {
+            let all = self.pins.iter().map(|(v, h)| format!("{v}:{h}"));
+            put("cpu.pin", Value::List(all.collect()));
+        }
+        // bhyveload has to be told the same.
+        put("memory.size", text(size_text(self.memory)));
+        for (path, is, was) in [
+            ("memory.wired", self.wired, new.wired),
+            ("memory.in_core", self.core_memory, new.core_memory),
+            ("machine.acpi", self.acpi, new.acpi),
+            ("machine.mptable", self.mptable, new.mptable),
+            ("machine.x2apic", self.x2apic, new.x2apic),
+            ("machine.strict_io", self.strict_io, new.strict_io),
+            ("machine.strict_msr", self.strict_msr, new.strict_msr),
+            ("machine.halt_exits", self.halt_exits, new.halt_exits),
+            ("machine.pause_exits", self.pause_exits, new.pause_exits),
+            ("machine.rtc_utc", self.utc, new.utc),
+            ("machine.virtio_msi", self.virtio_msi, new.virtio_msi),
+            ("machine.testdev", self.testdev, new.testdev),
+            ("run.verbose", self.verbose, new.verbose),
+            (
+                "run.destroy_on_poweroff",
+                self.destroy_on_poweroff,
+                new.destroy_on_poweroff,
+            ),
+            ("run.boot", self.boot, new.boot),
+        ] {
+            if is != was {
+                put(path, Value::Bool(is));
+            }
+        }
+        for (path, spec) in ["serial.com1", "serial.com2"].iter().zip(&self.serial) {
+            if let Some(spec) = spec {
+                put(path, text(spec.to_string()));
+            }
+        }
+        if let Some(file) = &self.exit_stats {
+            put("run.exit_stats", text(file.display().to_string()));
+        }
+        settings.values.extend(self.load.iter().cloned());
+        for s in &self.slots {
+            settings.set_device(Device {
+                place: (s.at.bus, s.at.slot, s.at.func),
+                emulation: s.emulation.clone(),
+                conf: s.conf.clone(),
+                at: Origin::default(),
+            });
+        }
+        settings
+    }
+}
+
+/// The size as `-m` takes it; it is a multiple of 4 KiB.
+fn size_text(bytes: u64) -> String {
+    for (shift, unit) in [(30, "G"), (20, "M")] {
+        if bytes.is_multiple_of(1 << shift) {
+            return format!("{}{unit}", bytes >> shift);
+        }
+    }
+    format!("{}K", bytes >> 10)
+}
+
+fn uuid_text(uuid: &[u8; 16]) -> String {
+    let mut text = String::new();
+    for (i, byte) in uuid.iter().enumerate() {
+        if matches!(i, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
 }

@@ -9,11 +9,14 @@ use crate::lock;
 /// Exit status for an error.
 pub const ERROR: i32 = 4;
 
+/// Exit status where the guest powered itself off.
+pub const POWERED_OFF: i32 = 1;
+
 /// Exit status of bhyve(8) for the way a VM stopped.
 pub fn status(how: SuspendHow) -> i32 {
     match how {
         SuspendHow::Reset => 0,
-        SuspendHow::Poweroff => 1,
+        SuspendHow::Poweroff => POWERED_OFF,
         SuspendHow::Halt => 2,
         SuspendHow::TripleFault => 3,
         SuspendHow::None | SuspendHow::Destroy => ERROR,

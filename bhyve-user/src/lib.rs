@@ -16,6 +16,7 @@
 )]
 
 pub mod bhyvectl;
+pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod config;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
 
+use crate::boot;
 use crate::ending::{ERROR, Ending};
 use crate::machine::{Machine, Suspend};
 use crate::pm::Pm;
@@ -31,9 +32,15 @@ pub fn block() -> nix::Result<()> {
 
 /// Takes signals for the rest of the process's life.
 pub fn listen(pm: Arc<Pm>, machine: Arc<dyn Machine>, ending: Arc<Ending>) {
+    let is_child = boot::is_child();
     std::thread::spawn(move || {
         let mut pressed = false;
-        while let Ok(_signal) = set().wait() {
+        while let Ok(signal) = set().wait() {
+            // What comes from the terminal reaches the parent, too, which sends
+            // SIGTERM for it: not to be taken for two.
+            if is_child && signal != Signal::SIGTERM {
+                continue;
+            }
             let hears = !pressed && pm.press_power_button();
             if hears {
                 pressed = true;

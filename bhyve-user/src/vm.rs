@@ -15,7 +15,7 @@ use vmmapi::{
 
 use crate::bus::{BusError, Buses};
 use crate::config::Config;
-use crate::ending::{Ending, Failed};
+use crate::ending::{Ending, Failed, POWERED_OFF};
 use crate::i8042::I8042;
 use crate::legacy::Legacy;
 use crate::machine::{Machine, Suspend};
@@ -31,7 +31,7 @@ use crate::tables::{self, TooLarge};
 use crate::testdev::{self, TestDev};
 use crate::vcpu::Next;
 use crate::vcpu::msr::{Msrs, Vendor};
-use crate::{lock, signals, vcpu};
+use crate::{boot, lock, signals, vcpu};
 
 /// Why a VM could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -165,6 +165,9 @@ fn prepare(config: &Config, vcpu: &Vcpu) -> vmmapi::Result<()> {
 
 /// Runs a VM to its end; returns the exit status.
 pub fn run(config: Config) -> Result<i32, Error> {
+    if boot::is_child() {
+        boot::follow_parent();
+    }
     signals::block().map_err(|e| Error::System("signal mask", e.into()))?;
     let result = Vm::new(config).and_then(|vm| {
         signals::listen(
@@ -179,6 +182,9 @@ pub fn run(config: Config) -> Result<i32, Error> {
         start(&vm, bsp)?;
         let status = vm.ending.wait();
         vm.finish();
+        if status == POWERED_OFF && vm.config.destroy_on_poweroff {
+            vmmapi::Vm::destroy(vm.vm.name())?;
+        }
         Ok(status)
     });
     terminal::restore_all();

@@ -9,7 +9,9 @@ use crate::input::Input;
 use crate::kld;
 use crate::linux::Linux;
 use crate::multiboot::Multiboot;
-use clap::{ArgGroup, Parser};
+use bhyve_config::{Argument, ConfigError, Program};
+use clap::{ArgGroup, CommandFactory, Parser};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 /// Loads a kernel into a VM without a BIOS, ready for bhyve to run.
@@ -21,7 +23,8 @@ use std::path::{Path, PathBuf};
     override_usage = "bhyveload [-m SIZE] [-e NAME=VALUE]... -h DIR VM\n       \
         bhyveload [...] --kernel FILE [--module FILE[,type=T][,name=N][,args=A]]... [--mfsroot FILE] VM\n       \
         bhyveload [...] --linux BZIMAGE [--initrd FILE] [--cmdline TEXT] VM\n       \
-        bhyveload [...] --multiboot FILE [--module FILE]... [--cmdline TEXT] VM",
+        bhyveload [...] --multiboot FILE [--module FILE]... [--cmdline TEXT] VM\n       \
+        bhyveload --config vm.toml [...] [VM]",
     group(ArgGroup::new("what").args(["host", "kernel", "linux", "multiboot"]))
 )]
 pub struct Cli {
@@ -73,6 +76,9 @@ pub struct Cli {
     /// Boots this multiboot 1 kernel
     #[arg(long, value_name = "FILE")]
     pub multiboot: Option<PathBuf>,
+    /// Reads the VM's TOML file, which bhyve reads as well; options given beside it go before it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Prints this text
     #[arg(long, action = clap::ArgAction::Help)]
     pub help: Option<bool>,
@@ -147,6 +153,69 @@ fn raw_input(path: &Path, limit: u64) -> Result<Input, LoadError> {
         return input.decompressed(limit);
     }
     Ok(input)
+}
+
+/// Options of which one stands for what is booted: one on the command line puts
+/// all of a file's out of force.
+const SOURCES: [&str; 5] = ["-d", "-h", "--kernel", "--linux", "--multiboot"];
+/// Options of the file that go with its source.
+const WITH_SOURCE: [&str; 4] = ["--module", "--mfsroot", "--initrd", "--cmdline"];
+
+/// Whether `given` has a value from the command line for an option as a user
+/// writes it.
+fn is_given(command: &clap::Command, given: &clap::ArgMatches, option: &str) -> bool {
+    command.get_arguments().any(|a| {
+        let long = a.get_long().is_some_and(|l| option == format!("--{l}"));
+        let short = a.get_short().is_some_and(|s| option == format!("-{s}"));
+        (long || short)
+            && given.value_source(a.get_id().as_str())
+                == Some(clap::parser::ValueSource::CommandLine)
+    })
+}
+
+/// The words of the command line with those of its `--config` file put before
+/// them, but for what they say themselves.
+///
+/// # Errors
+/// The file cannot be read, or something in it is wrong.
+pub fn with_config(words: Vec<OsString>) -> Result<Vec<OsString>, ConfigError> {
+    let command = Cli::command().ignore_errors(true);
+    let given = command.clone().get_matches_from(&words);
+    let Some(path) = given.get_one::<PathBuf>("config") else {
+        return Ok(words);
+    };
+    let settings = bhyve_config::file::read(path)?;
+    let mut all: Vec<OsString> = words.first().cloned().into_iter().collect();
+    let has_source = SOURCES.iter().any(|s| is_given(&command, &given, s));
+    let has_name = given.get_one::<String>("vm").is_some();
+    let mut name = None;
+    for argument in settings.arguments(Program::Bhyveload) {
+        let option = argument.option;
+        if option.is_empty() {
+            name = argument.value;
+            continue;
+        }
+        let replaced = has_source && (SOURCES.contains(&option) || WITH_SOURCE.contains(&option));
+        // Of the environment both are taken, the command line's last.
+        let given_too = option != "-e" && is_given(&command, &given, option);
+        if !(replaced || given_too) {
+            all.extend(joined(&argument));
+        }
+    }
+    all.extend(words.into_iter().skip(1));
+    all.extend(name.filter(|_| !has_name).map(OsString::from));
+    Ok(all)
+}
+
+/// An option and its value as one word where the value could pass for an option.
+fn joined(argument: &Argument) -> Vec<OsString> {
+    match &argument.value {
+        Some(value) if argument.option.starts_with("--") => {
+            vec![format!("{}={value}", argument.option).into()]
+        }
+        Some(value) => vec![format!("{}{value}", argument.option).into()],
+        None => vec![argument.option.into()],
+    }
 }
 
 impl Cli {

@@ -1,7 +1,7 @@
 //! bhyveload: puts a kernel into a VM without a BIOS.
 #![forbid(unsafe_code)]
 
-use bhyveload::cli::{Cli, Guest};
+use bhyveload::cli::{Cli, Guest, with_config};
 use bhyveload::error::LoadError;
 use bhyveload::vm::VmTarget;
 use bhyveload::{freebsd, linux, multiboot};
@@ -111,7 +111,14 @@ fn run(cli: &Cli) -> Result<(), LoadError> {
 }
 
 fn main() -> ExitCode {
-    match run(&Cli::parse()) {
+    let words = match with_config(std::env::args_os().collect()) {
+        Ok(words) => words,
+        Err(error) => {
+            eprintln!("bhyveload: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match run(&Cli::parse_from(words)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bhyveload: {error}");

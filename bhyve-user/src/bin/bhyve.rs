@@ -3,6 +3,7 @@
 
 use std::process::exit;
 
+use bhyve::boot;
 use bhyve::cli::{self, Command};
 use bhyve::ending::ERROR;
 use bhyve::vm;
@@ -20,6 +21,11 @@ fn main() {
             eprint!("{text}");
             0
         }
+        Ok(Command::Run(config)) if config.boot && !boot::is_child() => boot::run(&config)
+            .unwrap_or_else(|e| {
+                eprintln!("bhyve: {e}");
+                ERROR
+            }),
         Ok(Command::Run(config)) => vm::run(*config).unwrap_or_else(|e| {
             eprintln!("bhyve: {e}");
             ERROR

@@ -56,6 +56,20 @@ impl FromStr for Spec {
     }
 }
 
+impl std::fmt::Display for Spec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Spec::None => Ok(()),
+            Spec::Stdio => write!(f, "stdio"),
+            Spec::Pty => write!(f, "pty"),
+            Spec::Tty(path) => write!(f, "{}", path.display()),
+            Spec::File(path) => write!(f, "file:{}", path.display()),
+            Spec::Unix(path) => write!(f, "unix:{}", path.display()),
+            Spec::Tcp(address) => write!(f, "tcp={address}"),
+        }
+    }
+}
+
 /// An open backend: something to read from and something to write to.
 #[derive(Default)]
 pub struct Backend {
