@@ -80,6 +80,7 @@ pub fn bhyve() -> Result<Program, BadHelp> {
             let argument = match arguments.iter().find(|(option, _)| option == name) {
                 Some((_, argument)) => Some(argument.clone()),
                 None if short.is_some_and(|c| bundled(&help, c)) => None,
+                None if help.contains(&format!("[{name}]")) => None,
                 None => return Err(bad(format!("has {name}, but its usage lines do not"))),
             };
             options.push(Opt {
