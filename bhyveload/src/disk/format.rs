@@ -50,7 +50,11 @@ pub fn container(image: &(impl ReadAt + ?Sized)) -> Read<Option<(&'static str, &
     image.read_at(0, &mut head[..len])?;
     Ok(CONTAINERS
         .iter()
-        .find(|(at, magic, _, _)| head[*at as usize..len].starts_with(magic))
+        .find(|(at, magic, _, _)| {
+            // Shorter images have no such place.
+            head.get(*at as usize..len)
+                .is_some_and(|rest| rest.starts_with(magic))
+        })
         .map(|&(_, _, name, remedy)| (name, remedy)))
 }
 

@@ -2,19 +2,21 @@
 //! ours: `@synopsis NAME` and `@options NAME` stand for what the program's help
 //! says, and `@ -c` begins text that goes under option `-c` in the latter, up to
 //! the next line that begins with `@`; `@end` ends the last. `@devices` stands
-//! for the emulations of `-s`.
+//! for the emulations of `-s`, `@keys` and `@device-keys` for those of a VM's file.
 
 use std::fmt::Write;
 
 use bhyve::pci::catalog::EMULATIONS;
+use bhyve_config::keys::{DEVICE_KEYS, KEYS, Kind, Opt as Words};
 
 use crate::program::{self, Opt, Program};
 
 /// The pages: file name and source.
-const SOURCES: [(&str, &str); 4] = [
+const SOURCES: [(&str, &str); 5] = [
     ("bhyve.8", include_str!("../../man/bhyve.8")),
     ("bhyvectl.8", include_str!("../../man/bhyvectl.8")),
     ("bhyveload.8", include_str!("../../man/bhyveload.8")),
+    ("bhyve.toml.5", include_str!("../../man/bhyve.toml.5")),
     ("vmm.4", include_str!("../../man/vmm.4")),
 ];
 
@@ -77,6 +79,14 @@ fn expand(file: &str, source: &str, programs: &[Program]) -> Result<String, BadS
             for emulation in EMULATIONS {
                 devices(&mut out, emulation.name, emulation.help);
             }
+        } else if line == "@keys" {
+            keys(&mut out);
+        } else if line == "@device-keys" {
+            let _ = writeln!(out, ".Bl -tag -width indent");
+            for (name, doc) in DEVICE_KEYS {
+                let _ = writeln!(out, ".It Li {name}\n{}", prose(doc));
+            }
+            let _ = writeln!(out, ".El");
         } else if line.starts_with('@') {
             return Err(bad(format!("what is \"{line}\"?")));
         } else {
@@ -212,6 +222,50 @@ fn devices(out: &mut String, name: &str, help: &str) {
         let _ = write!(out, " {ns} Ar {}", argument(&conf));
     }
     let _ = writeln!(out, "\n{}", prose(&sentence(what)));
+}
+
+/// The keys of bhyve.toml(5), a list.
+fn keys(out: &mut String) {
+    let _ = writeln!(out, ".Bl -tag -width indent");
+    for key in KEYS {
+        let kind = match key.kind {
+            Kind::Text => "string",
+            Kind::Number => "number or string",
+            Kind::Bool => "true or false",
+            Kind::List => "string or array of strings",
+            Kind::Table => "table of strings",
+        };
+        let options: Vec<String> = [("", key.bhyve), ("bhyveload ", key.bhyveload)]
+            .iter()
+            .filter_map(|(program, words)| Some(format!("{program}{}", on_the_line(words)?)))
+            .collect();
+        let options = match options.as_slice() {
+            [] => String::new(),
+            some => format!("({})\n", some.join(", ")),
+        };
+        let _ = writeln!(out, ".It Li {}\n.Em {kind}\n{options}.br", key.path);
+        let _ = writeln!(out, "{}", prose(key.doc));
+        if !key.default.is_empty() {
+            let _ = writeln!(out, "{}", prose(&format!("The default: {}.", key.default)));
+        }
+    }
+    let _ = writeln!(out, ".El");
+}
+
+/// How a key is said on the command line.
+fn on_the_line(words: &Words) -> Option<String> {
+    match words {
+        Words::None => None,
+        Words::Operand => Some("vmname".into()),
+        Words::Value(option) | Words::Pairs(option) => Some((*option).into()),
+        Words::Prefixed(option, prefix) => {
+            Some(format!("{option} {}", prefix.trim_end_matches(',')))
+        }
+        Words::Flag(on, off) => {
+            let both: Vec<&str> = [*on, *off].into_iter().filter(|o| !o.is_empty()).collect();
+            Some(both.join(" "))
+        }
+    }
 }
 
 #[cfg(test)]

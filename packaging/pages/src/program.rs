@@ -133,6 +133,7 @@ fn bracketed(help: &str) -> Vec<(String, String)> {
                     && let Some(inner) = usage.get(start..at)
                     && let Some((option, argument)) = inner.split_once([' ', '='])
                     && option.starts_with('-')
+                    && !found.iter().any(|(o, _): &(String, String)| o == option)
                 {
                     found.push((option.to_owned(), argument.to_owned()));
                 }

@@ -64,6 +64,29 @@ fn every_emulation_is_in_the_manual() {
 }
 
 #[test]
+fn every_key_of_a_file_is_in_the_manual_and_its_example_is_read() {
+    let pages = man::pages().unwrap();
+    let (_, page) = pages
+        .iter()
+        .find(|(n, _)| n == "bhyve.toml.5")
+        .expect("a page");
+    let items: BTreeSet<&str> = page
+        .lines()
+        .filter_map(|l| l.strip_prefix(".It Li "))
+        .collect();
+    let keys = bhyve_config::keys::KEYS.iter().map(|k| k.path);
+    let devices = bhyve_config::keys::DEVICE_KEYS
+        .iter()
+        .map(|(name, _)| *name);
+    assert_eq!(items, keys.chain(devices).collect());
+    let (_, example) = page
+        .split_once(".Bd -literal -offset indent\n")
+        .expect("an example");
+    let (example, _) = example.split_once(".Ed").expect("its end");
+    bhyve_config::file::parse("example", example).expect("a file without mistakes");
+}
+
+#[test]
 fn references_to_our_own_pages_lead_somewhere() {
     let pages = man::pages().unwrap();
     let names: Vec<&str> = pages.iter().map(|(n, _)| n.as_str()).collect();
