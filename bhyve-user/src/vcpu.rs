@@ -9,7 +9,7 @@ pub mod strings;
 
 use std::sync::Arc;
 
-use vmmapi::{Exit, SuspendHow, Vcpu, VmExit};
+use vmmapi::{Exit, Inout, Left, Runner, SuspendHow, Vcpu, VmExit};
 
 use crate::ending::Failed;
 use crate::mmio;
@@ -37,26 +37,27 @@ pub(crate) const GP: u8 = 13;
 /// Runs a vCPU until the VM stops. `Ok` says how; errors have been reported.
 pub fn run(vm: &Arc<Vm>, vcpu: &Vcpu) -> Result<SuspendHow, Failed> {
     let stats = vm.stats.vcpu();
+    let failed = |e: vmmapi::Error| {
+        eprintln!("{e}");
+        Failed
+    };
+    let mut runner = Runner::new(vcpu).map_err(failed)?;
+    let ports = &vm.buses.ports;
     let mut rax = None;
     loop {
-        let result = match rax.take() {
-            None => vcpu.run(),
-            Some(rax) => vcpu.run_with_rax(rax),
-        };
-        let exit = match result {
-            Ok(exit) => exit,
-            Err(e) => {
-                eprintln!("{e}");
-                return Err(Failed);
-            }
-        };
-        stats.count(&exit.exit);
         // The fast path; everything else is behind a call.
-        let next = match &exit.exit {
-            Exit::Inout(io) => Ok(inout::emulate(&vm.buses.ports, vm.config.strict_io, io)),
-            _ => other(vm, vcpu, &exit),
-        };
-        match next {
+        if let Left::Inout(io) = runner.run(rax.take()).map_err(failed)? {
+            stats.count_inout(&io);
+            match inout::emulate(ports, vm.config.strict_io, &io) {
+                inout::Done::Out => {}
+                inout::Done::In(value) => rax = Some(value),
+                inout::Done::Unclaimed => return Err(stuck(vm, vcpu, &io)),
+            }
+            continue;
+        }
+        let exit = runner.exit();
+        stats.count(&exit.exit);
+        match other(vm, vcpu, &exit) {
             Ok(Next::Run) => {}
             Ok(Next::RunWithRax(value)) => rax = Some(value),
             Ok(Next::Stop(how)) => return Ok(how),
@@ -70,6 +71,21 @@ pub fn run(vm: &Arc<Vm>, vcpu: &Vcpu) -> Result<SuspendHow, Failed> {
             }
         }
     }
+}
+
+/// The guest used a port that nobody has, and must not.
+#[cold]
+fn stuck(vm: &Vm, vcpu: &Vcpu, io: &Inout) -> Failed {
+    let exit = VmExit {
+        // The report reads the registers anyway.
+        rip: vcpu.register(vmmapi::RegName::Rip).unwrap_or(0),
+        inst_length: 0,
+        exit: Exit::Inout(*io),
+    };
+    if let Next::Fail(why) = inout::unclaimed(io) {
+        eprint!("{}", dump::report(vcpu, &vm.memory, &exit, &why));
+    }
+    Failed
 }
 
 #[cold]

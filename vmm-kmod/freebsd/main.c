@@ -96,6 +96,7 @@ vmm_load(void)
 		.account = account != 0,
 		.use_apic_vid = use_apic_vid != 0,
 		.fill_rsb = no_flush_rsb == 0,
+		.thread_tss = 1,
 		/* The only form that this kernel uses, and trusts. */
 		.xsave_forms = xsaveopt(),
 	};

@@ -25,6 +25,7 @@ struct vmm_host_info {
 	uint32_t use_apic_vid;    /* virtual-interrupt delivery, where the CPU has it */
 	uint32_t xsave_forms;     /* bits of CPUID.0DH.1:EAX; guests see no other */
 	uint32_t fill_rsb;        /* fill the return-stack buffer after VM exits */
+	uint32_t thread_tss;      /* threads may have a TSS of their own */
 };
 
 /* ---- memory --------------------------------------------------------- */
@@ -138,6 +139,10 @@ void vmm_rust_vm_put(void *vm);
  * says so and the result is 0. */
 int vmm_rust_ctl_ioctl(uint32_t cmd, void *data, size_t len);
 int vmm_rust_vm_ioctl(void *vm, uint32_t cmd, void *data, size_t len);
+/* The request that has to be fast, as a call of its own: runs a vCPU. Its
+ * argument is passed by value; vmm_rust_vm_ioctl() takes it as well. */
+#define VMM_REQ_RUN 0x200476c3u
+int vmm_rust_vm_run(void *vm, uint32_t arg);
 /* The guest page at gpa (segid < 0) or at an offset of a segment. */
 int vmm_rust_vm_page(void *vm, int segid, uint64_t off, uint64_t *pa);
 /* Whether [off, off+len) can be mapped. */

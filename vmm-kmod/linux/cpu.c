@@ -53,8 +53,9 @@ void vmm_host_set_vmxe(int on)
 
 void vmm_host_guest_begin(void)
 {
-	/* Disables preemption as well. */
-	kernel_fpu_begin();
+	/* Disables preemption as well. The registers get the guest's values
+	 * next: no part of them needs to be put in order. */
+	kernel_fpu_begin_mask(0);
 	local_irq_disable();
 }
 

@@ -107,6 +107,8 @@ static long vmmdev_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 
 	if (open->segid >= 0)
 		return -ENOTTY;
+	if (cmd == VMM_REQ_RUN)
+		return -vmm_rust_vm_run(open->vm, arg);
 	return request(open->vm, cmd, arg);
 }
 

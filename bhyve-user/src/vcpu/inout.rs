@@ -5,33 +5,40 @@ use vmmapi::Inout;
 use super::Next;
 use crate::bus::{PortBus, ones};
 
+/// What became of an IN or OUT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Done {
+    /// An OUT is done.
+    Out,
+    /// An IN gives this RAX.
+    In(u64),
+    /// Nobody has the port, and the guest is to stop there.
+    Unclaimed,
+}
+
 /// Does an IN or OUT. A port that nobody has reads as ones and swallows
-/// writes; with `strict` the guest stops there.
+/// writes, unless `strict`.
 #[inline]
-pub fn emulate(ports: &PortBus, strict: bool, io: &Inout) -> Next {
+pub fn emulate(ports: &PortBus, strict: bool, io: &Inout) -> Done {
     let mask = ones(io.bytes) as u32;
+    let device = ports.get(io.port);
     if io.input {
-        let value = match ports
-            .get(io.port)
-            .and_then(|d| d.port_read(io.port, io.bytes))
-        {
+        let value = match device.and_then(|d| d.port_read(io.port, io.bytes)) {
             Some(v) => v,
-            None if strict => return unclaimed(io),
+            None if strict => return Done::Unclaimed,
             None => mask,
         };
         // The exit carries the low half of RAX. As in FreeBSD's bhyve, IN to
         // AL or AX leaves zeroes above it: no compiler counts on those bits,
         // and reading them would cost a system call an IN.
         let rax = (io.eax & !mask) | (value & mask);
-        return Next::RunWithRax(rax.into());
+        return Done::In(rax.into());
     }
-    let done = ports
-        .get(io.port)
-        .is_some_and(|d| d.port_write(io.port, io.bytes, io.eax & mask));
+    let done = device.is_some_and(|d| d.port_write(io.port, io.bytes, io.eax & mask));
     if !done && strict {
-        return unclaimed(io);
+        return Done::Unclaimed;
     }
-    Next::Run
+    Done::Out
 }
 
 #[cold]
@@ -84,7 +91,7 @@ mod tests {
         ] {
             assert_eq!(
                 emulate(&ports, false, &io(port, bytes, true)),
-                Next::RunWithRax(rax),
+                Done::In(rax),
                 "port {port:#x}, {bytes} bytes"
             );
         }
@@ -94,8 +101,8 @@ mod tests {
     fn out_hands_over_its_operand() {
         let (ports, dev) = (PortBus::default(), Arc::new(Dev::default()));
         ports.claim(0x60, 1, dev.clone()).unwrap();
-        assert_eq!(emulate(&ports, false, &io(0x60, 1, false)), Next::Run);
-        assert_eq!(emulate(&ports, false, &io(0x99, 1, false)), Next::Run);
+        assert_eq!(emulate(&ports, false, &io(0x60, 1, false)), Done::Out);
+        assert_eq!(emulate(&ports, false, &io(0x99, 1, false)), Done::Out);
         assert_eq!(*crate::lock(&dev.0), [(0x60, 1, 0xdd)]);
     }
 
@@ -106,7 +113,9 @@ mod tests {
             (true, "IN from port 0x99 (1 bytes)"),
             (false, "OUT to port 0x99"),
         ] {
-            let Next::Fail(why) = emulate(&ports, true, &io(0x99, 1, input)) else {
+            let io = io(0x99, 1, input);
+            assert_eq!(emulate(&ports, true, &io), Done::Unclaimed);
+            let Next::Fail(why) = unclaimed(&io) else {
                 panic!("went on")
             };
             assert!(why.contains(words), "{why}");

@@ -21,14 +21,15 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Only the modules `affinity`, `sys`, `title`, [`poll`], [`tap`] and [`memory`] contain `unsafe`: the
-//! system calls and the mapping of guest memory. No reference into guest memory is ever handed out,
-//! because the guest changes it at will.
+//! Only the modules `affinity`, `runner`, `sys`, `title`, [`poll`], [`tap`] and [`memory`] contain
+//! `unsafe`: the system calls, and the mapping of a vCPU's run page and of guest memory. No
+//! reference into guest memory is ever handed out, because the guest changes it at will.
 
 mod affinity;
 mod error;
 pub mod memory;
 pub mod poll;
+mod runner;
 mod state;
 mod sys;
 pub mod tap;
@@ -39,6 +40,7 @@ mod vm;
 pub use affinity::pin_thread;
 pub use error::{Error, Result};
 pub use memory::{GuestMemory, MemFlags, Segment, parse_memsize};
+pub use runner::{Left, Runner};
 pub use state::Flat32;
 pub use title::set_process_title;
 pub use vcpu::{RegisterSet, Vcpu};

@@ -40,6 +40,20 @@ pub(crate) fn ioctl<T: Plain>(fd: BorrowedFd<'_>, request: u32, arg: &mut T) -> 
     unsafe { ioctl_raw(fd, request, std::ptr::from_mut(arg).cast()) }
 }
 
+/// A request whose argument is a number.
+#[inline]
+pub(crate) fn ioctl_int(fd: BorrowedFd<'_>, request: u32, arg: i32) -> io::Result<()> {
+    debug_assert_eq!(request & !0xffff, ioccom::iowint(0, 0));
+    // SAFETY: the request passes its argument by value; the kernel follows no
+    // address.
+    let r = unsafe { libc::ioctl(fd.as_raw_fd(), request as _, arg) };
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
 /// A request without an argument.
 pub(crate) fn ioctl_void(fd: BorrowedFd<'_>, request: u32) -> io::Result<()> {
     assert_eq!(ioccom::ioc_len(request), 0);

@@ -25,6 +25,11 @@ pub const fn io(group: u8, num: u8) -> u32 {
     ioc(IOC_VOID, group, num, 0)
 }
 
+/// A request whose argument is an `int`, passed by value (`_IOWINT`).
+pub const fn iowint(group: u8, num: u8) -> u32 {
+    ioc(IOC_VOID, group, num, size_of::<i32>())
+}
+
 /// A request that returns a `T`.
 pub const fn ior<T>(group: u8, num: u8) -> u32 {
     ioc(IOC_OUT, group, num, size_of::<T>())

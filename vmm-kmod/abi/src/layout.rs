@@ -675,10 +675,30 @@ abi_struct! {
     }
 }
 
+abi_struct! {
+    /// What a vCPU's run page holds (`VM_EXT_RUN_PAGE`); the rest of the page
+    /// is zero.
+    VmExtRunPage, 144 {
+        /// The last exit, filled in by the kernel. Bytes of the union that the
+        /// exit's kind does not have are left over from exits before.
+        vm_exit: VmExitRaw = 0,
+        /// RAX, with [`EXT_RUN_RAX`]: filled in by userland.
+        rax: u64 = 136,
+    }
+}
+
+/// Offset in a VM's device at which the run page of vCPU 0 can be mapped; one
+/// page a vCPU. Beyond the guest-physical addresses that exist (52 bits).
+pub const EXT_RUN_PAGES: u64 = 1 << 52;
+/// Flags of `VM_EXT_RUN_PAGE` start at this bit, above the vCPU's number.
+pub const EXT_RUN_SHIFT: u32 = 24;
+
 /// `VmExtVersion::features`: `VM_EXT_RUN` is there.
 pub const EXT_F_RUN: u32 = 1;
 /// `VmExtVersion::features`: `VM_EXT_CONSTANT_PORT` is there.
 pub const EXT_F_CONSTANT_PORT: u32 = 2;
+/// `VmExtVersion::features`: `VM_EXT_RUN_PAGE` is there.
+pub const EXT_F_RUN_PAGE: u32 = 4;
 /// `VmExtRun::flags`: set RAX before the guest goes on.
 pub const EXT_RUN_RAX: u32 = 1;
 

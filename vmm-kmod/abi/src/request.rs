@@ -1,6 +1,6 @@
 //! Request numbers, group `v`. `GROUP` and 0xC0 to 0xEF of it are ours.
 
-use crate::ioccom::{io, ior, iow, iowr};
+use crate::ioccom::{io, ior, iow, iowint, iowr};
 use crate::layout::*;
 
 /// Group of the vmm device's requests.
@@ -172,6 +172,10 @@ requests! {
     VM_EXT_RUN = iowr::<VmExtRun>(GROUP, EXT_FIRST + 1);
     /// Makes the kernel answer INs from a port (ours).
     VM_EXT_CONSTANT_PORT = iow::<VmExtConstantPort>(GROUP, EXT_FIRST + 2);
+    /// Runs a vCPU; exit and RAX are in its run page, which userland has
+    /// mapped, so that nothing is copied (ours). The argument is the vCPU's
+    /// number and, from bit [`EXT_RUN_SHIFT`] on, `EXT_RUN_*`.
+    VM_EXT_RUN_PAGE = iowint(GROUP, EXT_FIRST + 3);
 }
 
 /// Name of a request, for messages.

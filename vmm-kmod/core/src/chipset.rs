@@ -64,6 +64,24 @@ pub struct Chipset {
     pub pmtmr: PmTimer,
 }
 
+/// Ports of the devices, a bit each: every IN and OUT asks.
+#[expect(clippy::indexing_slicing, reason = "evaluated by the compiler")]
+const CLAIMED: [u64; 20] = {
+    let mut claimed = [0; 20];
+    let mut port = 0u16;
+    while port < 64 * 20 {
+        let ours = AtPic::claims(port)
+            || AtPit::claims(port)
+            || Rtc::claims(port)
+            || PmTimer::claims(port);
+        if ours {
+            claimed[(port >> 6) as usize] |= 1 << (port & 63);
+        }
+        port += 1;
+    }
+    claimed
+};
+
 impl Chipset {
     /// A chipset at `now`, host TSC ticks, with its clock at `wall` seconds
     /// since 1970.
@@ -145,8 +163,11 @@ impl Chipset {
     // ---- ports ----
 
     /// Whether a port is one of ours.
-    pub const fn claims_port(port: u16) -> bool {
-        AtPic::claims(port) || AtPit::claims(port) || Rtc::claims(port) || PmTimer::claims(port)
+    #[inline]
+    pub fn claims_port(port: u16) -> bool {
+        CLAIMED
+            .get(usize::from(port >> 6))
+            .is_some_and(|word| word >> (port & 63) & 1 != 0)
     }
 
     /// IN of 1, 2 or 4 bytes. Wider than a device's registers, it is a byte

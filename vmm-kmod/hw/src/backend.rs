@@ -108,6 +108,9 @@ pub struct Config {
     /// Fill the return-stack buffer after each exit (Spectre v2 and its kin),
     /// as the host decides for itself.
     pub fill_rsb: bool,
+    /// TR's base may change from one thread of the host to the next, not only
+    /// from CPU to CPU.
+    pub thread_tss: bool,
 }
 
 /// A virtual CPU. The registers of [`CpuState`] and most methods are for use

@@ -13,7 +13,7 @@ pub struct Fpu<H: Host> {
     area: Pages<H>,
     /// The guest's XCR0.
     xcr0: u64,
-    /// The host's, while the guest's is loaded.
+    /// The host's, which is the same at all times and read on each new CPU.
     host_xcr0: u64,
     /// Components that are switched; 0 without XSAVE.
     mask: u64,
@@ -89,7 +89,7 @@ impl<H: Host> Fpu<H> {
     ///
     /// # Safety
     /// CPL 0, preemption off, the host's FPU state is saved and CR0.TS clear.
-    pub(crate) unsafe fn load(&mut self) {
+    pub(crate) unsafe fn load(&mut self, new_cpu: bool) {
         let p = self.area.as_ptr();
         // SAFETY: the area is 64-byte aligned (a page), large enough for the
         // components in `mask`, and holds what `power_on` or XSAVE wrote.
@@ -100,7 +100,9 @@ impl<H: Host> Fpu<H> {
             }
             asm!("xrstor64 [{}]", in(reg) p, in("eax") self.mask as u32, in("edx") (self.mask >> 32) as u32,
                  options(nostack));
-            self.host_xcr0 = instr::xgetbv0();
+            if new_cpu {
+                self.host_xcr0 = instr::xgetbv0();
+            }
             if self.xcr0 != self.host_xcr0 {
                 instr::xsetbv0(self.xcr0);
             }

@@ -15,6 +15,7 @@ pub struct HostInfo {
     pub use_apic_vid: u32,
     pub xsave_forms: u32,
     pub fill_rsb: u32,
+    pub thread_tss: u32,
 }
 
 macro_rules! opaque {

@@ -26,6 +26,8 @@ pub struct Global {
     pub account: bool,
     /// Whether VM exits fill the return-stack buffer.
     pub fill_rsb: bool,
+    /// Threads of the host may have a TSS of their own.
+    pub thread_tss: bool,
     /// Microcode revision.
     pub microcode: u32,
     /// IA32_ARCH_CAPABILITIES of the host; 0 if it has none.

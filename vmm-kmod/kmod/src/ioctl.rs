@@ -43,8 +43,28 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
     let a: &mut VmExtVersion = arg(data)?;
     *a = VmExtVersion {
         abi_version: EXT_ABI_VERSION,
-        features: EXT_F_RUN | EXT_F_CONSTANT_PORT,
+        features: EXT_F_RUN | EXT_F_CONSTANT_PORT | EXT_F_RUN_PAGE,
     };
+    Ok(())
+}
+
+/// VM_EXT_RUN_PAGE.
+pub fn run_page(vm: &Vm, arg: u32) -> Result<(), i32> {
+    let flags = arg >> EXT_RUN_SHIFT;
+    if flags & !EXT_RUN_RAX != 0 {
+        return Err(errno::EINVAL);
+    }
+    if vm.dying() {
+        return Err(errno::ENXIO);
+    }
+    let id = arg & ((1 << EXT_RUN_SHIFT) - 1);
+    let vcpu = vm.vcpu(id as usize).ok_or(errno::EINVAL)?;
+    let mut inner = vcpu.freeze();
+    if flags & EXT_RUN_RAX != 0 {
+        inner.hw.set_gpr(Gpr::Rax, vcpu.run_page.rax());
+    }
+    run::run(vm, vcpu, &mut inner)?;
+    vcpu.run_page.put(&inner.exit);
     Ok(())
 }
 
@@ -75,6 +95,10 @@ pub fn vm(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
             run::run(vm, vcpu, &mut inner)?;
             a.vm_exit = inner.exit;
             Ok(())
+        }
+        req::VM_EXT_RUN_PAGE => {
+            let a: &mut i32 = arg(data)?;
+            run_page(vm, *a as u32)
         }
         req::VM_EXT_CONSTANT_PORT => {
             let a: &mut VmExtConstantPort = arg(data)?;

@@ -19,6 +19,7 @@ mod os;
 mod ports;
 mod regs;
 mod run;
+mod run_page;
 mod snapshot;
 mod state;
 mod sync;
@@ -84,6 +85,7 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         tsc_hz: info.tsc_hz,
         account: info.account != 0,
         fill_rsb: info.fill_rsb != 0,
+        thread_tss: info.thread_tss != 0,
         xsave_forms: info.xsave_forms,
         apic_virt: if info.use_apic_vid != 0 {
             vmm_hw::backend::ApicVirt::all()
@@ -234,6 +236,18 @@ pub unsafe extern "C" fn vmm_rust_vm_ioctl(
     // SAFETY: by the caller's word.
     let (vm, data) = unsafe { (&*vm.cast::<Vm>(), slice::from_raw_parts_mut(data, len)) };
     ioctl::vm(vm, cmd, data).err().unwrap_or(0)
+}
+
+/// VM_EXT_RUN_PAGE with its argument, for hosts that can tell it from the
+/// other requests early: it is the one that has to be fast.
+///
+/// # Safety
+/// `vm` is alive.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_vm_run(vm: *mut c_void, arg: u32) -> c_int {
+    // SAFETY: by the caller's word.
+    let vm = unsafe { &*vm.cast::<Vm>() };
+    ioctl::run_page(vm, arg).err().unwrap_or(0)
 }
 
 /// The page behind an address of a VM's memory, for mapping it.

@@ -38,6 +38,8 @@ pub enum Todo {
     },
     /// INIT or SIPI was sent, perhaps to vCPUs that do not run yet.
     Spinup,
+    /// The vCPU's state could not be made this CPU's.
+    NotLoaded(vmm_hw::error::Error),
 }
 
 /// A vCPU, its VM and the thread that runs it.
@@ -131,6 +133,11 @@ impl<C: RunCpu> Runner<'_, C> {
                         .apic_mode_changed(self.vcpu.id as usize, virtualized)?;
                 }
                 Todo::Spinup => self.collect_spinups(),
+                Todo::NotLoaded(error) => {
+                    if self.not_loaded(error) {
+                        return Ok(());
+                    }
+                }
             }
         }
     }
@@ -210,14 +217,56 @@ impl<C: RunCpu> Runner<'_, C> {
         Ok(())
     }
 
+    /// Sees to it that the next `load` works. True: it never will, and an
+    /// exit for userland is in place.
+    #[cold]
+    fn not_loaded(&mut self, error: vmm_hw::error::Error) -> bool {
+        use vmm_hw::error::Error;
+        let inst_error = match error {
+            Error::NeedsMigration => {
+                self.inner.hw.prepare_migration();
+                return false;
+            }
+            Error::NoCpu => {
+                // VMX is off here: the CPU goes offline, and the thread that
+                // takes it down must get it first.
+                if os::yield_now() {
+                    self.leave_with(UserExit::Bogus);
+                    return true;
+                }
+                return false;
+            }
+            Error::Vmcs(number) => number as i32,
+            _ => 0,
+        };
+        crate::klog!(Error, "vCPU {}: {error}", self.vcpu.id);
+        self.inner.exit = VmExit {
+            // The VMCS holds it, and cannot be read.
+            rip: self.inner.next_rip.unwrap_or(0),
+            inst_length: 0,
+            exit: UserExit::Vmx(vmm_abi::exit::Vmx {
+                status: 1,
+                exit_reason: 0,
+                qualification: 0,
+                inst_type: 0,
+                inst_error,
+            }),
+        }
+        .to_raw();
+        self.vcpu.stats.inc(Stat::UserExits);
+        true
+    }
+
     /// One stay with preemption and interrupts off.
     fn window(&mut self) -> Todo {
-        self.inner.hw.prepare_migration();
         // SAFETY: undone by guest_end below; nothing in between sleeps.
         unsafe { ffi::vmm_host_guest_begin() };
         // SAFETY: guest_begin saved the host's FPU state and turned
         // preemption and interrupts off; the vCPU's lock is held.
-        let todo = if unsafe { self.inner.hw.load() }.is_ok() {
+        let loaded = unsafe { self.inner.hw.load() };
+        let todo = if let Err(error) = loaded {
+            Todo::NotLoaded(error)
+        } else {
             self.vcpu.enter_guest_mode();
             if let Some(rip) = self.inner.next_rip.take() {
                 self.inner.hw.set_reg(Reg::Rip, rip);
@@ -235,9 +284,6 @@ impl<C: RunCpu> Runner<'_, C> {
             // SAFETY: loaded above, on this CPU.
             unsafe { self.inner.hw.unload() };
             todo
-        } else {
-            // The thread moved to another CPU after prepare_migration.
-            Todo::Yield
         };
         // SAFETY: pairs with guest_begin.
         unsafe { ffi::vmm_host_guest_end() };

@@ -24,6 +24,7 @@ use crate::global;
 use crate::klog;
 use crate::os::Os;
 use crate::regs;
+use crate::run_page::RunPage;
 use crate::sync::{self, Mutex, MutexGuard, NoMemory, Sleeper, Timer};
 use crate::vm::Vm;
 
@@ -137,6 +138,8 @@ pub struct Vcpu {
     /// Number.
     pub id: u32,
     sleeper: Sleeper,
+    /// Shared with userland (VM_EXT_RUN_PAGE).
+    pub run_page: RunPage,
     /// Counters, written by the vCPU's thread.
     pub stats: Stats,
     inner: Box<Mutex<Inner>>,
@@ -170,6 +173,7 @@ impl Vcpu {
             apic_virt: g.apic_virt,
             longest_stay: g.tsc_hz / LEAVES_PER_SECOND,
             fill_rsb: g.fill_rsb,
+            thread_tss: g.thread_tss,
         };
         let lapic = Lapic::new(page, to_mailbox, config);
         let failed = |e| {
@@ -190,6 +194,7 @@ impl Vcpu {
             reqidle: AtomicU32::new(0),
             id,
             sleeper: Sleeper::new()?,
+            run_page: RunPage::new()?,
             stats: Stats::new(),
             inner,
         })?;
@@ -254,14 +259,15 @@ impl Vcpu {
     #[inline]
     pub fn enter_guest_mode(&self) {
         self.cpu.store(Os::cpu(), Ordering::Relaxed);
-        self.mode.store(GUEST, Ordering::SeqCst);
+        self.mode.store(GUEST, Ordering::Relaxed);
+        // Before the first look into the mailbox.
         fence(Ordering::SeqCst);
     }
 
-    /// The inner loop is over.
+    /// The inner loop is over. Who still sees the vCPU in it kicks in vain.
     #[inline]
     pub fn leave_guest_mode(&self) {
-        self.mode.store(OUTSIDE, Ordering::SeqCst);
+        self.mode.store(OUTSIDE, Ordering::Release);
     }
 
     /// Sleeps until kicked, `ns` nanoseconds have passed, or a signal came

@@ -4,7 +4,7 @@
 use core::ffi::c_char;
 use core::ptr::{self, NonNull};
 
-use vmm_abi::layout::{c_name, set_c_name};
+use vmm_abi::layout::{EXT_RUN_PAGES, c_name, set_c_name};
 use vmm_core::lapic::DEFAULT_BASE;
 use vmm_hw::ept::{Invalidation, MemType, Prot};
 use vmm_hw::nested::NestedTables;
@@ -197,6 +197,9 @@ impl Vm {
     /// The page behind an address of the guest's memory (`segid` < 0), or of
     /// a device segment. EFAULT: there is none. ENOMEM.
     pub fn page(&self, segid: i32, off: u64) -> Result<u64, i32> {
+        if segid < 0 && off >= EXT_RUN_PAGES {
+            return self.run_page(off).ok_or(errno::EFAULT);
+        }
         let mem = self.mem.lock();
         match usize::try_from(segid) {
             Ok(id) => mem
@@ -211,6 +214,11 @@ impl Vm {
 
     /// Whether a stretch of memory can be mapped by userland. EINVAL.
     pub fn mmap_ok(&self, segid: i32, off: u64, len: u64) -> Result<(), i32> {
+        if segid < 0 && off >= EXT_RUN_PAGES {
+            // One at a time.
+            let ok = len == 4096 && self.run_page(off).is_some();
+            return if ok { Ok(()) } else { Err(errno::EINVAL) };
+        }
         let mem = self.mem.lock();
         let ok = match usize::try_from(segid) {
             Ok(id) => mem
@@ -220,5 +228,12 @@ impl Vm {
             Err(_) => mem.map.covers(off, len),
         };
         if ok { Ok(()) } else { Err(errno::EINVAL) }
+    }
+
+    /// Where the run page that is mapped at `off` is; its vCPU must exist.
+    fn run_page(&self, off: u64) -> Option<u64> {
+        let id = off.checked_sub(EXT_RUN_PAGES)? >> 12;
+        self.vcpu(usize::try_from(id).ok()?)
+            .map(|v| v.run_page.pa())
     }
 }

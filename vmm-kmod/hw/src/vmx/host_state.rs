@@ -75,17 +75,21 @@ impl HostState {
     ///
     /// # Safety
     /// CPL 0, our VMCS current, preemption off.
-    unsafe fn update(&mut self, new_cpu: bool) {
+    #[inline(always)]
+    unsafe fn update(&mut self, new_cpu: bool, thread_tss: bool) {
         // SAFETY: reads of the host's own state; by the caller's promise.
         unsafe {
             refresh(vmcs::HOST_CR0, &mut self.cr0, instr::read_cr0());
             self.set_cr3_cr4(instr::read_cr3(), instr::read_cr4());
             refresh(vmcs::HOST_FS_BASE, &mut self.fs_base, rdmsr(msr::FS_BASE));
-            let gdtr = instr::sgdt();
-            self.gdtr = gdtr;
-            let tr = tss_base(gdtr.base, instr::read_tr());
-            refresh(vmcs::HOST_TR_BASE, &mut self.tr_base, tr);
+            if new_cpu || thread_tss {
+                let gdtr = instr::sgdt();
+                self.gdtr = gdtr;
+                let tr = tss_base(gdtr.base, instr::read_tr());
+                refresh(vmcs::HOST_TR_BASE, &mut self.tr_base, tr);
+            }
             if new_cpu {
+                let gdtr = self.gdtr;
                 refresh(vmcs::HOST_GS_BASE, &mut self.gs_base, rdmsr(msr::GS_BASE));
                 refresh(vmcs::HOST_GDTR_BASE, &mut self.gdtr_base, gdtr.base);
                 let idtr = instr::sidt();
@@ -151,23 +155,14 @@ pub(super) struct GuestMsrs {
     host: [u64; SWITCHED.len()],
     /// Bit n: the CPU has `SWITCHED[n]`.
     present: u32,
+    /// Bit n: guest and host differ in `SWITCHED[n]`, so it is switched.
+    differ: u32,
     kernel_gs_base: u64,
 }
 
 impl GuestMsrs {
     pub fn set_present(&mut self, tsc_aux: bool, xss: bool) {
         self.present = 0xf | u32::from(tsc_aux) << 4 | u32::from(xss) << 5;
-    }
-
-    fn iter(&self) -> impl Iterator<Item = (u32, u64, u64)> {
-        let present = self.present;
-        SWITCHED
-            .into_iter()
-            .zip(self.guest)
-            .zip(self.host)
-            .enumerate()
-            .filter(move |(i, _)| present & 1 << i != 0)
-            .map(|(_, ((msr, guest), host))| (msr, guest, host))
     }
 
     fn index(&self, msr: u32) -> Option<usize> {
@@ -177,34 +172,90 @@ impl GuestMsrs {
             .filter(|i| self.present & 1 << i != 0)
     }
 
-    /// # Safety
-    /// CPL 0, preemption off, on the CPU whose values `host` is to hold.
-    unsafe fn load(&mut self, new_cpu: bool) {
-        if new_cpu {
-            for (i, (msr, host)) in SWITCHED.into_iter().zip(&mut self.host).enumerate() {
-                if self.present & 1 << i != 0 {
-                    // SAFETY: the MSR exists.
-                    *host = unsafe { rdmsr(msr) };
-                }
+    /// Looks again which values differ.
+    #[cold]
+    fn compare(&mut self) {
+        self.differ = 0;
+        for (i, (guest, host)) in self.guest.iter().zip(&self.host).enumerate() {
+            if guest != host {
+                self.differ |= 1 << i & self.present;
             }
         }
-        for (msr, guest, host) in self.iter() {
-            if guest != host {
-                // SAFETY: guest values were checked when they were set.
-                unsafe { wrmsr(msr, guest) };
+    }
+
+    fn set(&mut self, index: usize, value: u64) {
+        if let Some(slot) = self.guest.get_mut(index) {
+            *slot = value;
+        }
+        self.compare();
+    }
+
+    /// # Safety
+    /// CPL 0, preemption off, on the CPU whose values `host` is to hold.
+    #[cold]
+    unsafe fn read_host(&mut self) {
+        for (i, (msr, host)) in SWITCHED.into_iter().zip(&mut self.host).enumerate() {
+            if self.present & 1 << i != 0 {
+                // SAFETY: the MSR exists.
+                *host = unsafe { rdmsr(msr) };
+            }
+        }
+        self.compare();
+    }
+
+    /// Writes `values` where they differ. Unrolled: this happens twice at
+    /// every exit to userland.
+    ///
+    /// # Safety
+    /// CPL 0, preemption off; the values are the guest's, which were checked
+    /// when they were set, or the host's own.
+    #[inline(always)]
+    unsafe fn write(differ: u32, values: &[u64; SWITCHED.len()]) {
+        let [star, lstar, cstar, sfmask, tsc_aux, xss] = *values;
+        // SAFETY: only MSRs that exist differ.
+        unsafe {
+            if differ & 1 != 0 {
+                wrmsr(msr::STAR, star);
+            }
+            if differ & 2 != 0 {
+                wrmsr(msr::LSTAR, lstar);
+            }
+            if differ & 4 != 0 {
+                wrmsr(msr::CSTAR, cstar);
+            }
+            if differ & 8 != 0 {
+                wrmsr(msr::SFMASK, sfmask);
+            }
+            if differ & 0x30 != 0 {
+                if differ & 0x10 != 0 {
+                    wrmsr(msr::TSC_AUX, tsc_aux);
+                }
+                if differ & 0x20 != 0 {
+                    wrmsr(msr::XSS, xss);
+                }
             }
         }
     }
 
     /// # Safety
-    /// After `load`, on the same CPU.
-    unsafe fn unload(&self) {
-        for (msr, guest, host) in self.iter() {
-            if guest != host {
-                // SAFETY: the host's own value.
-                unsafe { wrmsr(msr, host) };
+    /// CPL 0, preemption off, on the CPU whose values `host` is to hold.
+    #[inline(always)]
+    unsafe fn load(&mut self, new_cpu: bool) {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            if new_cpu {
+                self.read_host();
             }
+            Self::write(self.differ, &self.guest);
         }
+    }
+
+    /// # Safety
+    /// After `load`, on the same CPU.
+    #[inline(always)]
+    unsafe fn unload(&self) {
+        // SAFETY: by the caller's promise.
+        unsafe { Self::write(self.differ, &self.host) }
     }
 }
 
@@ -237,14 +288,14 @@ impl<H: Host> Vcpu<H> {
         }
         // SAFETY: CPL 0, our VMCS is current, interrupts are off.
         unsafe {
-            self.host.update(new_cpu);
+            self.host.update(new_cpu, self.thread_tss);
             if self.backend.caps.features.contains(Features::DEBUGCTL) {
                 self.host.debugctl = rdmsr(msr::DEBUGCTL);
             }
             self.msrs.load(new_cpu);
             self.host.kernel_gs_base = rdmsr(msr::KERNEL_GS_BASE);
             wrmsr(msr::KERNEL_GS_BASE, self.msrs.kernel_gs_base);
-            self.fpu.load();
+            self.fpu.load(new_cpu);
             self.host.dr7 = instr::read_dr7();
             if self.host.dr7 & 0xff != 0 {
                 self.host.dr = [
@@ -389,9 +440,7 @@ impl<H: Host> Vcpu<H> {
                 if !ok {
                     return MsrWrite::Fault;
                 }
-                if let Some(slot) = self.msrs.guest.get_mut(i) {
-                    *slot = value;
-                }
+                self.msrs.set(i, value);
                 if self.loaded {
                     // SAFETY: the MSR exists and the value was checked;
                     // `unload` puts the host's back.

@@ -50,6 +50,7 @@ pub struct Vcpu<H: Host> {
     pub(super) tpr_threshold: u8,
     pub(super) loaded: bool,
     pub(super) drs_loaded: bool,
+    pub(super) thread_tss: bool,
     /// The guest has IA32_SPEC_CTRL for itself.
     pub(super) spec_ctrl_used: bool,
     pub(super) vpid: u16,
@@ -139,6 +140,7 @@ impl<H: Host> Vcpu<H> {
             tpr_threshold: 0,
             loaded: false,
             drs_loaded: false,
+            thread_tss: config.thread_tss,
             spec_ctrl_used: false,
             vpid,
             cpu: u32::MAX,
@@ -207,8 +209,8 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// Writes back a VMCS that is cached on another CPU. Call with interrupts
-    /// on, before [`Vcpu::load`] or [`Vcpu::with_current`]; cheap when there
-    /// is nothing to do.
+    /// on, before [`Vcpu::with_current`] and after a [`Vcpu::load`] that asks
+    /// for it; cheap when there is nothing to do.
     #[inline]
     pub fn prepare_migration(&mut self) {
         let cpu = H::cpu();

@@ -1,0 +1,207 @@
+//! Running a vCPU with as little as possible between two exits.
+
+use crate::error::{Error, Result};
+use crate::sys;
+use crate::vcpu::Vcpu;
+use std::io;
+use std::mem::offset_of;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use vmm_abi::exit::Inout;
+use vmm_abi::layout::{EXT_F_RUN_PAGE, EXT_RUN_PAGES, EXT_RUN_RAX, EXT_RUN_SHIFT, VmExtRunPage};
+use vmm_abi::raw_exit::{InoutRaw, VmExitRaw};
+use vmm_abi::request::VM_EXT_RUN_PAGE;
+use vmm_abi::{Exit, ExitCode, VmExit};
+
+const PAGE: usize = 4096;
+
+/// A vCPU's run page, mapped.
+#[derive(Debug)]
+struct Page(NonNull<u8>);
+
+// SAFETY: the mapping belongs to the process, and `Runner` is not shared.
+unsafe impl Send for Page {}
+
+impl Page {
+    fn map(vcpu: &Vcpu) -> io::Result<Page> {
+        let offset = EXT_RUN_PAGES + u64::from(vcpu.id()) * PAGE as u64;
+        let offset = libc::off_t::try_from(offset)
+            .map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let p = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                vcpu.vm().fd().as_raw_fd(),
+                offset,
+            )
+        };
+        if p == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        NonNull::new(p.cast())
+            .map(Page)
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
+    }
+
+    /// The word at `offset`, a multiple of 8.
+    #[inline]
+    fn word(&self, offset: usize) -> NonNull<u64> {
+        assert!(offset < size_of::<VmExtRunPage>() && offset.is_multiple_of(8));
+        // SAFETY: within the page.
+        unsafe { self.0.add(offset).cast() }
+    }
+
+    #[inline]
+    fn get(&self, offset: usize) -> u64 {
+        // SAFETY: mapped and aligned; the kernel writes to it only while this
+        // thread is in VM_EXT_RUN_PAGE, and others see to it that no other
+        // thread runs the vCPU at the same time, or read nonsense.
+        unsafe { self.word(offset).read_volatile() }
+    }
+
+    #[inline]
+    fn set_rax(&self, rax: u64) {
+        // SAFETY: as for `get`.
+        unsafe { self.word(offset_of!(VmExtRunPage, rax)).write_volatile(rax) }
+    }
+
+    fn exit(&self) -> VmExitRaw {
+        // SAFETY: the exit lies at the page's start; as for `get`.
+        unsafe { self.0.cast::<VmExitRaw>().read_volatile() }
+    }
+}
+
+impl Drop for Page {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, which nothing uses any more. Nothing can be
+        // done about a failure.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), PAGE) };
+    }
+}
+
+/// Why a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// For an IN or OUT.
+    Inout(Inout),
+    /// For what [`Runner::exit`] tells.
+    Other,
+}
+
+#[derive(Debug)]
+enum Last {
+    /// In the run page.
+    InPage,
+    /// Here.
+    Exit(Box<VmExit>),
+}
+
+/// Runs a vCPU, for its thread: as [`Vcpu::run`], but the kernel and we share
+/// a page where the kernel piece is ours, and an IN or OUT costs a few words.
+#[derive(Debug)]
+pub struct Runner<'a> {
+    vcpu: &'a Vcpu,
+    page: Option<Page>,
+    last: Last,
+}
+
+impl<'a> Runner<'a> {
+    /// For a vCPU that is active.
+    ///
+    /// # Errors
+    /// The run page cannot be mapped.
+    pub fn new(vcpu: &'a Vcpu) -> Result<Runner<'a>> {
+        let small = vcpu.id() >> EXT_RUN_SHIFT == 0;
+        let page = if small && vcpu.vm().has(EXT_F_RUN_PAGE) {
+            let page = Page::map(vcpu).map_err(|e| Error::Map {
+                vm: vcpu.vm().name().into(),
+                gpa: EXT_RUN_PAGES,
+                len: PAGE as u64,
+                source: e,
+            })?;
+            Some(page)
+        } else {
+            None
+        };
+        Ok(Runner {
+            vcpu,
+            page,
+            last: Last::Exit(Box::new(bogus())),
+        })
+    }
+
+    /// Runs on; with `rax`, the last exit was an IN and this is RAX after it.
+    ///
+    /// # Errors
+    /// As [`Vcpu::run`].
+    #[inline]
+    pub fn run(&mut self, rax: Option<u64>) -> Result<Left> {
+        let Some(page) = &self.page else {
+            return self.run_copied(rax);
+        };
+        let mut arg = self.vcpu.id();
+        if let Some(rax) = rax {
+            page.set_rax(rax);
+            arg |= EXT_RUN_RAX << EXT_RUN_SHIFT;
+        }
+        match sys::ioctl_int(self.vcpu.vm().fd(), VM_EXT_RUN_PAGE, arg as i32) {
+            Ok(()) => {}
+            Err(e) => return self.stopped(e),
+        }
+        let code = page.get(offset_of!(VmExitRaw, exitcode)) as u32;
+        if code == ExitCode::Inout.raw() {
+            let raw = page.get(offset_of!(VmExitRaw, u));
+            return Ok(Left::Inout(Inout::from_raw(&InoutRaw {
+                flags: raw as u16,
+                port: (raw >> 16) as u16,
+                eax: (raw >> 32) as u32,
+            })));
+        }
+        self.last = Last::InPage;
+        Ok(Left::Other)
+    }
+
+    #[cold]
+    fn stopped(&mut self, e: io::Error) -> Result<Left> {
+        if e.kind() != io::ErrorKind::Interrupted {
+            let id = Some(self.vcpu.id() as i32);
+            return Err(self.vcpu.vm().error(VM_EXT_RUN_PAGE, id, e));
+        }
+        self.last = Last::Exit(Box::new(bogus()));
+        Ok(Left::Other)
+    }
+
+    #[cold]
+    fn run_copied(&mut self, rax: Option<u64>) -> Result<Left> {
+        let exit = match rax {
+            None => self.vcpu.run()?,
+            Some(rax) => self.vcpu.run_with_rax(rax)?,
+        };
+        if let Exit::Inout(io) = exit.exit {
+            return Ok(Left::Inout(io));
+        }
+        self.last = Last::Exit(Box::new(exit));
+        Ok(Left::Other)
+    }
+
+    /// The exit after [`Left::Other`].
+    pub fn exit(&self) -> VmExit {
+        match (&self.last, &self.page) {
+            (Last::InPage, Some(page)) => VmExit::from_raw(&page.exit()),
+            (Last::Exit(exit), _) => **exit,
+            (Last::InPage, None) => bogus(),
+        }
+    }
+}
+
+/// Nothing happened: a signal came.
+fn bogus() -> VmExit {
+    VmExit {
+        rip: 0,
+        inst_length: 0,
+        exit: Exit::Bogus,
+    }
+}

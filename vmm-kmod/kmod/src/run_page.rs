@@ -1,0 +1,62 @@
+//! The page of a vCPU that userland maps, so that a run needs no copies.
+
+use core::mem::offset_of;
+
+use vmm_abi::ExitCode;
+use vmm_abi::layout::VmExtRunPage;
+use vmm_abi::raw_exit::VmExitRaw;
+use vmm_hw::page::Pages;
+
+use crate::os::Os;
+use crate::sync::NoMemory;
+
+/// A vCPU's run page ([`VmExtRunPage`]). Userland writes to it at any time,
+/// so each word is read once and nothing is read back.
+pub struct RunPage(Pages<Os>);
+
+// SAFETY: it is only reached by volatile accesses to memory that it owns.
+unsafe impl Sync for RunPage {}
+// SAFETY: as above.
+unsafe impl Send for RunPage {}
+
+impl RunPage {
+    /// A zeroed page.
+    pub fn new() -> Result<RunPage, NoMemory> {
+        Pages::new(0).map(RunPage).map_err(|_| NoMemory)
+    }
+
+    /// Its physical address.
+    pub fn pa(&self) -> u64 {
+        self.0.pa()
+    }
+
+    /// RAX as userland wants it.
+    #[inline]
+    pub fn rax(&self) -> u64 {
+        let at = self.0.as_ptr().wrapping_add(offset_of!(VmExtRunPage, rax));
+        // SAFETY: inside the page, and aligned.
+        unsafe { at.cast::<u64>().read_volatile() }
+    }
+
+    /// Shows userland an exit.
+    #[inline]
+    pub fn put(&self, exit: &VmExitRaw) {
+        let at = self.0.as_ptr();
+        // An IN or OUT, by far the most frequent: no more than it has.
+        if exit.exitcode == ExitCode::Inout.raw() {
+            let head = u64::from(exit.exitcode) | u64::from(exit.inst_length as u32) << 32;
+            let inout = exit.u.first_chunk().map_or(0, |b| u64::from_le_bytes(*b));
+            let at = at.cast::<u64>();
+            // SAFETY: the first 24 bytes of the page, aligned; the layout is
+            // that of `VmExitRaw`.
+            unsafe {
+                at.write_volatile(head);
+                at.wrapping_add(1).write_volatile(exit.rip);
+                at.wrapping_add(2).write_volatile(inout);
+            }
+        } else {
+            // SAFETY: the exit is at the page's start, aligned.
+            unsafe { at.cast::<VmExitRaw>().write_volatile(*exit) }
+        }
+    }
+}
