@@ -75,6 +75,11 @@ pub const EMULATIONS: &[Emulation] = &[
         builder: Builder::Virtio(|slot, _| virtio::blk::build(&slot.conf)),
     },
     Emulation {
+        name: "virtio-9p",
+        help: "NAME=PATH[,ro]: a folder of the host, shared by 9P2000.L as NAME",
+        builder: Builder::Virtio(|slot, _| virtio::p9::build(&slot.conf)),
+    },
+    Emulation {
         name: "virtio-rnd",
         help: "the host's entropy",
         builder: Builder::Virtio(|slot, _| virtio::rnd::build(&slot.conf)),

@@ -102,6 +102,59 @@ pub fn take_front(buffers: &mut Vec<Buffer>, memory: &GuestMemory, into: &mut [u
     true
 }
 
+/// Writes bytes to the front of `buffers` and takes that part off; false if
+/// there is too little room.
+pub fn put_front(buffers: &mut Vec<Buffer>, memory: &GuestMemory, from: &[u8]) -> bool {
+    let mut rest = from;
+    let mut used = 0;
+    while !rest.is_empty() {
+        let Some(first) = buffers.get_mut(used) else {
+            return false;
+        };
+        let n = rest.len().min(first.len as usize);
+        let (now, later) = rest.split_at(n);
+        if memory.write_bytes(first.addr, now).is_err() {
+            return false;
+        }
+        rest = later;
+        first.addr += n as u64;
+        first.len -= n as u32;
+        if first.len == 0 {
+            used += 1;
+        }
+    }
+    buffers.drain(..used);
+    true
+}
+
+/// Takes `n` bytes off the front of `buffers`, or all there are.
+pub fn skip_front(buffers: &mut Vec<Buffer>, n: u64) {
+    let (mut left, mut used) = (n, 0);
+    while left > 0
+        && let Some(first) = buffers.get_mut(used)
+    {
+        let now = left.min(first.len.into());
+        left -= now;
+        first.addr += now;
+        first.len -= now as u32;
+        if first.len == 0 {
+            used += 1;
+        }
+    }
+    buffers.drain(..used);
+}
+
+/// Leaves the first `n` bytes of `buffers`, or all there are.
+pub fn keep_front(buffers: &mut Vec<Buffer>, n: u64) {
+    let mut left = n;
+    for b in buffers.iter_mut() {
+        let now = left.min(b.len.into());
+        left -= now;
+        b.len = now as u32;
+    }
+    buffers.retain(|b| b.len > 0);
+}
+
 /// Takes the last byte off `buffers`: its address.
 pub fn take_last(buffers: &mut Vec<Buffer>) -> Option<u64> {
     let last = buffers.last_mut()?;

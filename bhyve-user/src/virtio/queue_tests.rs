@@ -252,3 +252,29 @@ fn bytes_come_off_both_ends_across_buffers() {
     assert_eq!(take_last(&mut list), None);
     assert!(!take_front(&mut list, &memory, &mut out));
 }
+
+#[test]
+fn the_front_is_written_skipped_and_kept_across_buffers() {
+    let memory = GuestMemory::anonymous(1 << 20).unwrap();
+    let buffer = |addr, len| Buffer { addr, len };
+    let all = vec![buffer(0x1000, 2), buffer(0x2000, 1), buffer(0x3000, 3)];
+    let mut list = all.clone();
+    assert!(put_front(&mut list, &memory, b"abcd"));
+    assert_eq!(list, [buffer(0x3001, 2)]);
+    assert_eq!(memory.read::<[u8; 2]>(0x1000).unwrap(), *b"ab");
+    assert_eq!(memory.read::<u8>(0x2000).unwrap(), b'c');
+    assert_eq!(memory.read::<[u8; 2]>(0x3000).unwrap(), *b"d\0");
+    assert!(!put_front(&mut list, &memory, b"efg"));
+    let mut list = all.clone();
+    skip_front(&mut list, 2);
+    assert_eq!(list, all[1..]);
+    skip_front(&mut list, 2);
+    assert_eq!(list, [buffer(0x3001, 2)]);
+    skip_front(&mut list, 100);
+    assert_eq!(list, []);
+    let mut list = all.clone();
+    keep_front(&mut list, 4);
+    assert_eq!(list, [all[0], all[1], buffer(0x3000, 1)]);
+    keep_front(&mut list, 2);
+    assert_eq!(list, all[..1]);
+}
