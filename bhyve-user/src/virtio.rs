@@ -11,6 +11,7 @@
 //! for the guest, and tells in [`Device::sources`] what it waits for.
 
 pub mod blk;
+pub mod net;
 pub mod p9;
 pub mod pci;
 pub mod queue;

@@ -80,6 +80,12 @@ pub const EMULATIONS: &[Emulation] = &[
         builder: Builder::Virtio(|slot, _| virtio::p9::build(&slot.conf)),
     },
     Emulation {
+        name: "virtio-net",
+        help: "[TAP|slirp[,open][,hostfwd=tcp|udp:[ADDRESS]:PORT-[ADDRESS:]PORT]][,mac=ADDRESS] \
+               [,mtu=BYTES][,queues=N]: a network card, TAP the name of a tap device",
+        builder: Builder::Virtio(virtio::net::build),
+    },
+    Emulation {
         name: "virtio-rnd",
         help: "the host's entropy",
         builder: Builder::Virtio(|slot, _| virtio::rnd::build(&slot.conf)),
