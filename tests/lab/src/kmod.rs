@@ -47,6 +47,20 @@ pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
     })
 }
 
+/// Builds the Rust half of the module as one object, `object`, with cargo's
+/// `extra` arguments; `into` is the target directory.
+///
+/// # Errors
+/// The compiler or the linker fails.
+pub fn object(dirs: &Dirs, into: &str, extra: &[&str], object: &Path) -> Result<()> {
+    let source = core_src::ensure(dirs)?;
+    let archive = crate::progress::step("vmm.ko: Rust", || {
+        static_library(dirs, &source, into, extra)
+    })?;
+    let exports = dirs.root.join("vmm-kmod/kmod/exports.txt");
+    link(&archive, &exports, object)
+}
+
 /// A cargo command on the workspace `folder`, which is one of its own for the
 /// kernel target; `into` is its target directory.
 pub fn cargo(dirs: &Dirs, source: &CoreSource, folder: &str, into: &str, args: &[&str]) -> Command {

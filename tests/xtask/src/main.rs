@@ -4,8 +4,10 @@
 
 mod boot;
 mod check;
+mod deb;
 mod fuzz;
 mod pages;
+mod port;
 mod terminal;
 
 use anyhow::{Context, Result};
@@ -56,6 +58,10 @@ enum Verb {
         #[arg(long, value_name = "DIR")]
         sysroot: Option<PathBuf>,
     },
+    /// Build Debian packages of the programs and, with DKMS, of the module
+    Deb,
+    /// Write the FreeBSD ports with their distfiles and print their paths
+    Port,
     /// Write the manual pages and print their paths
     Man,
     /// Write the shell completions and print their paths
@@ -134,6 +140,17 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
                 println!("{}", program.display());
             }
             Ok(ExitCode::SUCCESS)
+        }
+        Verb::Deb => {
+            host::prerequisites(&[])?;
+            for package in deb::build(&dirs)? {
+                println!("{}", package.display());
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Port => {
+            host::prerequisites(&[])?;
+            list(&port::write(&dirs)?)
         }
         Verb::Man => list(&pages::write(&dirs)?.join("man")),
         Verb::Completions => list(&pages::write(&dirs)?.join("completions")),
