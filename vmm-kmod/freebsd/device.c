@@ -43,7 +43,7 @@ struct vmm_node {
 	struct cdev	*cdev;
 };
 
-/* An open file or a mapping; has a reference to the VM. */
+/* An open file or a mapping of vCPUs' pages; has a reference to the VM. */
 struct vmm_user {
 	void	*vm;
 	int	segid;
@@ -139,8 +139,8 @@ pager_ctor(void *handle __unused, vm_ooffset_t size __unused,
 }
 
 /*
- * The guest's page, seen through one of the object's own: the VM keeps the
- * page itself for as long as the mapping keeps the VM.
+ * A page of the kernel's own (a vCPU's run page), seen through one of the
+ * object's: the VM keeps the page for as long as the mapping keeps the VM.
  */
 static int
 pager_fault(vm_object_t object, vm_ooffset_t offset, int prot __unused,
@@ -167,6 +167,7 @@ pager_fault(vm_object_t object, vm_ooffset_t offset, int prot __unused,
 		VM_OBJECT_WLOCK(object);
 #if __FreeBSD_version >= 1300000
 		vm_page_replace(fake, object, old->pindex, old);
+		vm_page_valid(fake);
 #else
 		vm_page_replace_checked(fake, object, old->pindex, old);
 		vm_page_lock(old);
@@ -175,7 +176,9 @@ pager_fault(vm_object_t object, vm_ooffset_t offset, int prot __unused,
 #endif
 		*mres = fake;
 	}
+#if __FreeBSD_version < 1300000
 	fake->valid = VM_PAGE_BITS_ALL;
+#endif
 	return (VM_PAGER_OK);
 }
 
@@ -185,11 +188,34 @@ static struct cdev_pager_ops pager_ops = {
 	.cdev_pg_fault = pager_fault,
 };
 
+/* Maps pages that are no segment's; the mapping keeps the VM. */
+static int
+mmap_pages(struct vmm_user *u, vm_ooffset_t offset, vm_size_t size,
+    vm_object_t *object, int nprot)
+{
+	struct vmm_user *mapping;
+	int error;
+
+	error = vmm_rust_vm_mmap_ok(u->vm, u->segid, offset, size);
+	if (error != 0)
+		return (error);
+	mapping = user_alloc(u->vm, u->segid);
+	*object = cdev_pager_allocate(mapping, OBJT_DEVICE, &pager_ops, size,
+	    nprot, offset, curthread->td_ucred);
+	if (*object == NULL) {
+		user_free(mapping);
+		return (EINVAL);
+	}
+	return (0);
+}
+
 static int
 vmmdev_mmap_single(struct cdev *dev __unused, vm_ooffset_t *offset,
     vm_size_t size, vm_object_t *object, int nprot)
 {
-	struct vmm_user *u, *mapping;
+	struct vmm_memseg *seg;
+	struct vmm_user *u;
+	uint64_t seg_off;
 	int error;
 
 	error = devfs_get_cdevpriv((void **)&u);
@@ -197,16 +223,14 @@ vmmdev_mmap_single(struct cdev *dev __unused, vm_ooffset_t *offset,
 		return (error);
 	if ((nprot & PROT_EXEC) != 0)
 		return (EINVAL);
-	error = vmm_rust_vm_mmap_ok(u->vm, u->segid, *offset, size);
+	if (u->segid < 0 && *offset >= VMM_EXT_PAGES)
+		return (mmap_pages(u, *offset, size, object, nprot));
+	error = vmm_rust_vm_segment(u->vm, u->segid, *offset, size, &seg,
+	    &seg_off);
 	if (error != 0)
 		return (error);
-	mapping = user_alloc(u->vm, u->segid);
-	*object = cdev_pager_allocate(mapping, OBJT_DEVICE, &pager_ops, size,
-	    nprot, *offset, curthread->td_ucred);
-	if (*object == NULL) {
-		user_free(mapping);
-		return (EINVAL);
-	}
+	*object = vmm_memseg_object(seg);
+	*offset = seg_off;
 	return (0);
 }
 

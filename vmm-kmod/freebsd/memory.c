@@ -9,49 +9,63 @@
 #include <sys/malloc.h>
 #include <sys/mutex.h>
 #include <sys/proc.h>
-#include <sys/sx.h>
+#include <sys/rwlock.h>
 
 #include <vm/vm.h>
 #include <vm/vm_param.h>
 #include <vm/pmap.h>
+#include <vm/vm_object.h>
 #include <vm/vm_page.h>
 #include <vm/vm_pageout.h>
+#include <vm/vm_pager.h>
 
 #include <machine/vmparam.h>
 
 #include "shim.h"
 
-/* Guest memory comes in chunks of the size of a superpage. */
+/* Guest memory is allocated by the superpage where that can be had. */
 #define	CHUNK_PAGES	(NBPDR / PAGE_SIZE)
 #define	CHUNK_ORDER	(PDRSHIFT - PAGE_SHIFT)
 /* Waits for the page daemon before memory counts as exhausted. */
 #define	PATIENCE	3
 
-struct chunk {
-	vm_page_t	huge;	/* the first of contiguous pages, or */
-	vm_page_t	*small;	/* CHUNK_PAGES pages, each once needed */
-};
-
+/*
+ * A segment is a "phys" object: its pages are never paged out, userland maps
+ * it as such, and a page fault there fills and maps whole superpages. Pages
+ * that the guest has been given are wired as well, as those of the kernel are.
+ */
 struct vmm_memseg {
-	struct sx	lock;
+	vm_object_t	object;
 	uint64_t	len;
-	uint64_t	resident;
-	uint64_t	nchunks;
-	struct chunk	chunks[];
+	uint64_t	nwired;
+	u_long		wired[];	/* a bit for each page; object lock */
 };
 
 MALLOC_DEFINE(M_VMM, "vmm", "virtual machines");
+
+/*
+ * Zeroes contiguous pages in one go. By words: with fast strings that is as
+ * good as by bytes, and without them (or in an emulator) eight times better.
+ */
+static void
+zero_run(vm_page_t m, u_long npages)
+{
+	void *p = (void *)PHYS_TO_DMAP(VM_PAGE_TO_PHYS(m));
+	u_long words = npages * PAGE_SIZE / 8;
+
+	__asm __volatile("rep; stosq" : "+D" (p), "+c" (words) : "a" (0) :
+	    "memory");
+}
 
 /* Wired, zeroed, contiguous and naturally aligned; belongs to no object. */
 static vm_page_t
 alloc_run(u_long npages, int patience)
 {
 	vm_page_t m;
-	u_long i;
 
 	for (;;) {
 		m = vm_page_alloc_contig(NULL, 0, VM_ALLOC_NORMAL |
-		    VM_ALLOC_NOOBJ | VM_ALLOC_WIRED | VM_ALLOC_ZERO, npages, 0,
+		    VM_ALLOC_NOOBJ | VM_ALLOC_WIRED, npages, 0,
 		    ~(vm_paddr_t)0, npages * PAGE_SIZE, 0, VM_MEMATTR_DEFAULT);
 		if (m != NULL)
 			break;
@@ -61,9 +75,7 @@ alloc_run(u_long npages, int patience)
 		    npages, 0, ~(vm_paddr_t)0, npages * PAGE_SIZE, 0))
 			vm_wait(NULL);
 	}
-	for (i = 0; i < npages; i++)
-		if ((m[i].flags & PG_ZERO) == 0)
-			pmap_zero_page(&m[i]);
+	zero_run(m, npages);
 	return (m);
 }
 
@@ -137,97 +149,171 @@ struct vmm_memseg *
 vmm_host_memseg_create(uint64_t len)
 {
 	struct vmm_memseg *seg;
-	uint64_t nchunks;
+	uint64_t npages;
 
-	nchunks = howmany(len, NBPDR);
-	if (len == 0 || nchunks > INT_MAX / sizeof(struct chunk))
+	npages = howmany(len, PAGE_SIZE);
+	if (len == 0 || npages > INT_MAX)
 		return (NULL);
-	seg = malloc(sizeof(*seg) + nchunks * sizeof(struct chunk), M_VMM,
+	seg = malloc(sizeof(*seg) + howmany(npages, 64) * sizeof(u_long), M_VMM,
 	    M_WAITOK | M_ZERO);
-	sx_init_flags(&seg->lock, "vmm segment", SX_DUPOK);
 	seg->len = len;
-	seg->nchunks = nchunks;
+	seg->object = vm_pager_allocate(OBJT_PHYS, NULL, len, VM_PROT_DEFAULT,
+	    0, NULL);
+	if (seg->object == NULL) {
+		free(seg, M_VMM);
+		return (NULL);
+	}
+	/* Pages come from reservations, which are superpages. */
+	VM_OBJECT_WLOCK(seg->object);
+	vm_object_color(seg->object, 0);
+	VM_OBJECT_WUNLOCK(seg->object);
 	return (seg);
 }
 
+/* The memory goes with the last mapping. */
 void
 vmm_host_memseg_destroy(struct vmm_memseg *seg)
 {
-	struct chunk *c;
+	vm_object_t object = seg->object;
 	uint64_t i;
-	u_int j;
+	u_long word;
+	u_int bit;
 
-	for (i = 0; i < seg->nchunks; i++) {
-		c = &seg->chunks[i];
-		if (c->huge != NULL)
-			free_run(c->huge, CHUNK_PAGES);
-		if (c->small == NULL)
-			continue;
-		for (j = 0; j < CHUNK_PAGES; j++)
-			if (c->small[j] != NULL)
-				free_run(c->small[j], 1);
-		free(c->small, M_VMM);
+	VM_OBJECT_WLOCK(object);
+	for (i = 0; i < howmany(howmany(seg->len, PAGE_SIZE), 64); i++) {
+		for (word = seg->wired[i]; word != 0; word &= word - 1) {
+			bit = ffsl(word) - 1;
+			vm_page_unwire_noq(vm_page_lookup(object, i * 64 + bit));
+		}
 	}
-	sx_destroy(&seg->lock);
+	VM_OBJECT_WUNLOCK(object);
+	vm_object_deallocate(object);
 	free(seg, M_VMM);
 }
 
-static int
-chunk_fill(struct vmm_memseg *seg, struct chunk *c, u_int index, bool whole)
+/* A page of an object, just allocated and zeroed, may be used. */
+static void
+page_ready(vm_page_t m)
 {
 
-	if (c->huge != NULL || (c->small != NULL && c->small[index] != NULL))
-		return (0);
-	if (c->small == NULL && whole) {
-		c->huge = alloc_run(CHUNK_PAGES, 0);
-		if (c->huge != NULL) {
-			seg->resident += NBPDR;
-			return (0);
-		}
+#if __FreeBSD_version >= 1300000
+	vm_page_valid(m);
+#else
+	m->valid = VM_PAGE_BITS_ALL;
+#endif
+	vm_page_xunbusy(m);
+}
+
+/*
+ * The page at index, zeroed and wired. Userland may have brought it in before.
+ * NULL: no memory.
+ */
+static vm_page_t
+page_take(struct vmm_memseg *seg, vm_pindex_t index)
+{
+	vm_page_t m;
+	u_long bit = 1UL << (index % 64);
+
+	m = vm_page_lookup(seg->object, index);
+	if (m == NULL) {
+		m = vm_page_alloc(seg->object, index, VM_ALLOC_NORMAL |
+		    VM_ALLOC_WIRED | VM_ALLOC_ZERO);
+		if (m == NULL)
+			return (NULL);
+		if ((m->flags & PG_ZERO) == 0)
+			zero_run(m, 1);
+		page_ready(m);
+	} else if ((seg->wired[index / 64] & bit) == 0) {
+#if __FreeBSD_version < 1300000
+		vm_page_lock(m);
+		vm_page_wire(m);
+		vm_page_unlock(m);
+#else
+		vm_page_wire(m);
+#endif
+	} else {
+		return (m);
 	}
-	if (c->small == NULL)
-		c->small = malloc(CHUNK_PAGES * sizeof(*c->small), M_VMM,
-		    M_WAITOK | M_ZERO);
-	c->small[index] = alloc_run(1, PATIENCE);
-	if (c->small[index] == NULL)
-		return (ENOMEM);
-	seg->resident += PAGE_SIZE;
-	return (0);
+	seg->wired[index / 64] |= bit;
+	seg->nwired++;
+	return (m);
+}
+
+/* The chunk that starts at index, if none of it is there: all in one piece. */
+static bool
+chunk_take(struct vmm_memseg *seg, vm_pindex_t first)
+{
+	vm_page_t m;
+	u_int i;
+
+	m = vm_page_find_least(seg->object, first);
+	if (m != NULL && m->pindex < first + CHUNK_PAGES)
+		return (false);
+	m = vm_page_alloc_contig(seg->object, first, VM_ALLOC_NORMAL |
+	    VM_ALLOC_WIRED, CHUNK_PAGES, 0, ~(vm_paddr_t)0,
+	    NBPDR, 0, VM_MEMATTR_DEFAULT);
+	if (m == NULL)
+		return (false);
+	zero_run(m, CHUNK_PAGES);
+	for (i = 0; i < CHUNK_PAGES; i++)
+		page_ready(&m[i]);
+	/* A chunk is whole words of the bitmap. */
+	memset(&seg->wired[first / 64], 0xff, CHUNK_PAGES / 8);
+	seg->nwired += CHUNK_PAGES;
+	return (true);
 }
 
 int
 vmm_host_memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
     unsigned int *order)
 {
-	struct chunk *c;
-	u_int index;
-	int error;
+	vm_object_t object = seg->object;
+	vm_pindex_t index, first;
+	vm_page_t m;
+	int i, patience = PATIENCE;
+	bool whole;
 
 	if (off >= seg->len)
 		return (EFAULT);
-	c = &seg->chunks[off / NBPDR];
-	index = (off / PAGE_SIZE) % CHUNK_PAGES;
-	sx_xlock(&seg->lock);
-	error = chunk_fill(seg, c, index,
-	    seg->len - rounddown2(off, NBPDR) >= NBPDR);
-	if (error == 0) {
-		if (c->huge != NULL) {
-			*pa = VM_PAGE_TO_PHYS(c->huge) + ptoa(index);
-			*order = CHUNK_ORDER;
-		} else {
-			*pa = VM_PAGE_TO_PHYS(c->small[index]);
-			*order = 0;
-		}
+	index = OFF_TO_IDX(off);
+	first = rounddown2(index, CHUNK_PAGES);
+	whole = seg->len - IDX_TO_OFF(first) >= NBPDR;
+	VM_OBJECT_WLOCK(object);
+	if (whole && !chunk_take(seg, first))
+		/* Completes what is there, as far as memory goes. */
+		for (i = 0; i < CHUNK_PAGES; i++)
+			if (page_take(seg, first + i) == NULL)
+				break;
+	while ((m = page_take(seg, index)) == NULL && patience-- > 0) {
+		VM_OBJECT_WUNLOCK(object);
+		vm_wait(NULL);
+		VM_OBJECT_WLOCK(object);
 	}
-	sx_xunlock(&seg->lock);
-	return (error);
+	if (m == NULL) {
+		VM_OBJECT_WUNLOCK(object);
+		return (ENOMEM);
+	}
+	*pa = VM_PAGE_TO_PHYS(m);
+	/* A reservation with all of its pages in use says so in the first. */
+	m = whole ? vm_page_lookup(object, first) : NULL;
+	*order = m != NULL && m->psind > 0 ? CHUNK_ORDER : 0;
+	VM_OBJECT_WUNLOCK(object);
+	return (0);
 }
 
 uint64_t
 vmm_host_memseg_resident(struct vmm_memseg *seg)
 {
 
-	return (seg->resident);
+	return (ptoa((uint64_t)seg->object->resident_page_count));
+}
+
+vm_object_t
+vmm_memseg_object(struct vmm_memseg *seg)
+{
+
+	vm_object_reference(seg->object);
+	return (seg->object);
 }
 
 int

@@ -148,4 +148,12 @@ int vmm_rust_vm_page(void *vm, int segid, uint64_t off, uint64_t *pa);
 /* Whether [off, off+len) can be mapped. */
 int vmm_rust_vm_mmap_ok(void *vm, int segid, uint64_t off, uint64_t len);
 
+/* From this offset on a VM's node has pages that are no guest memory; they are
+ * mapped by vmm_rust_vm_mmap_ok and vmm_rust_vm_page. */
+#define VMM_EXT_PAGES	(1ULL << 52)
+/* The one segment behind [off, off+len), and where in it that starts; it lives
+ * as long as the VM. For a host that maps segments as a whole. */
+int vmm_rust_vm_segment(void *vm, int segid, uint64_t off, uint64_t len,
+    struct vmm_memseg **seg, uint64_t *seg_off);
+
 #endif

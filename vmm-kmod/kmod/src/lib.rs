@@ -288,3 +288,32 @@ pub unsafe extern "C" fn vmm_rust_vm_mmap_ok(
     let vm = unsafe { &*vm.cast::<Vm>() };
     vm.mmap_ok(segid, off, len).err().unwrap_or(0)
 }
+
+/// The segment behind a stretch of a VM's memory, and where in it that starts:
+/// for a host that maps segments as a whole. The segment lives as long as the VM.
+///
+/// # Safety
+/// `vm` is alive; `seg` and `seg_off` are writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_vm_segment(
+    vm: *mut c_void,
+    segid: c_int,
+    off: u64,
+    len: u64,
+    seg: *mut *mut ffi::Memseg,
+    seg_off: *mut u64,
+) -> c_int {
+    // SAFETY: by the caller's word.
+    let vm = unsafe { &*vm.cast::<Vm>() };
+    match vm.segment_at(segid, off, len) {
+        Ok((raw, at)) => {
+            // SAFETY: by the caller's word.
+            unsafe {
+                seg.write(raw.as_ptr());
+                seg_off.write(at);
+            }
+            0
+        }
+        Err(e) => e,
+    }
+}

@@ -112,6 +112,11 @@ impl Segment {
         Some((v & !(CHUNK - 1) | in_chunk, (v & (CHUNK - 1)) as u32 >> 1))
     }
 
+    /// The host's own segment; it lives as long as this one.
+    pub fn raw(&self) -> NonNull<ffi::Memseg> {
+        self.raw
+    }
+
     /// Bytes of host memory behind the segment.
     pub fn resident(&self) -> u64 {
         // SAFETY: `raw` lives as long as self.
@@ -299,6 +304,14 @@ impl MemMap {
             .filter(|m| m.gpa >= gpa)
             .min_by_key(|m| m.gpa)
             .copied()
+    }
+
+    /// Segment and offset of [gpa, gpa + len), if one mapping has all of it.
+    pub fn locate(&self, gpa: Gpa, len: u64) -> Option<(usize, u64)> {
+        let map = self.find(gpa)?;
+        let into = gpa.checked_sub(map.gpa)?;
+        let end = into.checked_add(len)?;
+        (end <= map.len).then_some((map.segid, map.segoff.checked_add(into)?))
     }
 
     /// Whether all of `[gpa, gpa + len)` is system memory.

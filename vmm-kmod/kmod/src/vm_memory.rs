@@ -236,4 +236,24 @@ impl Vm {
         self.vcpu(usize::try_from(id).ok()?)
             .map(|v| v.run_page.pa())
     }
+
+    /// The one segment behind a stretch of memory, and the offset in it.
+    /// EINVAL: there is none, or more than one.
+    pub fn segment_at(
+        &self,
+        segid: i32,
+        off: u64,
+        len: u64,
+    ) -> Result<(NonNull<ffi::Memseg>, u64), i32> {
+        let mem = self.mem.lock();
+        let (id, at) = match usize::try_from(segid) {
+            Ok(id) => (id, off),
+            Err(_) => mem.map.locate(off, len).ok_or(errno::EINVAL)?,
+        };
+        let seg = mem.map.segment(id).ok_or(errno::EINVAL)?;
+        if at.checked_add(len).is_none_or(|end| end > seg.len) {
+            return Err(errno::EINVAL);
+        }
+        Ok((seg.raw(), at))
+    }
 }
