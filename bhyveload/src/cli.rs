@@ -1,13 +1,14 @@
 //! The command line: bhyveload(8)'s, and what goes beyond it.
 
-use crate::conf;
+use crate::console::Console;
+use crate::disks::Devices;
 use crate::env::Environment;
 use crate::error::LoadError;
 use crate::freebsd::{FreeBsd, Module};
-use crate::hostdir::HostDir;
 use crate::input::Input;
 use crate::kld;
 use crate::linux::Linux;
+use crate::loader::{Loader, Outcome};
 use crate::multiboot::Multiboot;
 use bhyve_config::{Argument, ConfigError, Program};
 use clap::{ArgGroup, CommandFactory, Parser};
@@ -20,7 +21,8 @@ use std::path::{Path, PathBuf};
     name = "bhyveload",
     version,
     disable_help_flag = true,
-    override_usage = "bhyveload [-m SIZE] [-e NAME=VALUE]... -h DIR VM\n       \
+    override_usage = "bhyveload [-m SIZE] [-e NAME=VALUE]... -d IMAGE... VM\n       \
+        bhyveload [...] -h DIR VM\n       \
         bhyveload [...] --kernel FILE [--module FILE[,type=T][,name=N][,args=A]]... [--mfsroot FILE] VM\n       \
         bhyveload [...] --linux BZIMAGE [--initrd FILE] [--cmdline TEXT] VM\n       \
         bhyveload [...] --multiboot FILE [--module FILE]... [--cmdline TEXT] VM\n       \
@@ -34,7 +36,7 @@ pub struct Cli {
     /// Sets a variable of the FreeBSD kernel's environment
     #[arg(short = 'e', value_name = "NAME=VALUE")]
     pub environment: Vec<String>,
-    /// Where messages go: stdio (the default) or a terminal device
+    /// The loader's terminal: stdio (the default) or a terminal device
     #[arg(short = 'c', value_name = "CONSOLE", default_value = "stdio")]
     pub console: String,
     /// Wires the guest's memory, which passthrough needs
@@ -43,13 +45,15 @@ pub struct Cli {
     /// Has guest memory in core dumps
     #[arg(short = 'C')]
     pub in_core: bool,
-    /// Boots FreeBSD from a host folder that holds boot/kernel/kernel and boot/loader.conf
+    /// Boots FreeBSD from a host folder that holds boot/kernel/kernel and boot/loader.conf; with
+    /// -d it is one more device
     #[arg(short = 'h', value_name = "DIR")]
     pub host: Option<PathBuf>,
-    /// Disk image (not supported yet)
-    #[arg(short = 'd', value_name = "IMAGE")]
+    /// Boots FreeBSD from a raw disk image, as its own loader would; given more than once: disk0,
+    /// disk1, ...
+    #[arg(short = 'd', value_name = "IMAGE", conflicts_with_all = ["kernel", "linux", "multiboot"])]
     pub disk: Vec<PathBuf>,
-    /// Loader program of stock bhyveload (there is none here)
+    /// Loader program of stock bhyveload: a userboot*.so is taken for the loader that is built in
     #[arg(short = 'l', value_name = "LOADER")]
     pub loader: Option<PathBuf>,
     /// Says what is loaded where
@@ -61,7 +65,7 @@ pub struct Cli {
     /// A file that goes with --kernel or --multiboot, as often as wanted
     #[arg(long, value_name = "FILE[,type=T][,name=N][,args=A]")]
     pub module: Vec<String>,
-    /// A memory disk with the root file system, for --kernel and -h
+    /// A memory disk with the root file system, for --kernel, -d and -h
     #[arg(long, value_name = "FILE", conflicts_with_all = ["linux", "multiboot"])]
     pub mfsroot: Option<PathBuf>,
     /// Boots this Linux bzImage
@@ -219,41 +223,76 @@ fn joined(argument: &Argument) -> Vec<OsString> {
 }
 
 impl Cli {
-    /// Refuses what stock bhyveload has and this one does not.
+    /// Refuses a loader program that nothing here stands for, and a command line with
+    /// nothing to load. The value is a warning.
     ///
     /// # Errors
-    /// Such an option was given, or nothing to load.
-    pub fn check(&self) -> Result<(), LoadError> {
-        if let Some(disk) = self.disk.first() {
-            return Err(LoadError::new(
-                "-d",
-                disk.display().to_string(),
-                "disk images are not supported yet",
-            )
-            .hint("give the kernel with -h DIR or --kernel FILE"));
-        }
+    /// Such a command line was given.
+    pub fn check(&self) -> Result<Option<String>, LoadError> {
+        let mut warning = None;
         if let Some(loader) = &self.loader {
-            return Err(LoadError::new(
-                "-l",
-                loader.display().to_string(),
-                "this bhyveload runs no loader program",
-            )
-            .hint("it reads boot/loader.conf itself: give its folder with -h"));
+            let name = loader.display().to_string();
+            let base = loader.file_name().map(|n| n.to_string_lossy().into_owned());
+            let stock = base.is_some_and(|n| n.starts_with("userboot") && n.ends_with(".so"));
+            if !stock {
+                return Err(
+                    LoadError::new("-l", name, "this bhyveload runs no loader program").hint(
+                        "leave -l away: FreeBSD's loader is built in, and --linux and \
+                         --multiboot load other kernels",
+                    ),
+                );
+            }
+            warning = Some(format!(
+                "-l {name}: is not run; the built-in loader reads loader.conf, and no scripts"
+            ));
         }
-        if self.host.is_none()
+        if !self.has_loader()
             && self.kernel.is_none()
             && self.linux.is_none()
             && self.multiboot.is_none()
         {
             return Err(
-                LoadError::new("command line", "kernel", "there is nothing to load")
-                    .hint("give -h DIR, --kernel, --linux or --multiboot; --help explains them"),
+                LoadError::new("command line", "kernel", "there is nothing to load").hint(
+                    "give -d IMAGE, -h DIR, --kernel, --linux or --multiboot; --help explains them",
+                ),
             );
         }
-        Ok(())
+        Ok(warning)
     }
 
-    fn freebsd(&self, mut boot: FreeBsd, limit: u64) -> Result<Guest, LoadError> {
+    /// Whether the guest is found by the loader, on images or in a folder.
+    #[must_use]
+    pub fn has_loader(&self) -> bool {
+        !self.disk.is_empty() || self.host.is_some()
+    }
+
+    /// Runs the loader on `console`: `-d` and `-h`. `limit` is the most bytes that
+    /// it may load.
+    ///
+    /// # Errors
+    /// An image or folder cannot be read or has nothing to boot, or the console is gone.
+    pub fn run_loader(&self, console: &mut dyn Console, limit: u64) -> Result<Outcome, LoadError> {
+        let devices = Devices::open(&self.disk, self.host.as_deref())?;
+        let mut fixed = Vec::new();
+        if self.mfsroot.is_some() {
+            // Stronger than the folder's /etc/fstab.
+            fixed.push(("vfs.root.mountfrom".to_owned(), "ufs:/dev/md0".to_owned()));
+        }
+        for text in &self.environment {
+            let mut one = Environment::default();
+            one.set_from_argument(text)?;
+            fixed.extend(one.iter().map(|(n, v)| (n.to_owned(), v.to_owned())));
+        }
+        match Loader::new(console, devices, fixed, limit)?.run()? {
+            Outcome::Boot(mut boot) => {
+                self.add_modules(&mut boot, limit)?;
+                Ok(Outcome::Boot(boot))
+            }
+            leave => Ok(leave),
+        }
+    }
+
+    fn add_modules(&self, boot: &mut FreeBsd, limit: u64) -> Result<(), LoadError> {
         for text in &self.module {
             let argument = module_argument(text)?;
             let path = Path::new(argument.path);
@@ -282,33 +321,30 @@ impl Cli {
                 input,
             });
         }
-        for text in &self.environment {
-            boot.environment.set_from_argument(text)?;
-        }
-        Ok(Guest::FreeBsd(Box::new(boot)))
+        Ok(())
     }
 
-    /// Reads every file. `limit` is the most bytes of one. The second value holds warnings.
+    /// Reads the files given by name: `--kernel`, `--linux`, `--multiboot`. `limit` is
+    /// the most bytes of one.
     ///
     /// # Errors
     /// An option or a file is wrong.
-    pub fn read(&self, limit: u64) -> Result<(Guest, Vec<String>), LoadError> {
-        self.check()?;
+    pub fn read(&self, limit: u64) -> Result<Guest, LoadError> {
         let command_line = self.cmdline.clone().unwrap_or_default();
-        if let Some(path) = &self.host {
-            let (boot, warnings) = conf::from_host_dir(&HostDir::open(path)?, limit)?;
-            return Ok((self.freebsd(boot, limit)?, warnings));
-        }
         if let Some(path) = &self.kernel {
             let kernel = Input::open(path, limit)?.decompressed(limit)?;
-            let boot = FreeBsd {
+            let mut boot = FreeBsd {
                 kernel_name: "/boot/kernel/kernel".to_owned(),
                 kernel,
                 kernel_args: None,
                 modules: Vec::new(),
                 environment: Environment::default(),
             };
-            return Ok((self.freebsd(boot, limit)?, Vec::new()));
+            self.add_modules(&mut boot, limit)?;
+            for text in &self.environment {
+                boot.environment.set_from_argument(text)?;
+            }
+            return Ok(Guest::FreeBsd(Box::new(boot)));
         }
         if let Some(first) = self.environment.first() {
             return Err(LoadError::new(
@@ -332,7 +368,7 @@ impl Cli {
                 initrd: initrd.transpose()?,
                 command_line,
             };
-            return Ok((Guest::Linux(Box::new(linux)), Vec::new()));
+            return Ok(Guest::Linux(Box::new(linux)));
         }
         let path = self.multiboot.as_deref().unwrap_or(Path::new(""));
         let mut modules = Vec::new();
@@ -351,6 +387,6 @@ impl Cli {
             modules,
             command_line,
         };
-        Ok((Guest::Multiboot(Box::new(multiboot)), Vec::new()))
+        Ok(Guest::Multiboot(Box::new(multiboot)))
     }
 }

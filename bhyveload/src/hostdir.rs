@@ -4,10 +4,13 @@
 //! or a symlink that climbs must not reach the host's files (CVE-2024-25940).
 
 use crate::error::LoadError;
+use crate::fs::{Attributes, FileType};
 use crate::input::Input;
+use crate::volume::{Listed, Volume};
+use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, SFlag};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path};
@@ -32,23 +35,9 @@ impl HostDir {
         Ok(Self { dir, name })
     }
 
-    /// The name of `path` beneath the folder, for errors.
-    #[must_use]
-    pub fn describe(&self, path: &str) -> String {
-        format!(
-            "{}/{}",
-            self.name.trim_end_matches('/'),
-            path.trim_start_matches('/')
-        )
-    }
-
-    /// Reads a file beneath the folder; a leading `/` means the folder itself.
-    /// `None` if there is no such file.
-    ///
-    /// # Errors
-    /// The path leads out of the folder, or the file cannot be read or is larger
-    /// than `limit`.
-    pub fn read(&self, path: &str, limit: u64) -> Result<Option<Input>, LoadError> {
+    /// Opens what a path beneath the folder leads to; a leading `/` means the
+    /// folder itself. `None`: there is nothing.
+    fn open_path(&self, path: &str) -> Result<Option<File>, LoadError> {
         let name = self.describe(path);
         let relative = path.trim_start_matches('/');
         let escape = || {
@@ -58,15 +47,19 @@ impl HostDir {
                 "leads out of the folder given with -h",
             )
         };
+        if relative.contains('\0') {
+            return Ok(None);
+        }
         if Path::new(relative)
             .components()
             .any(|c| !matches!(c, Component::Normal(_) | Component::CurDir))
         {
             return Err(escape());
         }
+        let relative = if relative.is_empty() { "." } else { relative };
         match self.open_beneath(Path::new(relative)) {
-            Ok(fd) => Input::from_file(&name, File::from(fd), limit).map(Some),
-            Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
+            Ok(fd) => Ok(Some(File::from(fd))),
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ENAMETOOLONG) => Ok(None),
             Err(Errno::EXDEV | Errno::ELOOP) => Err(escape()),
             Err(e) => Err(LoadError::new(name.as_str(), "file", e.desc())),
         }
@@ -99,7 +92,9 @@ impl HostDir {
                 _ => None,
             })
             .collect();
-        let (last, folders) = names.split_last().ok_or(Errno::ENOENT)?;
+        let Some((last, folders)) = names.split_last() else {
+            return self.dir.try_clone().map_err(|_| Errno::EMFILE);
+        };
         let base = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
         let mut dir = self.dir.try_clone().map_err(|_| Errno::EMFILE)?;
         for folder in folders {
@@ -118,6 +113,88 @@ impl HostDir {
             )?;
         }
         openat(dir.as_fd(), *last, base | OFlag::O_NONBLOCK, Mode::empty())
+    }
+}
+
+fn kind_of(kind: std::fs::FileType) -> FileType {
+    if kind.is_file() {
+        FileType::File
+    } else if kind.is_dir() {
+        FileType::Directory
+    } else if kind.is_symlink() {
+        FileType::Symlink
+    } else {
+        FileType::Other
+    }
+}
+
+impl Volume for HostDir {
+    fn describe(&self, path: &str) -> String {
+        format!(
+            "{}/{}",
+            self.name.trim_end_matches('/'),
+            path.trim_start_matches('/')
+        )
+    }
+
+    fn attributes(&self, path: &str) -> Result<Option<Attributes>, LoadError> {
+        let Some(file) = self.open_path(path)? else {
+            return Ok(None);
+        };
+        let metadata = file
+            .metadata()
+            .map_err(|e| LoadError::new(self.describe(path), "file", e.to_string()))?;
+        Ok(Some(Attributes {
+            kind: kind_of(metadata.file_type()),
+            size: metadata.len(),
+        }))
+    }
+
+    fn read(&self, path: &str, limit: u64) -> Result<Option<Input>, LoadError> {
+        let Some(file) = self.open_path(path)? else {
+            return Ok(None);
+        };
+        Input::from_file(&self.describe(path), file, limit).map(Some)
+    }
+
+    fn list(&self, path: &str) -> Result<Option<Vec<Listed>>, LoadError> {
+        let bad = |e: Errno| LoadError::new(self.describe(path), "folder", e.desc());
+        let Some(file) = self.open_path(path)? else {
+            return Ok(None);
+        };
+        let mut dir = match Dir::from_fd(OwnedFd::from(file)) {
+            Ok(dir) => dir,
+            Err(Errno::ENOTDIR) => return Ok(None),
+            Err(e) => return Err(bad(e)),
+        };
+        let mut names = Vec::new();
+        for entry in dir.iter() {
+            let entry = entry.map_err(bad)?;
+            let name = entry.file_name().to_bytes();
+            if name != b"." && name != b".." {
+                names.push(String::from_utf8_lossy(name).into_owned());
+            }
+        }
+        names.sort();
+        let mut listed = Vec::with_capacity(names.len());
+        for name in names {
+            let no_follow = nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW;
+            // Gone since, or a name that is no text.
+            let Ok(stat) = nix::sys::stat::fstatat(&dir, name.as_str(), no_follow) else {
+                continue;
+            };
+            listed.push(Listed {
+                kind: match SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT {
+                    SFlag::S_IFREG => FileType::File,
+                    SFlag::S_IFDIR => FileType::Directory,
+                    SFlag::S_IFLNK => FileType::Symlink,
+                    _ => FileType::Other,
+                },
+                size: u64::try_from(stat.st_size).unwrap_or_default(),
+                name,
+            });
+        }
+        Ok(Some(listed))
     }
 }
 

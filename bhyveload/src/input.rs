@@ -21,7 +21,7 @@ impl Input {
     /// Reads at most `limit` bytes of an open file.
     ///
     /// # Errors
-    /// It cannot be read, is no regular file, is empty, or holds more.
+    /// It cannot be read, is no regular file, or holds more.
     pub fn from_file(name: &str, file: File, limit: u64) -> Result<Self, LoadError> {
         let metadata = file
             .metadata()
@@ -33,9 +33,6 @@ impl Input {
         file.take(limit.saturating_add(1))
             .read_to_end(&mut data)
             .map_err(|e| LoadError::new(name, "file", e.to_string()))?;
-        if data.is_empty() {
-            return Err(LoadError::new(name, "file", "is empty"));
-        }
         if data.len() as u64 > limit {
             return Err(too_large(name, "size", limit));
         }
@@ -48,12 +45,16 @@ impl Input {
     /// Reads at most `limit` bytes of the file at `path`.
     ///
     /// # Errors
-    /// As [`Input::from_file`], or it cannot be opened.
+    /// As [`Input::from_file`], or it cannot be opened or is empty.
     pub fn open(path: &Path, limit: u64) -> Result<Self, LoadError> {
         let name = path.display().to_string();
         let file =
             File::open(path).map_err(|e| LoadError::new(name.as_str(), "file", e.to_string()))?;
-        Self::from_file(&name, file, limit)
+        let input = Self::from_file(&name, file, limit)?;
+        if input.data.is_empty() {
+            return Err(LoadError::new(name, "file", "is empty"));
+        }
+        Ok(input)
     }
 
     /// Whether the bytes are those of a gzip file.

@@ -1,6 +1,7 @@
 //! Kernel loading without a BIOS: a FreeBSD amd64 kernel with everything its own
 //! boot loader would hand it ([`freebsd`]), a Linux bzImage by the 64-bit boot
-//! protocol ([`linux`]), or a multiboot 1 kernel ([`multiboot`]).
+//! protocol ([`linux`]), or a multiboot 1 kernel ([`multiboot`]). What FreeBSD's own
+//! boot loader would have read from the guest's disk or folder is read by [`loader`].
 //!
 //! Every loader works on a [`target::LoadTarget`], which is a VM
 //! ([`vm::VmTarget`]) or plain memory ([`target::MemoryTarget`], for tests).
@@ -12,8 +13,10 @@
 pub mod bios;
 pub mod cli;
 pub mod conf;
+pub mod console;
 pub mod cpu;
 pub mod disk;
+pub mod disks;
 pub mod elffile;
 pub mod env;
 pub mod error;
@@ -26,6 +29,7 @@ pub mod kldmeta;
 pub mod layout;
 pub mod linkerhints;
 pub mod linux;
+pub mod loader;
 pub mod multiboot;
 pub mod partition;
 pub mod preload;

@@ -2,36 +2,17 @@
 #![forbid(unsafe_code)]
 
 use bhyveload::cli::{Cli, Guest, with_config};
+use bhyveload::console::{Console, Terminal};
 use bhyveload::error::LoadError;
+use bhyveload::loader::Outcome;
 use bhyveload::vm::VmTarget;
 use bhyveload::{freebsd, linux, multiboot};
 use clap::Parser;
-use std::fs::OpenOptions;
-use std::io::{Write, stdout};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::process::ExitCode;
 use vmmapi::MemFlags;
 
 /// No file that is loaded can be larger than the memory below 4 GiB.
 const LARGEST_FILE: u64 = 3 << 30;
-
-fn open_console(name: &str) -> Result<Box<dyn Write>, LoadError> {
-    if name == "stdio" {
-        return Ok(Box::new(stdout()));
-    }
-    let bad = |problem: String| LoadError::new("-c", name, problem);
-    let console = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(nix::fcntl::OFlag::O_NOCTTY.bits() | nix::fcntl::OFlag::O_NONBLOCK.bits())
-        .open(name)
-        .map_err(|e| bad(e.to_string()))?;
-    let kind = console.metadata().map_err(|e| bad(e.to_string()))?;
-    if !kind.file_type().is_char_device() {
-        return Err(bad("is no terminal device".to_owned()).hint("give stdio or a /dev/... name"));
-    }
-    Ok(Box::new(console))
-}
 
 fn describe(target: &mut VmTarget, guest: &Guest) -> Result<Vec<String>, LoadError> {
     match guest {
@@ -78,12 +59,21 @@ fn describe(target: &mut VmTarget, guest: &Guest) -> Result<Vec<String>, LoadErr
     }
 }
 
-fn run(cli: &Cli) -> Result<(), LoadError> {
-    let (guest, warnings) = cli.read(cli.memory.min(LARGEST_FILE))?;
-    for warning in warnings {
+fn run(cli: &Cli) -> Result<ExitCode, LoadError> {
+    if let Some(warning) = cli.check()? {
         eprintln!("bhyveload: warning: {warning}");
     }
-    let mut console = open_console(&cli.console)?;
+    let limit = cli.memory.min(LARGEST_FILE);
+    let mut console = Terminal::open(&cli.console)?;
+    let guest = if cli.has_loader() {
+        console.raw()?;
+        match cli.run_loader(&mut console, limit)? {
+            Outcome::Boot(boot) => Guest::FreeBsd(boot),
+            Outcome::Leave(status) => return Ok(ExitCode::from(status)),
+        }
+    } else {
+        cli.read(limit)?
+    };
     let flags = MemFlags {
         wired: cli.wired,
         in_core: cli.in_core,
@@ -97,11 +87,10 @@ fn run(cli: &Cli) -> Result<(), LoadError> {
         Ok(lines) => {
             if cli.verbose {
                 for line in lines {
-                    writeln!(console, "{line}\r")
-                        .map_err(|e| LoadError::new("-c", cli.console.as_str(), e.to_string()))?;
+                    console.print(&format!("{line}\n"))?;
                 }
             }
-            Ok(())
+            Ok(ExitCode::SUCCESS)
         }
         Err(error) => {
             target.abandon().map_err(in_vm)?;
@@ -119,7 +108,7 @@ fn main() -> ExitCode {
         }
     };
     match run(&Cli::parse_from(words)) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(error) => {
             eprintln!("bhyveload: {error}");
             ExitCode::FAILURE

@@ -143,7 +143,7 @@ mod tests {
         let mut vdi = vec![0; 512];
         vdi[0x40..0x44].copy_from_slice(&[0x7f, 0x10, 0xda, 0xbe]);
         assert!(container(&vdi).unwrap().unwrap().0.contains("VDI"));
-        for raw in [vec![0; 512], vec![0xeb, 0x3c], vec![1]] {
+        for raw in [vec![0; 512], vec![0xeb, 0x3c], vec![1], vec![0; 0x42]] {
             assert_eq!(container(&raw).unwrap(), None);
         }
     }

@@ -14,6 +14,11 @@ pub enum Load {
         /// Modules.
         modules: Vec<String>,
     },
+    /// FreeBSD by its own loader's means, from disk images.
+    Disk {
+        /// Images, disk0 first.
+        images: Vec<String>,
+    },
     /// A Linux bzImage.
     Linux {
         /// Initramfs.
@@ -75,6 +80,11 @@ impl Guest {
                     option("--module", module);
                 }
             }
+            Load::Disk { images } => {
+                for image in images {
+                    option("-d", image);
+                }
+            }
             Load::Linux { initrd, cmdline } => {
                 option("--linux", &self.kernel);
                 if let Some(file) = initrd {
@@ -93,6 +103,8 @@ impl Guest {
             option("-e", variable);
         }
         words.push(self.vm.clone());
+        // Nobody sits at the loader, so it does not wait for a key.
+        words.push("</dev/null".to_owned());
         words.join(" ")
     }
 

@@ -15,6 +15,7 @@ pub const FREEBSD_BASE_URL: &str =
 
 const KERNEL: &str = "freebsd-12.1-smp.kernel";
 const MFSROOT: &str = "freebsd-12.1-mfsroot.img";
+const DISK: &str = "disk/freebsd-12.1-disk.img";
 
 /// A FreeBSD to boot.
 #[derive(Debug, Clone)]
@@ -45,6 +46,11 @@ pub fn local_freebsd(dirs: &Dirs) -> Option<FreeBsd> {
             mfsroot: mfsroot.is_file().then_some(mfsroot),
         })
     })
+}
+
+/// The disk with FreeBSD on it that the user put into an image directory.
+pub fn local_freebsd_disk(dirs: &Dirs) -> Option<PathBuf> {
+    find(dirs, DISK)
 }
 
 /// A file or folder `name` in one of the image directories.

@@ -53,7 +53,11 @@ impl EngineName {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum GuestName {
+    /// FreeBSD from memory: a kernel and a memory-disk root
     Freebsd,
+    /// FreeBSD from the first --disk, by its own loader.conf [default disk: the
+    /// image directory's disk/freebsd-12.1-disk.img]
+    FreebsdDisk,
     Linux,
 }
 
@@ -141,9 +145,12 @@ pub struct Options {
 /// A guest's files and how it shows that it is up.
 struct Guest {
     kind: GuestName,
-    kernel: PathBuf,
+    /// Nothing, where the disk has it.
+    kernel: Option<PathBuf>,
     /// mfsroot or initrd.
     root: Option<PathBuf>,
+    /// Disk images.
+    disks: Vec<PathBuf>,
     up: &'static str,
 }
 
@@ -160,14 +167,16 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     let mut config = Config::new(engine, memory_mib);
     config.cpus = options.host_cpus;
     config.cmdline.clone_from(&options.host_cmdline);
-    config.file("guest/kernel", &guest.kernel);
+    if let Some(kernel) = &guest.kernel {
+        config.file("guest/kernel", kernel);
+    }
     if let Some(root) = &guest.root {
         config.file("guest/root", root);
     }
     for (i, module) in options.module.iter().enumerate() {
         config.file(&format!("guest/module{i}"), module);
     }
-    for (i, disk) in options.disk.iter().enumerate() {
+    for (i, disk) in guest.disks.iter().enumerate() {
         config.file(&format!("guest/disk{i}"), disk);
     }
     let mut host = step(&format!("host on {engine}"), || {
@@ -213,7 +222,12 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
         Report {
             engine: engine.to_string(),
             host: kit.kernel.release.clone(),
-            guest: guest.kernel.display().to_string(),
+            guest: guest
+                .kernel
+                .as_ref()
+                .or(guest.disks.first())
+                .map(|path| path.display().to_string())
+                .unwrap_or_default(),
             vcpus: options.vcpus,
             memory_mib,
             instructions,
@@ -255,16 +269,36 @@ fn mebibytes(text: &str) -> Result<u32> {
 fn choose(dirs: &Dirs, options: &Options, kit: &Kit) -> Result<Guest> {
     let linux = |kernel: PathBuf, root: Option<PathBuf>| Guest {
         kind: GuestName::Linux,
-        kernel,
+        kernel: Some(kernel),
         root,
+        disks: options.disk.clone(),
         up: LINUX_UP,
     };
     let freebsd = |image: FreeBsd| Guest {
         kind: GuestName::Freebsd,
-        kernel: image.kernel,
+        kernel: Some(image.kernel),
         root: image.mfsroot,
+        disks: options.disk.clone(),
         up: FREEBSD_UP,
     };
+    if options.guest == Some(GuestName::FreebsdDisk) {
+        ensure!(
+            options.kernel.is_none() && options.mfsroot.is_none() && options.module.is_empty(),
+            "--guest freebsd-disk takes kernel, modules and root from the disk"
+        );
+        let mut disks = options.disk.clone();
+        if disks.is_empty() {
+            disks.extend(images::local_freebsd_disk(dirs));
+        }
+        ensure!(!disks.is_empty(), "no disk image at hand: give --disk");
+        return Ok(Guest {
+            kind: GuestName::FreebsdDisk,
+            kernel: None,
+            root: None,
+            disks,
+            up: FREEBSD_UP,
+        });
+    }
     if let Some(kernel) = &options.kernel {
         let kind = options.guest.unwrap_or(kind_of(kernel)?);
         return Ok(match kind {
@@ -272,7 +306,7 @@ fn choose(dirs: &Dirs, options: &Options, kit: &Kit) -> Result<Guest> {
                 kernel.clone(),
                 Some(options.initrd.clone().unwrap_or(kit.guest_initrd.clone())),
             ),
-            GuestName::Freebsd => freebsd(FreeBsd {
+            _ => freebsd(FreeBsd {
                 kernel: kernel.clone(),
                 mfsroot: options.mfsroot.clone(),
             }),
@@ -330,6 +364,11 @@ fn in_host(guest: &Guest, options: &Options, memory_mib: u32) -> guest::Guest {
             initrd: root,
             cmdline: options.cmdline.clone().unwrap_or_else(guest::linux_cmdline),
         },
+        GuestName::FreebsdDisk => Load::Disk {
+            images: (0..guest.disks.len())
+                .map(|i| format!("/guest/disk{i}"))
+                .collect(),
+        },
         GuestName::Freebsd => Load::FreeBsd {
             mfsroot: root,
             modules: (0..options.module.len())
@@ -338,7 +377,7 @@ fn in_host(guest: &Guest, options: &Options, memory_mib: u32) -> guest::Guest {
         },
     };
     let mut more = options.bhyve_options.clone();
-    for i in 0..options.disk.len() {
+    for i in 0..guest.disks.len() {
         more.push_str(&format!(" -s {},virtio-blk,/guest/disk{i}", i + 2));
     }
     if options.x2apic {

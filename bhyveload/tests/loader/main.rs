@@ -1,0 +1,6 @@
+//! The loader as its user meets it: a folder or an image, keys, and what is booted.
+
+mod boot;
+mod image;
+mod prompt;
+mod script;
