@@ -120,11 +120,8 @@ vmm_host_irq_window(void)
 	disable_intr();
 	/*
 	 * A preemption by another CPU leaves only this behind; the inner loop
-	 * looks at td_flags.
+	 * looks at what VMM_AST_ANY names.
 	 */
-	if (__predict_false(td->td_owepreempt)) {
-		thread_lock(td);
-		td->td_flags |= TDF_NEEDRESCHED;
-		thread_unlock(td);
-	}
+	if (__predict_false(td->td_owepreempt))
+		VMM_AST_SET_SCHED(td);
 }

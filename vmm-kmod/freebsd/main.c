@@ -89,8 +89,8 @@ vmm_load(void)
 		.tsc_hz = tsc_freq,
 		.direct_map = PHYS_TO_DMAP(0),
 		/* As vmm_host_thread_flags() aligns it. */
-		.thread_flags = (uint64_t)(TDF_ASTPENDING | TDF_NEEDRESCHED) <<
-		    (__offsetof(struct thread, td_flags) % 8 * 8),
+		.thread_flags = (uint64_t)VMM_AST_ANY <<
+		    (VMM_AST_OFFSET % 8 * 8),
 		.max_cpus = mp_maxid + 1,
 		.tsc_invariant = tsc_is_invariant,
 		.account = account != 0,

@@ -18,6 +18,7 @@
 #include <vm/vm_page.h>
 #include <vm/vm_pageout.h>
 #include <vm/vm_pager.h>
+#include <vm/vm_radix.h>
 
 #include <machine/vmparam.h>
 
@@ -64,9 +65,7 @@ alloc_run(u_long npages, int patience)
 	vm_page_t m;
 
 	for (;;) {
-		m = vm_page_alloc_contig(NULL, 0, VM_ALLOC_NORMAL |
-		    VM_ALLOC_NOOBJ | VM_ALLOC_WIRED, npages, 0,
-		    ~(vm_paddr_t)0, npages * PAGE_SIZE, 0, VM_MEMATTR_DEFAULT);
+		m = VMM_ALLOC_RUN(npages);
 		if (m != NULL)
 			break;
 		if (patience-- <= 0 || !vmm_can_sleep())
@@ -239,6 +238,21 @@ page_take(struct vmm_memseg *seg, vm_pindex_t index)
 	return (m);
 }
 
+/* The first page of an object from index on; the object is locked. */
+static vm_page_t
+page_from(vm_object_t object, vm_pindex_t index)
+{
+
+#if __FreeBSD_version >= 1500000
+	struct pctrie_iter pages;
+
+	vm_page_iter_init(&pages, object);
+	return (vm_radix_iter_lookup_ge(&pages, index));
+#else
+	return (vm_page_find_least(object, index));
+#endif
+}
+
 /* The chunk that starts at index, if none of it is there: all in one piece. */
 static bool
 chunk_take(struct vmm_memseg *seg, vm_pindex_t first)
@@ -246,7 +260,7 @@ chunk_take(struct vmm_memseg *seg, vm_pindex_t first)
 	vm_page_t m;
 	u_int i;
 
-	m = vm_page_find_least(seg->object, first);
+	m = page_from(seg->object, first);
 	if (m != NULL && m->pindex < first + CHUNK_PAGES)
 		return (false);
 	m = vm_page_alloc_contig(seg->object, first, VM_ALLOC_NORMAL |

@@ -6,6 +6,8 @@
 
 #include "host.h"
 
+#include "compat.h"
+
 MALLOC_DECLARE(M_VMM);
 
 /* VMs, open files and mappings of vCPUs' pages: the module stays while there are any. */

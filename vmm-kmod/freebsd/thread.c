@@ -45,7 +45,7 @@ vmm_can_sleep(void)
 const volatile unsigned long *
 vmm_host_thread_flags(void)
 {
-	uintptr_t p = (uintptr_t)&curthread->td_flags;
+	uintptr_t p = (uintptr_t)curthread + VMM_AST_OFFSET;
 
 	/* The mask in vmm_host_info is shifted accordingly. */
 	return ((const volatile unsigned long *)rounddown2(p, 8));
@@ -56,10 +56,10 @@ vmm_host_yield(void)
 {
 	struct thread *td = curthread;
 
-	if ((td->td_flags & TDF_NEEDRESCHED) != 0)
+	if (VMM_AST_SCHED(td))
 		kern_yield(PRI_USER);
 	/* Signals and the like are looked after on the way to userland. */
-	return ((td->td_flags & TDF_ASTPENDING) != 0);
+	return (VMM_AST_OTHER(td));
 }
 
 struct vmm_mutex *
@@ -151,14 +151,10 @@ vmm_host_sleep(struct vmm_sleeper *s, uint64_t ns)
 void
 vmm_host_wake(struct vmm_sleeper *s)
 {
-	int swapper;
 
 	atomic_store_int(&s->woken, 1);
 	sleepq_lock(s);
-	swapper = sleepq_broadcast(s, SLEEPQ_SLEEP, 0, 0);
-	sleepq_release(s);
-	if (swapper != 0)
-		kick_proc0();
+	VMM_SLEEPQ_BROADCAST(s);
 }
 
 static void

@@ -83,7 +83,13 @@ fn every_key_of_a_file_is_in_the_manual_and_its_example_is_read() {
         .split_once(".Bd -literal -offset indent\n")
         .expect("an example");
     let (example, _) = example.split_once(".Ed").expect("its end");
-    bhyve_config::file::parse("example", example).expect("a file without mistakes");
+    let packaged = [
+        include_str!("../../debian/example.toml"),
+        include_str!("../../freebsd/bhyve-rs/files/example.toml"),
+    ];
+    for text in packaged.into_iter().chain([example]) {
+        bhyve_config::file::parse("example", text).expect("a file without mistakes");
+    }
 }
 
 #[test]

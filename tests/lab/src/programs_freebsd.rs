@@ -26,6 +26,18 @@ const PACKAGES: [&str; 3] = ["binutils", "clang-14", "lld-14"];
 /// # Errors
 /// `sysroot` is none, ziglang cannot be had, or the compiler or linker fails.
 pub fn build(dirs: &Dirs, sysroot: Option<&Path>) -> Result<Vec<PathBuf>> {
+    build_as(dirs, sysroot, "release")
+}
+
+/// Compiles and links [`PROGRAMS`] quickly, to see that it can be done.
+///
+/// # Errors
+/// As [`build`].
+pub fn check(dirs: &Dirs) -> Result<()> {
+    build_as(dirs, None, "dev").map(drop)
+}
+
+fn build_as(dirs: &Dirs, sysroot: Option<&Path>, profile: &str) -> Result<Vec<PathBuf>> {
     let source = core_src::ensure(dirs)?;
     let kind = if sysroot.is_some() {
         "static"
@@ -46,7 +58,8 @@ pub fn build(dirs: &Dirs, sysroot: Option<&Path>) -> Result<Vec<PathBuf>> {
     fs::set_permissions(&linker, fs::Permissions::from_mode(0o755))?;
     let mut cargo = Command::new("cargo");
     cargo
-        .args(["build", "--release", "-Zbuild-std=std,panic_abort"])
+        .args(["build", "--profile", profile, "-Zbuild-std=std,panic_abort"])
+        .args(["--config", "profile.dev.debug=false"])
         .args(["--target", TARGET, "--target-dir"])
         .arg(&into)
         .env("RUSTC_BOOTSTRAP", "1")
@@ -64,7 +77,8 @@ pub fn build(dirs: &Dirs, sysroot: Option<&Path>) -> Result<Vec<PathBuf>> {
         cargo.args(["--bin", program]);
     }
     output(&mut cargo)?;
-    let out = into.join(TARGET).join("release");
+    let folder = if profile == "dev" { "debug" } else { profile };
+    let out = into.join(TARGET).join(folder);
     Ok(PROGRAMS.iter().map(|p| out.join(p)).collect())
 }
 

@@ -8,9 +8,10 @@ use lab::command::output;
 use lab::core_src::CoreSource;
 use lab::dirs::Dirs;
 use lab::host::{self, Kit};
+use lab::kmod_freebsd::Headers;
 use lab::progress::step;
 use lab::runner::{self, Lab, Tally};
-use lab::{apt, core_src, kmod};
+use lab::{apt, core_src, kmod, kmod_freebsd, programs_freebsd, ziglang};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
@@ -141,7 +142,28 @@ fn checks(dirs: &Dirs, tally: &mut Tally) -> Result<()> {
     unit_tests(cargo(&["test", "--workspace", "--no-fail-fast"]), tally)?;
     apt::ensure_installed(&pages::PACKAGES)?;
     step_of("manual pages and completions", tally, || pages::check(dirs));
+    freebsd(dirs, tally);
     Ok(())
+}
+
+/// What is FreeBSD's alone compiles and links, against a newer FreeBSD than the
+/// lab's.
+fn freebsd(dirs: &Dirs, tally: &mut Tally) {
+    let (module, programs) = ("vmm.ko for FreeBSD 15", "programs for FreeBSD 14");
+    let zig = match ziglang::ensure(dirs) {
+        Ok(zig) => zig,
+        Err(e) => {
+            for name in [module, programs] {
+                println!("{name}: skipped: {e:#}");
+                tally.skipped += 1;
+            }
+            return;
+        }
+    };
+    step_of(module, tally, || {
+        kmod_freebsd::build(dirs, &Headers::Zig(zig)).map(drop)
+    });
+    step_of(programs, tally, || programs_freebsd::check(dirs));
 }
 
 /// A check that is no single command.

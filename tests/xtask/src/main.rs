@@ -13,9 +13,12 @@ mod terminal;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use lab::dirs::Dirs;
+use lab::kmod_freebsd::Headers;
 use lab::machine::{Engine, Machine, Spec};
 use lab::progress::step;
-use lab::{apt, core_src, host, host_kernel, kmod, kmod_freebsd, programs, programs_freebsd};
+use lab::{
+    apt, core_src, host, host_kernel, kmod, kmod_freebsd, programs, programs_freebsd, ziglang,
+};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -44,8 +47,9 @@ enum Verb {
         /// The kernel that it is for
         #[arg(long, default_value = "linux")]
         host: KmodHost,
-        /// FreeBSD's kernel sources, its /usr/src/sys
-        #[arg(long, required_if_eq("host", "freebsd"))]
+        /// FreeBSD's kernel sources, its /usr/src/sys; without them the module is
+        /// compiled and linked against the headers that ziglang carries, a check
+        #[arg(long)]
         sys: Option<PathBuf>,
     },
     /// Build bhyve, bhyvectl and bhyveload and print their paths
@@ -115,9 +119,17 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             sys,
         } => {
             host::prerequisites(&[])?;
-            apt::ensure_installed(&kmod_freebsd::PACKAGES)?;
-            let sys = sys.context("--sys is missing")?;
-            println!("{}", kmod_freebsd::build(&dirs, &sys)?.display());
+            let headers = match sys {
+                Some(sys) => {
+                    apt::ensure_installed(&kmod_freebsd::PACKAGES)?;
+                    Headers::tree(&sys)?
+                }
+                None => Headers::Zig(ziglang::ensure(&dirs)?),
+            };
+            println!("{}", kmod_freebsd::build(&dirs, &headers)?.display());
+            if matches!(headers, Headers::Zig(_)) {
+                eprintln!("(it compiles and links; to load it, build it with --sys)");
+            }
             Ok(ExitCode::SUCCESS)
         }
         Verb::Kmod {
