@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod devices;
+mod disks;
 mod files;
 mod kernel;
 mod machine;
@@ -47,6 +48,18 @@ pub const TARGETS: &[Target] = &[
         run: kernel::instruction,
     },
     Target {
+        name: "iso9660",
+        run: disks::iso9660,
+    },
+    Target {
+        name: "linker_hints",
+        run: disks::linker_hints,
+    },
+    Target {
+        name: "loader",
+        run: disks::loader,
+    },
+    Target {
         name: "loader_conf",
         run: files::loader_conf,
     },
@@ -55,12 +68,20 @@ pub const TARGETS: &[Target] = &[
         run: files::multiboot,
     },
     Target {
+        name: "partitions",
+        run: disks::partitions,
+    },
+    Target {
         name: "pci_config",
         run: devices::pci_config,
     },
     Target {
         name: "uart",
         run: devices::uart,
+    },
+    Target {
+        name: "ufs",
+        run: disks::ufs,
     },
 ];
 
