@@ -173,7 +173,9 @@ impl<T: ?Sized> Mutex<T> {
     pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
         // SAFETY: as for `lock`.
         let got = unsafe { ffi::vmm_host_mutex_trylock(self.raw.as_ptr()) } != 0;
-        got.then_some(MutexGuard { lock: self })
+        // Not then_some(): a guard made in vain would unlock what somebody else
+        // holds.
+        got.then(|| MutexGuard { lock: self })
     }
 }
 
