@@ -19,6 +19,7 @@
 #include <machine/clock.h>
 #include <machine/cpu.h>
 #include <machine/cpufunc.h>
+#include <machine/cputypes.h>
 #include <machine/md_var.h>
 #include <machine/specialreg.h>
 #include <machine/vmparam.h>
@@ -38,6 +39,14 @@ SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, use_apic_vid, CTLFLAG_RDTUN, &use_apic_vid,
 static int no_flush_rsb;
 SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, no_flush_rsb, CTLFLAG_RDTUN, &no_flush_rsb,
     0, "do not fill the return-stack buffer after VM exits");
+
+/* vm-bhyve looks at these; the module does not load without unrestricted guest. */
+static int vmx_initialized;
+SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, initialized, CTLFLAG_RD, &vmx_initialized,
+    0, "VT-x is in use");
+SYSCTL_NODE(_hw_vmm_vmx, OID_AUTO, cap, CTLFLAG_RW, NULL, "what VT-x has");
+SYSCTL_INT(_hw_vmm_vmx_cap, OID_AUTO, unrestricted_guest, CTLFLAG_RD,
+    &vmx_initialized, 0, "guests may be in real mode");
 
 static int account;
 SYSCTL_INT(_hw_vmm, OID_AUTO, account, CTLFLAG_RDTUN, &account, 0,
@@ -115,6 +124,7 @@ vmm_load(void)
 		return (error);
 	}
 	vmm_resume_p = cpu_resume;
+	vmx_initialized = cpu_vendor_id == CPU_VENDOR_INTEL;
 	return (0);
 }
 
@@ -128,6 +138,7 @@ vmm_unload(void)
 		return (EBUSY);
 	}
 	vmm_resume_p = NULL;
+	vmx_initialized = 0;
 	vmm_device_exit();
 	vmm_host_run_on_all(cpu_offline, NULL);
 	vmm_rust_exit();
