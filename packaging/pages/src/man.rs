@@ -131,9 +131,12 @@ fn prose(text: &str) -> String {
 
 /// The help's words as a sentence.
 fn sentence(help: &str) -> String {
-    let mut chars = help.trim().trim_end_matches('.').chars();
+    let help = help.trim();
+    // An ellipsis is one.
+    let end = if help.ends_with('.') { "" } else { "." };
+    let mut chars = help.chars();
     match chars.next() {
-        Some(first) => format!("{}{}.", first.to_uppercase(), chars.as_str()),
+        Some(first) => format!("{}{}{end}", first.to_uppercase(), chars.as_str()),
         None => String::new(),
     }
 }
