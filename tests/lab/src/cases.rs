@@ -5,6 +5,7 @@ pub mod guests;
 mod kvm_unit_tests;
 mod lifecycle;
 mod linux;
+mod net;
 mod virtio;
 
 use crate::runner::{Group, Lab};

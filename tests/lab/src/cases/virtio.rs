@@ -22,6 +22,9 @@ const DEVICES: &str = "-s 3,virtio-rnd -s 4,virtio-blk,/tmp/disk";
 /// Most exits to bhyve that a read of a block may take, in tenths.
 const EXITS: u64 = 16;
 
+/// Those of the bus, which every device needs.
+pub const BUS: &[&str] = MODULES.split_at(5).0;
+
 /// Debian's drivers, in the order of their dependencies.
 const MODULES: [&str; 7] = [
     "drivers/virtio/virtio_ring.ko",
@@ -46,10 +49,14 @@ pub fn group(lab: &Lab) -> Result<Group> {
             Ok((base(&path)?, path))
         })
         .collect::<Result<_>>()?;
+    let modules = [modules, super::net::modules(lab)?].concat();
     let initrd = host::guest_initrd_with(&lab.dirs, "guest-virtio", &modules)?;
     config.file("guest/linux", &lab.kit.kernel.image);
     config.file("guest/initrd", &initrd);
-    let mut cases = vec![Case::new("virtio-linux", linux)];
+    let mut cases = vec![
+        Case::new("virtio-linux", linux),
+        super::net::case(lab, &mut config),
+    ];
     let name = "virtio-freebsd";
     match images::local_freebsd(&lab.dirs) {
         Some(image) if image.mfsroot.is_some() => {
@@ -71,7 +78,7 @@ pub fn group(lab: &Lab) -> Result<Group> {
     })
 }
 
-fn base(path: &Path) -> Result<String> {
+pub fn base(path: &Path) -> Result<String> {
     let name = path.file_name().context("a module without a name")?;
     Ok(name.to_string_lossy().into_owned())
 }
@@ -88,7 +95,7 @@ fn disk(host: &mut Host) -> Result<()> {
 
 /// Types a line; its output up to the mark that is typed behind it, in two
 /// parts so that the echo does not look like it.
-fn types(host: &mut Host, line: &str) -> Result<String> {
+pub fn types(host: &mut Host, line: &str) -> Result<String> {
     let console = host.guest();
     console.send(format!("{line}; echo lab-status=$? lab-'end'\r").as_bytes())?;
     let found: Found = console.expect(r"lab-status=(\d+) lab-end", COMMAND)?;
@@ -102,7 +109,7 @@ fn types(host: &mut Host, line: &str) -> Result<String> {
 }
 
 /// As a power cut: nothing has a chance to tidy up.
-fn kill(host: &mut Host, guest: &Guest) -> Result<()> {
+pub fn kill(host: &mut Host, guest: &Guest) -> Result<()> {
     host.must("kill -9 $(pidof bhyve)", SHORT)?;
     guest.expect_exit(host, 128 + 9, SHORT)?;
     guest.destroy(host)
