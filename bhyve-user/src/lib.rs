@@ -26,6 +26,7 @@ pub mod legacy;
 pub mod machine;
 pub mod mmio;
 pub mod net;
+pub mod nvme;
 pub mod pci;
 pub mod pm;
 pub mod serial;

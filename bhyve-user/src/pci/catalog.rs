@@ -75,6 +75,15 @@ pub const EMULATIONS: &[Emulation] = &[
         builder: Builder::Virtio(|slot, _| virtio::blk::build(&slot.conf)),
     },
     Emulation {
+        name: "nvme",
+        help: "PATH[,maxq=QUEUES][,qsz=ENTRIES][,sectsz=BYTES][,ser=ID][,eui64=N][,ro][,sync]\
+               [,nocache][,nodelete]: an NVMe disk, PATH a raw file or a block device",
+        builder: Builder::Pci(|slot, means| {
+            let name = format!("nvme {}", slot.at);
+            crate::nvme::build(&slot.conf, name, means.memory.clone())
+        }),
+    },
+    Emulation {
         name: "virtio-9p",
         help: "NAME=PATH[,ro]: a folder of the host, shared by 9P2000.L as NAME",
         builder: Builder::Virtio(|slot, _| virtio::p9::build(&slot.conf)),

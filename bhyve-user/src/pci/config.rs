@@ -9,6 +9,7 @@ pub const DEVICE: u16 = 0x02;
 pub const COMMAND: u16 = 0x04;
 pub const STATUS: u16 = 0x06;
 pub const REVISION: u16 = 0x08;
+pub const PROG_IF: u16 = 0x09;
 pub const SUBCLASS: u16 = 0x0a;
 pub const CLASS: u16 = 0x0b;
 pub const HEADER_TYPE: u16 = 0x0e;

@@ -190,3 +190,95 @@ pub fn pci_config(data: &[u8]) {
     });
     root.detach();
 }
+
+#[derive(Arbitrary, Debug)]
+enum NvmeStep {
+    /// A submission entry: queue, opcode, flags, namespace, PRPs, dwords.
+    Command(u8, u8, u8, u32, [u16; 2], [u32; 3]),
+    /// A word of guest memory, where lists and queues are.
+    Memory(u16, u64),
+}
+
+/// An NVMe controller's commands, its queues made before it starts.
+pub fn nvme(data: &[u8]) {
+    use bhyve::nvme::controller::{Controller, Doorbells, Turn};
+    use std::cell::Cell;
+
+    /// Every queue holds one command more than was fetched.
+    struct Bells {
+        tails: [Cell<u32>; 4],
+    }
+    impl Doorbells for Bells {
+        fn sq_tail(&self, queue: u16) -> u32 {
+            self.tails
+                .get(usize::from(queue))
+                .map_or(0, |tail| tail.get())
+        }
+        fn cq_head(&self, _: u16) -> u32 {
+            u32::MAX
+        }
+        fn fresh_sq(&self, queue: u16) {
+            if let Some(tail) = self.tails.get(usize::from(queue)) {
+                tail.set(0);
+            }
+        }
+        fn fresh_cq(&self, _: u16) {}
+    }
+
+    thread_local! {
+        static IMAGE: std::path::PathBuf = {
+            let path = std::env::temp_dir().join(format!("fuzz-nvme-{}", std::process::id()));
+            if let Err(e) = std::fs::write(&path, vec![0x5a; 64 << 10]) {
+                panic!("{}: {e}", path.display());
+            }
+            path
+        };
+    }
+    const QUEUE: u64 = 0x1000;
+    let Ok(memory) = GuestMemory::anonymous(1 << 20) else {
+        return;
+    };
+    let conf = IMAGE.with(|image| format!("{},maxq=3,qsz=16", image.display()));
+    let mut controller = conf
+        .parse()
+        .map_err(|e: String| e)
+        .and_then(|options| Controller::open(&options, memory.clone()).map_err(|e| e.to_string()))
+        .unwrap_or_else(|e| panic!("{e}"));
+    assert!(controller.enable((QUEUE, 16), (QUEUE * 2, 16)));
+    let bells = Bells {
+        tails: Default::default(),
+    };
+    let mut sizes = 0_u32;
+    steps(data, |step| match step {
+        NvmeStep::Memory(at, value) => {
+            let _ = memory.write(u64::from(at) << 3 & 0xffff8, &value);
+        }
+        NvmeStep::Command(queue, opcode, flags, nsid, prps, dw) => {
+            let queue = u16::from(queue & 3);
+            let mut words = [0_u32; 16];
+            words[0] = u32::from(opcode) | u32::from(flags) << 8 | sizes << 16;
+            words[1] = nsid;
+            words[6] = u32::from(prps[0]) << 4;
+            words[8] = u32::from(prps[1]) << 4;
+            words[10..13].copy_from_slice(&dw);
+            // A queue that was made by an earlier command starts at a page.
+            for base in [QUEUE, QUEUE * 3, QUEUE * 4] {
+                let slot = u64::from(bells.sq_tail(queue)) * 64;
+                for (i, word) in (0_u64..).zip(&words) {
+                    let _ = memory.write(base + slot + 4 * i, word);
+                }
+            }
+            sizes = sizes.wrapping_add(1) & 0xffff;
+            if let Some(tail) = bells.tails.get(usize::from(queue)) {
+                tail.set((tail.get() + 1) % 16);
+            }
+            // One command was given, so at most one turn does something, and
+            // what another queue has from before.
+            for _ in 0..16 {
+                if matches!(controller.turn(queue, &bells), Turn::Idle | Turn::Fatal) {
+                    break;
+                }
+            }
+        }
+    });
+}

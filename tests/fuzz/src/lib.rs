@@ -72,6 +72,10 @@ pub const TARGETS: &[Target] = &[
         run: disks::partitions,
     },
     Target {
+        name: "nvme",
+        run: devices::nvme,
+    },
+    Target {
         name: "pci_config",
         run: devices::pci_config,
     },

@@ -37,7 +37,7 @@ pub struct Blk {
 
 /// A serial number that is the same each time for the same path, in the shape
 /// that bhyve gives it. FNV-1a, of which 48 bits are used.
-fn serial_of(path: &[u8]) -> String {
+pub fn serial_of(path: &[u8]) -> String {
     let hash = path.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, &b| {
         (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
     });
