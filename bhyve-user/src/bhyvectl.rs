@@ -5,8 +5,10 @@
 //! create, set, show, run, stop, destroy.
 
 mod fields;
+mod look;
 mod options;
 mod show;
+mod view;
 
 use options::Given;
 pub use options::usage;
@@ -44,6 +46,9 @@ pub fn main(args: &[String]) -> ExitCode {
 }
 
 fn run(args: &[String], out: &mut impl Write) -> Result<(), Failure> {
+    if let Some(done) = view::run(args, out) {
+        return done;
+    }
     let given = options::parse(args).map_err(Failure::Usage)?;
     if given.has("help") {
         write!(out, "{}", usage())?;
@@ -51,10 +56,10 @@ fn run(args: &[String], out: &mut impl Write) -> Result<(), Failure> {
     }
     let name = given
         .text("vm")
-        .ok_or_else(|| Failure::Usage("which VM? Give --vm=<name>.".into()))?;
+        .ok_or_else(|| Failure::Usage("which VM? Give --vm=<name>, or say list, stats, top or help.".into()))?;
     if given.only(&["vm", "cpu", "destroy"]) && given.has("destroy") {
         // No need to open it: what cannot be opened can be destroyed still.
-        return Ok(Vm::destroy(name)?);
+        return destroy(name);
     }
     let vm = if given.has("create") {
         Vm::create(name)?
@@ -85,9 +90,13 @@ fn run(args: &[String], out: &mut impl Write) -> Result<(), Failure> {
     }
     if given.has("destroy") {
         drop(session);
-        Vm::destroy(name)?;
+        destroy(name)?;
     }
     Ok(())
+}
+
+fn destroy(name: &str) -> Result<(), Failure> {
+    Vm::destroy(name).map_err(|e| Failure::Other(view::explain_destroy(name, &e)))
 }
 
 struct Session<'a> {

@@ -37,7 +37,7 @@ Usage: bhyve [-aACDehHPSuvwWxY]
              [-k file] [-l lpcdev[,conf]] [-m memsize[K|M|G|T]] [-o var=value]
              [-p vcpu:hostcpu] [-s [bus:]slot[:function],emulation[,conf]]
              [-U uuid] [--boot] [--config file] [--exit-stats file]
-             [--print-config] vmname
+             [--print-config] [--sandbox on|log|off] vmname
        bhyve --config vm.toml [--boot] [option ...] [vmname]
        -a: local APIC is in xAPIC mode (the default)
        -A: create ACPI tables
@@ -71,6 +71,9 @@ Usage: bhyve [-aACDehHPSuvwWxY]
        --config: read the VM's TOML file; options given beside it go before it
        --exit-stats: write the counts of -v as JSON
        --print-config: print the file that says the same as this command line
+       --sandbox: on (the default) gives up what is not needed any more before
+           the guest runs, and ends when something beyond that is tried; log
+           only names what is refused; off gives up nothing
 Exit status: 0 reset, 1 powered off, 2 halted, 3 triple fault, 4 error;
 with --boot 0 powered off.
 ";
@@ -78,7 +81,7 @@ with --boot 0 powered off.
 /// Options that want a value.
 const WITH_VALUE: &str = "cGgkKlmnopsU";
 /// Long ones, likewise.
-const LONG_WITH_VALUE: [&str; 2] = ["--config", "--exit-stats"];
+const LONG_WITH_VALUE: [&str; 3] = ["--config", "--exit-stats", "--sandbox"];
 
 /// An option as it was given.
 struct Given {
@@ -291,6 +294,11 @@ fn apply(config: &mut Config, option: &str, value: Option<&str>) -> Result<(), U
         "-s" => config.slots.push(pci_slot(text)?),
         "-U" => config.uuid = Some(uuid(text)?),
         "--exit-stats" => config.exit_stats = Some(text.into()),
+        "--sandbox" => {
+            config.sandbox = text
+                .parse()
+                .map_err(|e| UsageError(format!("--sandbox {text}: {e}")))?;
+        }
         "--boot" => config.boot = true,
         "-b" | "-B" | "-M" => {
             return usage(format!(
@@ -310,6 +318,7 @@ fn unknown(option: &str) -> String {
         "--exit-stats",
         "--help",
         "--print-config",
+        "--sandbox",
     ];
     match long
         .iter()

@@ -230,6 +230,7 @@ mod round_trip {
                 .prop_map(|s| format!("-l com2,{s}")),
             Just("-l pc-testdev".to_owned()),
             Just("--boot".to_owned()),
+            Just("--sandbox=log".to_owned()),
             "[a-z/]{1,8}".prop_map(|p| format!("--exit-stats {p}")),
             "[0-9a-f]{32}".prop_map(|u| format!("-U {u}")),
             Just("-o boot.kernel=/k -o boot.environment.a.b=c".to_owned()),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use bhyve_config::settings::Setting;
 use bhyve_config::{Device, Origin, Settings, Value, keys};
+use bhyve_sandbox::Mode;
 
 use crate::pci::Bdf;
 use crate::serial::backend::Spec;
@@ -84,6 +85,8 @@ pub struct Config {
     pub exit_stats: Option<PathBuf>,
     /// `-D`: the VM goes when the guest has powered itself off.
     pub destroy_on_poweroff: bool,
+    /// `--sandbox`.
+    pub sandbox: Mode,
     /// `--boot`: load, run, load again after a reset, destroy.
     pub boot: bool,
     /// What only bhyveload has a use for.
@@ -120,6 +123,7 @@ impl Config {
             verbose: false,
             exit_stats: None,
             destroy_on_poweroff: false,
+            sandbox: Mode::default(),
             boot: false,
             load: Vec::new(),
         }
@@ -193,6 +197,9 @@ impl Config {
         }
         if let Some(file) = &self.exit_stats {
             put("run.exit_stats", text(file.display().to_string()));
+        }
+        if self.sandbox != new.sandbox {
+            put("run.sandbox", text(self.sandbox.to_string()));
         }
         settings.values.extend(self.load.iter().cloned());
         for s in &self.slots {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use vmmapi::{Exit, Inout};
 
 use crate::lock;
+use crate::status::VcpuStatus;
 
 /// Names of the kinds of exits, by their number in the interface.
 const KINDS: [&str; 27] = [
@@ -54,6 +55,7 @@ type Ports = [PortPage; 256];
 /// Counts of one vCPU, written by its thread only.
 #[derive(Debug)]
 pub struct VcpuStats {
+    id: u32,
     kinds: [AtomicU64; KINDS.len()],
     /// Accesses a port, where wanted.
     ports: Option<Box<Ports>>,
@@ -110,16 +112,32 @@ impl Stats {
     }
 
     /// Counters for one more vCPU.
-    pub fn vcpu(&self) -> Arc<VcpuStats> {
+    pub fn vcpu(&self, id: u32) -> Arc<VcpuStats> {
         let ports = self
             .with_ports
             .then(|| Box::new([const { PortPage::new() }; 256]));
         let stats = Arc::new(VcpuStats {
+            id,
             kinds: [const { AtomicU64::new(0) }; KINDS.len()],
             ports,
         });
         lock(&self.vcpus).push(Arc::clone(&stats));
         stats
+    }
+
+    /// Counts of each vCPU by kind, without zeroes.
+    pub fn by_vcpu(&self) -> Vec<VcpuStatus> {
+        let vcpus = lock(&self.vcpus);
+        let status = |v: &Arc<VcpuStats>| VcpuStatus {
+            id: v.id,
+            exits: KINDS
+                .iter()
+                .zip(&v.kinds)
+                .map(|(kind, c)| ((*kind).to_owned(), c.load(Ordering::Relaxed)))
+                .filter(|(_, n)| *n > 0)
+                .collect(),
+        };
+        vcpus.iter().map(status).collect()
     }
 
     /// Sums by kind, without zeroes.
@@ -207,7 +225,7 @@ mod tests {
     #[test]
     fn counts_of_all_vcpus_are_summed() {
         let stats = Stats::new(true);
-        let (a, b) = (stats.vcpu(), stats.vcpu());
+        let (a, b) = (stats.vcpu(0), stats.vcpu(1));
         let io = Inout {
             port: 0x3f8,
             bytes: 1,

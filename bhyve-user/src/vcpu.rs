@@ -36,7 +36,7 @@ pub(crate) const GP: u8 = 13;
 
 /// Runs a vCPU until the VM stops. `Ok` says how; errors have been reported.
 pub fn run(vm: &Arc<Vm>, vcpu: &Vcpu) -> Result<SuspendHow, Failed> {
-    let stats = vm.stats.vcpu();
+    let stats = vm.stats.vcpu(vcpu.id());
     let failed = |e: vmmapi::Error| {
         eprintln!("{e}");
         Failed

@@ -2,7 +2,8 @@
 //! awaited.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -13,9 +14,11 @@ use vmmapi::{
     X2apicState,
 };
 
+use bhyve_sandbox::Mode;
+
 use crate::bus::{BusError, Buses};
 use crate::config::Config;
-use crate::ending::{Ending, Failed, POWERED_OFF};
+use crate::ending::{ERROR, Ending, Failed, POWERED_OFF};
 use crate::i8042::I8042;
 use crate::legacy::Legacy;
 use crate::machine::{Machine, Suspend};
@@ -31,7 +34,7 @@ use crate::tables::{self, TooLarge};
 use crate::testdev::{self, TestDev};
 use crate::vcpu::Next;
 use crate::vcpu::msr::{Msrs, Vendor};
-use crate::{boot, lock, signals, vcpu};
+use crate::{boot, lock, sandbox, signals, status, vcpu};
 
 /// Why a VM could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +62,12 @@ pub enum Error {
     /// The MP table knows one PCI hierarchy.
     #[error("the MP table cannot describe PCI buses other than 0; -Y leaves it out")]
     MpTableBuses,
+    /// The sandbox.
+    #[error(transparent)]
+    Sandbox(#[from] bhyve_sandbox::Error),
+    /// A file that is written at the end.
+    #[error("--exit-stats {0}: {1}")]
+    ExitStats(String, io::Error),
     /// A thread or a signal mask.
     #[error("{0}: {1}")]
     System(&'static str, io::Error),
@@ -137,6 +146,7 @@ pub struct Vm {
     machine: Arc<dyn Machine>,
     pm: Arc<Pm>,
     serial: Vec<SerialPort>,
+    exit_stats: Option<File>,
     started: Mutex<BTreeSet<u32>>,
 }
 
@@ -165,9 +175,12 @@ fn prepare(config: &Config, vcpu: &Vcpu) -> vmmapi::Result<()> {
 
 /// Runs a VM to its end; returns the exit status.
 pub fn run(config: Config) -> Result<i32, Error> {
-    if boot::is_child() {
+    let is_child = boot::is_child();
+    if is_child {
         boot::follow_parent();
     }
+    let name = config.name.clone();
+    sandbox::announce(config.sandbox);
     signals::block().map_err(|e| Error::System("signal mask", e.into()))?;
     let result = Vm::new(config).and_then(|vm| {
         signals::listen(
@@ -179,6 +192,21 @@ pub fn run(config: Config) -> Result<i32, Error> {
         let rip = bsp.register(RegName::Rip)?;
         bsp.set_register(RegName::Rip, rip)?;
         vmmapi::set_process_title(&vm.config.name);
+        let told = Arc::downgrade(&vm);
+        let vcpus = move || {
+            told.upgrade()
+                .map_or_else(Vec::new, |vm| vm.stats.by_vcpu())
+        };
+        if let Err(e) = status::serve(&name, vcpus)
+            && vm.config.verbose
+        {
+            let folder = status::directory(nix::unistd::geteuid());
+            eprintln!(
+                "bhyve: bhyvectl will not see counters: {}: {e}",
+                folder.display()
+            );
+        }
+        confine(&vm)?;
         start(&vm, bsp)?;
         let status = vm.ending.wait();
         vm.finish();
@@ -188,7 +216,32 @@ pub fn run(config: Config) -> Result<i32, Error> {
         Ok(status)
     });
     terminal::restore_all();
+    if is_child && !boot::is_child() {
+        // The parent has died, whose task this was.
+        vmmapi::Vm::destroy(&name)?;
+    }
     result
+}
+
+/// Gives up what is not needed from here on.
+fn confine(vm: &Arc<Vm>) -> Result<(), Error> {
+    let mode = vm.config.sandbox;
+    if vm.config.destroy_on_poweroff || boot::is_child() {
+        sandbox::need(|n| n.write.push("/dev/vmmctl".into()));
+    }
+    let ending = Arc::clone(&vm.ending);
+    let report = sandbox::enter(mode, move |call| {
+        eprintln!("bhyve: the sandbox refused {call}; --sandbox=log goes on all the same\r");
+        if mode == Mode::On {
+            ending.end(ERROR);
+        }
+    })?;
+    if vm.config.verbose {
+        for what in report.lacking {
+            eprintln!("bhyve: sandbox: {what}");
+        }
+    }
+    Ok(())
 }
 
 /// Activates a vCPU and gives it its thread.
@@ -289,9 +342,18 @@ impl Vm {
         set_rtc(&vm, &memory, config.utc)?;
         write_tables(&config, &vm, &memory, &pci, present)?;
 
+        // While files can be made.
+        let exit_stats = match &config.exit_stats {
+            Some(path) => Some(
+                File::create(path).map_err(|e| Error::ExitStats(path.display().to_string(), e))?,
+            ),
+            None => None,
+        };
+
         let vm = Arc::new(Vm {
             msrs: Msrs::new(Vendor::host(), config.strict_msr),
             stats: Stats::new(config.exit_stats.is_some()),
+            exit_stats,
             started: Mutex::default(),
             config,
             vm,
@@ -322,15 +384,16 @@ impl Vm {
                 eprintln!("{n:>12} {kind}");
             }
         }
-        if let Some(path) = &self.config.exit_stats {
+        if let Some(mut file) = self.exit_stats.as_ref() {
             let mut kernel: BTreeMap<String, u64> = BTreeMap::new();
             for &id in lock(&self.started).iter() {
                 for s in self.vm.vcpu(id).stats().unwrap_or_default() {
                     *kernel.entry(s.desc).or_default() += s.value;
                 }
             }
-            if let Err(e) = std::fs::write(path, self.stats.json(&kernel)) {
-                eprintln!("--exit-stats {}: {e}", path.display());
+            let text = self.stats.json(&kernel);
+            if let Err(e) = file.write_all(text.as_bytes()) {
+                eprintln!("--exit-stats: {e}");
             }
         }
     }

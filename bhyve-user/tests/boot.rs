@@ -6,12 +6,18 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+/// One at a time: a process that one test starts holds for a moment what another is
+/// writing, and then that cannot be executed.
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// bhyve in a folder of its own, with this for bhyveload.
-fn folder(bhyveload: &str) -> tempfile::TempDir {
+fn folder(bhyveload: &str) -> (tempfile::TempDir, MutexGuard<'static, ()>) {
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let top = tempfile::tempdir().unwrap();
     std::fs::copy(env!("CARGO_BIN_EXE_bhyve"), top.path().join("bhyve")).unwrap();
     let script = top.path().join("bhyveload");
@@ -22,7 +28,7 @@ fn folder(bhyveload: &str) -> tempfile::TempDir {
         "name = \"boot-test-no-such-vm\"\nmemory.size = \"64M\"\n[boot]\nkernel = \"/a b\"\n",
     )
     .unwrap();
-    top
+    (top, alone)
 }
 
 fn bhyve(top: &Path) -> Command {
@@ -35,7 +41,7 @@ fn bhyve(top: &Path) -> Command {
 
 #[test]
 fn what_is_loaded_is_the_files() {
-    let top = folder("for word; do echo \"<$word>\"; done; exit 3");
+    let (top, _alone) = folder("for word; do echo \"<$word>\"; done; exit 3");
     let out = bhyve(top.path()).output().unwrap();
     assert_eq!(
         String::from_utf8_lossy(&out.stdout),
@@ -48,7 +54,7 @@ fn what_is_loaded_is_the_files() {
 
 #[test]
 fn without_anything_to_load_it_says_so() {
-    let top = folder("exit 0");
+    let (top, _alone) = folder("exit 0");
     let out = Command::new(top.path().join("bhyve"))
         .args(["--boot", "vm"])
         .output()
@@ -59,7 +65,8 @@ fn without_anything_to_load_it_says_so() {
 
 #[test]
 fn a_signal_ends_the_child_and_nothing_is_started_after_it() {
-    let top = folder("trap 'echo ended; exit 0' TERM; echo up; while :; do sleep 0.1; done");
+    let (top, _alone) =
+        folder("trap 'echo ended; exit 0' TERM; echo up; while :; do sleep 0.1; done");
     let mut child = bhyve(top.path())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -11,6 +11,7 @@ use crate::linux::Linux;
 use crate::loader::{Loader, Outcome};
 use crate::multiboot::Multiboot;
 use bhyve_config::{Argument, ConfigError, Program};
+use bhyve_sandbox::{Mode, Needs};
 use clap::{ArgGroup, CommandFactory, Parser};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -80,6 +81,10 @@ pub struct Cli {
     /// Boots this multiboot 1 kernel
     #[arg(long, value_name = "FILE")]
     pub multiboot: Option<PathBuf>,
+    /// on (the default): files are read with everything out of reach that is not needed for it;
+    /// log only names what is refused; off does without
+    #[arg(long, value_name = "on|log|off", default_value = "on")]
+    pub sandbox: Mode,
     /// Reads the VM's TOML file, which bhyve reads as well; options given beside it go before it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -223,6 +228,38 @@ fn joined(argument: &Argument) -> Vec<OsString> {
 }
 
 impl Cli {
+    /// What of the host's files the options name.
+    #[must_use]
+    pub fn needs(&self) -> Needs {
+        let module = |m: &String| PathBuf::from(m.split(',').next().unwrap_or_default());
+        let files = [
+            &self.host,
+            &self.kernel,
+            &self.mfsroot,
+            &self.linux,
+            &self.initrd,
+            &self.multiboot,
+        ];
+        let mut write = vec![
+            PathBuf::from("/dev/vmmctl"),
+            Path::new("/dev/vmm").join(&self.vm),
+        ];
+        if self.console != "stdio" {
+            write.push(PathBuf::from(&self.console));
+        }
+        Needs {
+            read: files
+                .into_iter()
+                .flatten()
+                .chain(&self.disk)
+                .cloned()
+                .chain(self.module.iter().map(module))
+                .collect(),
+            write,
+            ..Needs::default()
+        }
+    }
+
     /// Refuses a loader program that nothing here stands for, and a command line with
     /// nothing to load. The value is a warning.
     ///

@@ -1,15 +1,17 @@
 //! bhyveload: puts a kernel into a VM without a BIOS.
 #![forbid(unsafe_code)]
 
+use bhyve_sandbox::Mode;
 use bhyveload::cli::{Cli, Guest, with_config};
 use bhyveload::console::{Console, Terminal};
 use bhyveload::error::LoadError;
 use bhyveload::loader::Outcome;
+use bhyveload::target::TargetError;
 use bhyveload::vm::VmTarget;
 use bhyveload::{freebsd, linux, multiboot};
 use clap::Parser;
 use std::process::ExitCode;
-use vmmapi::MemFlags;
+use vmmapi::{MemFlags, Vm};
 
 /// No file that is loaded can be larger than the memory below 4 GiB.
 const LARGEST_FILE: u64 = 3 << 30;
@@ -59,10 +61,37 @@ fn describe(target: &mut VmTarget, guest: &Guest) -> Result<Vec<String>, LoadErr
     }
 }
 
-fn run(cli: &Cli) -> Result<ExitCode, LoadError> {
-    if let Some(warning) = cli.check()? {
-        eprintln!("bhyveload: warning: {warning}");
+fn in_vm(cli: &Cli, e: impl Into<TargetError>) -> LoadError {
+    LoadError {
+        file: cli.vm.clone(),
+        ..LoadError::from(e.into())
     }
+}
+
+/// Puts everything out of reach but the files to be loaded and this VM.
+fn confine(cli: &Cli, made: bool) -> Result<(), LoadError> {
+    let (mode, name) = (cli.sandbox, cli.vm.clone());
+    let refused = move |call: &str| {
+        eprintln!("bhyveload: the sandbox refused {call}; --sandbox=log goes on all the same");
+        if mode == Mode::On {
+            // Half a guest is worse than none.
+            if made && let Err(e) = Vm::destroy(&name) {
+                eprintln!("bhyveload: {e}");
+            }
+            std::process::exit(1);
+        }
+    };
+    let report = bhyve_sandbox::enter(mode, &cli.needs(), refused)
+        .map_err(|e| LoadError::new("--sandbox", cli.sandbox.to_string(), e.to_string()))?;
+    if cli.verbose {
+        for what in report.lacking {
+            eprintln!("bhyveload: sandbox: {what}");
+        }
+    }
+    Ok(())
+}
+
+fn load(cli: &Cli, vm: Vm, made: bool) -> Result<ExitCode, LoadError> {
     let limit = cli.memory.min(LARGEST_FILE);
     let mut console = Terminal::open(&cli.console)?;
     let guest = if cli.has_loader() {
@@ -78,25 +107,27 @@ fn run(cli: &Cli) -> Result<ExitCode, LoadError> {
         wired: cli.wired,
         in_core: cli.in_core,
     };
-    let in_vm = |e| LoadError {
-        file: cli.vm.clone(),
-        ..LoadError::from(e)
-    };
-    let mut target = VmTarget::create(&cli.vm, cli.memory, flags).map_err(in_vm)?;
-    match describe(&mut target, &guest) {
-        Ok(lines) => {
-            if cli.verbose {
-                for line in lines {
-                    console.print(&format!("{line}\n"))?;
-                }
-            }
-            Ok(ExitCode::SUCCESS)
-        }
-        Err(error) => {
-            target.abandon().map_err(in_vm)?;
-            Err(error)
+    let mut target = VmTarget::prepare(vm, made, cli.memory, flags).map_err(|e| in_vm(cli, e))?;
+    let lines = describe(&mut target, &guest)?;
+    if cli.verbose {
+        for line in lines {
+            console.print(&format!("{line}\n"))?;
         }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run(cli: &Cli) -> Result<ExitCode, LoadError> {
+    if let Some(warning) = cli.check()? {
+        eprintln!("bhyveload: warning: {warning}");
+    }
+    // The VM comes first, so that nothing need be made when files are read.
+    let (vm, made) = Vm::open_or_create(&cli.vm).map_err(|e| in_vm(cli, e))?;
+    let result = confine(cli, made).and_then(|()| load(cli, vm, made));
+    if made && !matches!(result, Ok(ExitCode::SUCCESS)) {
+        Vm::destroy(&cli.vm).map_err(|e| in_vm(cli, e))?;
+    }
+    result
 }
 
 fn main() -> ExitCode {

@@ -21,45 +21,22 @@ impl From<vmmapi::Error> for TargetError {
 }
 
 impl VmTarget {
-    /// Makes the VM, or resets the one of that name, and gives it `size` bytes of
-    /// memory.
+    /// Gives a VM `size` bytes of memory; unless it has just been `created` it is
+    /// reset before.
     ///
     /// # Errors
-    /// There is no such privilege or memory, or the VM is running.
-    pub fn create(name: &str, size: u64, flags: MemFlags) -> TargetResult<Self> {
-        let (vm, created) = Vm::open_or_create(name)?;
+    /// There is no such memory, or the VM is running.
+    pub fn prepare(vm: Vm, created: bool, size: u64, flags: MemFlags) -> TargetResult<Self> {
         if !created {
             vm.reinit()?;
         }
-        match vm.setup_memory(size, flags) {
-            Ok(memory) => Ok(Self {
-                boot_cpu: vm.vcpu(0),
-                vm,
-                memory,
-                fresh: created,
-            }),
-            Err(error) => {
-                if created {
-                    Vm::destroy(name)?;
-                }
-                Err(error.into())
-            }
-        }
-    }
-
-    /// Takes the VM away again if [`VmTarget::create`] made it, so that a failed
-    /// load leaves nothing behind.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn abandon(self) -> TargetResult<()> {
-        let name = self.vm.name().to_owned();
-        let fresh = self.fresh;
-        drop(self);
-        if fresh {
-            Vm::destroy(&name)?;
-        }
-        Ok(())
+        let memory = vm.setup_memory(size, flags)?;
+        Ok(Self {
+            boot_cpu: vm.vcpu(0),
+            vm,
+            memory,
+            fresh: created,
+        })
     }
 }
 

@@ -260,6 +260,14 @@ pub const KEYS: &[Key] = &[
         "bhyve destroys the VM when the guest has powered itself off.",
     ),
     key(
+        "run.sandbox",
+        Text,
+        (Value("--sandbox"), Value("--sandbox"), ""),
+        "on",
+        "\"on\": when all is set up, bhyve and bhyveload give up what they no longer need, and a system call beyond that \
+         ends them. \"log\": such a call is named and fails. \"off\": nothing is given up.",
+    ),
+    key(
         "run.boot",
         Bool,
         (Flag("--boot", ""), No, ""),

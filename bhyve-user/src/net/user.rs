@@ -140,6 +140,10 @@ impl UserNet {
     /// [`UserError`].
     pub fn new(options: &Options, guest: Mac, mtu: u16) -> Result<UserNet, UserError> {
         let poll = Poll::new()?;
+        crate::sandbox::need(|n| {
+            n.network = true;
+            n.read.push(resolver::FILE.into());
+        });
         let (mut tcp_forwards, mut udp_forwards) = (Vec::new(), Vec::new());
         for f in &options.forwards {
             let refused = |why| UserError::Forward {

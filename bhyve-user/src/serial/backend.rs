@@ -214,6 +214,7 @@ fn listening(accept: impl Fn() -> io::Result<OwnedFd> + Send + 'static) -> Backe
     let client = Arc::new(Client::default());
     let accepted = Arc::clone(&client);
     std::thread::spawn(move || {
+        crate::sandbox::join();
         loop {
             match accept() {
                 Ok(stream) => {

@@ -15,6 +15,7 @@ use super::uart::Uart;
 use crate::bus::PortDevice;
 use crate::lock;
 use crate::machine::Machine;
+use crate::sandbox;
 
 /// Bytes of output that may wait before the transmitter reports itself full.
 const TX_RING: usize = 8192;
@@ -84,11 +85,17 @@ impl SerialPort {
         });
         if let Some(output) = backend.output {
             let s = Arc::clone(&shared);
-            std::thread::spawn(move || s.write_loop(output));
+            std::thread::spawn(move || {
+                sandbox::join();
+                s.write_loop(output);
+            });
         }
         if let Some(input) = backend.input {
             let s = Arc::clone(&shared);
-            std::thread::spawn(move || s.read_loop(input));
+            std::thread::spawn(move || {
+                sandbox::join();
+                s.read_loop(input);
+            });
         }
         SerialPort { shared, base }
     }

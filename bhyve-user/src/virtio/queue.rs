@@ -5,9 +5,12 @@
 //! the driver so (NEEDS_RESET). Every descriptor is read once, into a value of
 //! ours, and checked before a device sees it.
 
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use vmmapi::GuestMemory;
+
+use crate::status::RingCounter;
 
 /// Descriptor flags (§2.7.5).
 const NEXT: u16 = 1;
@@ -67,6 +70,8 @@ pub struct Buffer {
 #[derive(Debug, Default)]
 pub struct Chain {
     head: u16,
+    /// Bytes that it had for the device to read.
+    given: u64,
     /// What the device may read, in order.
     pub readable: Vec<Buffer>,
     /// What the device may write, in order.
@@ -258,6 +263,7 @@ pub struct Queue {
     next_used: u16,
     /// `next_used` when the driver was last considered for an interrupt.
     signalled: u16,
+    counter: Option<Arc<RingCounter>>,
 }
 
 impl Queue {
@@ -290,6 +296,7 @@ impl Queue {
             next_avail: 0,
             next_used: 0,
             signalled: 0,
+            counter: None,
         })
     }
 
@@ -367,6 +374,7 @@ impl Queue {
         chain.readable.clear();
         chain.writable.clear();
         self.walk(memory, chain)?;
+        chain.given = total(&chain.readable);
         Ok(true)
     }
 
@@ -434,7 +442,15 @@ impl Queue {
         // Only 4-byte aligned, so two writes; nobody looks before the index.
         memory.write(at, &element).map_err(|_| Malformed::Ring)?;
         self.next_used = self.next_used.wrapping_add(1);
+        if let Some(counter) = &self.counter {
+            counter.count(chain.given + u64::from(written));
+        }
         Ok(())
+    }
+
+    /// Has what it does counted.
+    pub fn count_by(&mut self, counter: Arc<RingCounter>) {
+        self.counter = Some(counter);
     }
 
     /// Shows the driver what was put into the used ring.

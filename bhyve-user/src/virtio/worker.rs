@@ -17,6 +17,7 @@ use super::wait::{Sleeper, Sources};
 use super::{Built, Device, Group, Identity, Turn, status};
 use crate::lock;
 use crate::pci::function::PciFunction;
+use crate::status::{RingCounter, show_rings};
 
 /// No MSI-X vector (§4.1.5.1.2).
 pub const NO_VECTOR: u16 = 0xffff;
@@ -70,6 +71,8 @@ pub struct Shared {
     pub vectors: Vec<AtomicU32>,
     memory: GuestMemory,
     crews: Vec<Crew>,
+    /// One a queue.
+    counters: Vec<Arc<RingCounter>>,
     /// Which crew has a queue.
     crew_of: Vec<Option<usize>>,
     config: Mutex<Vec<u8>>,
@@ -215,6 +218,7 @@ impl Shared {
                 .collect(),
             memory,
             crews,
+            counters: (0..count).map(|_| Arc::default()).collect(),
             crew_of,
             config: Mutex::new(identity.config.clone()),
             generation: AtomicU8::new(0),
@@ -225,6 +229,7 @@ impl Shared {
             name,
             complained: AtomicBool::new(false),
         });
+        show_rings(&shared.name, shared.counters.clone());
         for (index, crew) in shared.crews.iter().enumerate() {
             let waker = Waker(Arc::downgrade(&crew.inbox));
             lock(&crew.work).device.attached(waker);
@@ -234,7 +239,10 @@ impl Shared {
                 n => format!("{}/{n}", shared.name),
             };
             let thread = thread::Builder::new().name(name);
-            let spawned = thread.spawn(move || run(&weak, index, &inbox))?;
+            let spawned = thread.spawn(move || {
+                crate::sandbox::join();
+                run(&weak, index, &inbox);
+            })?;
             crew.inbox.sleeper.set_thread(spawned.thread());
         }
         Ok((identity, shared))
@@ -272,6 +280,9 @@ impl Shared {
         work.features = features;
         if let Some(slot) = work.queues.get_mut(index) {
             *slot = queue;
+            if let (Some(queue), Some(counter)) = (slot, self.counters.get(index)) {
+                queue.count_by(Arc::clone(counter));
+            }
         }
     }
 

@@ -21,11 +21,12 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Only the modules `affinity`, `runner`, `sys`, `title`, [`poll`], [`tap`] and [`memory`] contain
+//! Only the modules `affinity`, [`confine`], `runner`, `sys`, `title`, [`poll`], [`tap`] and [`memory`] contain
 //! `unsafe`: the system calls, and the mapping of a vCPU's run page and of guest memory. No
 //! reference into guest memory is ever handed out, because the guest changes it at will.
 
 mod affinity;
+pub mod confine;
 mod error;
 pub mod memory;
 pub mod poll;

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-const FILE: &str = "/etc/resolv.conf";
+pub const FILE: &str = "/etc/resolv.conf";
 /// The file is read again after so long.
 const FRESH: Duration = Duration::from_secs(10);
 

@@ -1,0 +1,216 @@
+//! seccomp(2) and landlock(7).
+
+use crate::{Error, Needs, Report, calls};
+use landlock::{
+    ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreated, RulesetCreatedAttr, RulesetStatus,
+};
+use libc::c_long;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+/// What Landlock is asked for; older kernels give what they have of it.
+const LANDLOCK: ABI = ABI::V5;
+
+/// ioctl(2) requests that type into a terminal; libc has them as different types in
+/// different C libraries.
+const TIOCSTI: u64 = 0x5412;
+const TIOCLINUX: u64 = 0x541c;
+
+/// The rules for paths, for threads that come under them later.
+static PATHS: OnceLock<RulesetCreated> = OnceLock::new();
+
+fn fail(what: impl std::fmt::Display) -> Error {
+    Error(what.to_string())
+}
+
+pub fn enter(needs: &Needs, refused: Box<dyn Fn(&str) + Send>) -> Result<Report, Error> {
+    let mut report = Report::default();
+    report_to(refused)?;
+    let rules = paths(needs)?;
+    let kept = rules.try_clone().map_err(fail)?;
+    let status = rules.restrict_self().map_err(fail)?;
+    match status.ruleset {
+        RulesetStatus::NotEnforced => report
+            .lacking
+            .push("no Landlock: the kernel has none, or has it switched off".into()),
+        _ => {
+            let _ = PATHS.set(kept);
+        }
+    }
+    // The second goes last: it allows no third.
+    for filter in [no_clone3()?, filter(needs)?] {
+        seccompiler::apply_filter_all_threads(&filter).map_err(fail)?;
+    }
+    Ok(report)
+}
+
+pub fn join() -> Result<(), Error> {
+    if let Some(rules) = PATHS.get() {
+        rules
+            .try_clone()
+            .map_err(fail)?
+            .restrict_self()
+            .map_err(fail)?;
+    }
+    Ok(())
+}
+
+/// A thread that tells of each refused call.
+fn report_to(refused: Box<dyn Fn(&str) + Send>) -> Result<(), Error> {
+    let (mut reader, writer) = std::io::pipe().map_err(fail)?;
+    vmmapi::confine::on_refused_call(OwnedFd::from(writer)).map_err(fail)?;
+    std::thread::Builder::new()
+        .name("sandbox".into())
+        .stack_size(64 << 10)
+        .spawn(move || {
+            let mut call = [0; 4];
+            while reader.read_exact(&mut call).is_ok() {
+                refused(&calls::name(i32::from_ne_bytes(call)));
+            }
+        })
+        .map_err(fail)?;
+    Ok(())
+}
+
+fn paths(needs: &Needs) -> Result<RulesetCreated, Error> {
+    let mut rules = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(LANDLOCK))
+        .map_err(fail)?
+        .create()
+        .map_err(fail)?;
+    let read = AccessFs::from_read(LANDLOCK) & !AccessFs::Execute;
+    let write = AccessFs::from_all(LANDLOCK) & !AccessFs::Execute;
+    for (path, writable) in files(needs) {
+        let access = if writable { write } else { read };
+        // What is not there cannot be opened either.
+        if let Ok(fd) = PathFd::new(path) {
+            rules = rules
+                .add_rule(PathBeneath::new(fd, access))
+                .map_err(|e| fail(format!("{}: {e}", path.display())))?;
+        }
+    }
+    Ok(rules)
+}
+
+/// Everything that is to be opened, and whether to be changed.
+fn files(needs: &Needs) -> impl Iterator<Item = (&PathBuf, bool)> {
+    let read = needs.read.iter().map(|p| (p, false));
+    let write = needs.write.iter().map(|p| (p, true));
+    let folders = needs.folders.iter().map(|(p, w)| (p, *w));
+    read.chain(write).chain(folders)
+}
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// Allows a call where an argument compares so.
+fn where_argument(index: u8, op: SeccompCmpOp, value: u64) -> Result<SeccompCondition, Error> {
+    SeccompCondition::new(index, SeccompCmpArgLen::Dword, op, value).map_err(fail)
+}
+
+fn rule(conditions: Vec<SeccompCondition>) -> Result<SeccompRule, Error> {
+    SeccompRule::new(conditions).map_err(fail)
+}
+
+fn compile(
+    rules: Rules,
+    otherwise: SeccompAction,
+    action: SeccompAction,
+) -> Result<BpfProgram, Error> {
+    SeccompFilter::new(rules, otherwise, action, TargetArch::x86_64)
+        .map_err(fail)?
+        .try_into()
+        .map_err(fail)
+}
+
+fn filter(needs: &Needs) -> Result<BpfProgram, Error> {
+    let mut allowed: Vec<c_long> = calls::ALWAYS.to_vec();
+    if files(needs).next().is_some() {
+        allowed.extend(calls::READ);
+    }
+    if files(needs).any(|(_, writable)| writable) {
+        allowed.extend(calls::WRITE);
+    }
+    // Which the other filter has an answer for.
+    allowed.push(libc::SYS_clone3);
+    let mut rules: Rules = allowed.into_iter().map(|c| (c, Vec::new())).collect();
+    if needs.network || needs.unix {
+        rules.extend(calls::SOCKETS.iter().map(|c| (*c, Vec::new())));
+        let mut kinds = Vec::new();
+        let families = [
+            (needs.network, libc::AF_INET),
+            (needs.network, libc::AF_INET6),
+            (needs.unix, libc::AF_UNIX),
+        ];
+        for (_, family) in families.iter().filter(|(wanted, _)| *wanted) {
+            kinds.push(rule(vec![where_argument(
+                0,
+                SeccompCmpOp::Eq,
+                *family as u64,
+            )?])?);
+        }
+        rules.insert(libc::SYS_socket, kinds);
+    }
+    // On any open file, but not to type into the terminal that we run on.
+    rules.insert(
+        libc::SYS_ioctl,
+        vec![rule(vec![
+            where_argument(1, SeccompCmpOp::Ne, TIOCSTI)?,
+            where_argument(1, SeccompCmpOp::Ne, TIOCLINUX)?,
+        ])?],
+    );
+    let not_executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        let all = match needs.executable_memory {
+            true => Vec::new(),
+            false => vec![rule(vec![where_argument(2, not_executable.clone(), 0)?])?],
+        };
+        rules.insert(call, all);
+    }
+    // Threads, no processes.
+    let thread = libc::CLONE_THREAD as u64;
+    rules.insert(
+        libc::SYS_clone,
+        vec![rule(vec![where_argument(
+            0,
+            SeccompCmpOp::MaskedEq(thread),
+            thread,
+        )?])?],
+    );
+    // PR_SET_NO_NEW_PRIVS comes with Landlock, PR_SET_VMA with glibc's names of
+    // memory.
+    let options = [
+        libc::PR_SET_NAME,
+        libc::PR_SET_NO_NEW_PRIVS,
+        libc::PR_SET_VMA,
+    ];
+    let mut kinds = Vec::new();
+    for option in options {
+        kinds.push(rule(vec![where_argument(
+            0,
+            SeccompCmpOp::Eq,
+            option as u64,
+        )?])?);
+    }
+    rules.insert(libc::SYS_prctl, kinds);
+    compile(rules, SeccompAction::Trap, SeccompAction::Allow)
+}
+
+/// clone3's flags are behind a pointer, where no filter can look. It is told to be
+/// unknown, and the C library takes clone.
+fn no_clone3() -> Result<BpfProgram, Error> {
+    let rules = Rules::from([(libc::SYS_clone3, Vec::new())]);
+    compile(
+        rules,
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+    )
+}
