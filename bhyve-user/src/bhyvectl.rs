@@ -54,9 +54,9 @@ fn run(args: &[String], out: &mut impl Write) -> Result<(), Failure> {
         write!(out, "{}", usage())?;
         return Ok(());
     }
-    let name = given
-        .text("vm")
-        .ok_or_else(|| Failure::Usage("which VM? Give --vm=<name>, or say list, stats, top or help.".into()))?;
+    let name = given.text("vm").ok_or_else(|| {
+        Failure::Usage("which VM? Give --vm=<name>, or say list, stats, top or help.".into())
+    })?;
     if given.only(&["vm", "cpu", "destroy"]) && given.has("destroy") {
         // No need to open it: what cannot be opened can be destroyed still.
         return destroy(name);

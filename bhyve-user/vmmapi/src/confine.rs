@@ -47,7 +47,11 @@ mod linux {
         unsafe {
             let errno = libc::__errno_location();
             let saved = *errno;
-            libc::write(REPORT.load(Ordering::SeqCst), bytes.as_ptr().cast(), bytes.len());
+            libc::write(
+                REPORT.load(Ordering::SeqCst),
+                bytes.as_ptr().cast(),
+                bytes.len(),
+            );
             *errno = saved;
         }
     }

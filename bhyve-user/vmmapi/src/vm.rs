@@ -1,5 +1,8 @@
 //! A VM: what is asked of it as a whole.
 
+mod devices;
+mod memory;
+
 use crate::error::{Error, Result};
 use crate::sys::{self, CTL, Plain};
 use crate::vcpu::Vcpu;
@@ -10,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmm_abi::layout::*;
 use vmm_abi::limits::{MAX_VM_STATS, VM_MAX_NAMELEN};
-use vmm_abi::names::{CpusetWhich, IntrTrigger, SuspendHow};
+use vmm_abi::names::{CpusetWhich, SuspendHow};
 use vmm_abi::request::*;
 
 /// An open VM. Clones share the open device; any thread may use any of them.
@@ -257,274 +260,6 @@ impl Vm {
             .map_err(|e| self.error(VM_REINIT, None, e))
     }
 
-    // ---- memory --------------------------------------------------------
-
-    /// Makes a memory segment; `name` is for device memory.
-    ///
-    /// # Errors
-    /// EEXIST, EINVAL; [`Error::Name`] where the name does not fit.
-    pub fn alloc_memseg(&self, segid: i32, len: u64, name: Option<&str>) -> Result<()> {
-        let mut arg = VmMemseg {
-            segid,
-            len,
-            ..VmMemseg::default()
-        };
-        if !set_c_name(&mut arg.name, name.unwrap_or("").as_bytes()) {
-            return Err(Error::Name {
-                vm: name.unwrap_or("").into(),
-            });
-        }
-        self.request(VM_ALLOC_MEMSEG, &mut arg)
-    }
-
-    /// Describes a memory segment; `None` where there is none.
-    ///
-    /// # Errors
-    /// EINVAL for a number that no segment can have.
-    pub fn memseg(&self, segid: i32) -> Result<Option<MemSegment>> {
-        let mut arg = VmMemseg {
-            segid,
-            ..VmMemseg::default()
-        };
-        self.request(VM_GET_MEMSEG, &mut arg)?;
-        if arg.len == 0 {
-            return Ok(None);
-        }
-        let name = c_name(&arg.name).unwrap_or(&arg.name);
-        let name = (!name.is_empty()).then(|| String::from_utf8_lossy(name).into_owned());
-        Ok(Some(MemSegment { len: arg.len, name }))
-    }
-
-    /// Maps part of a segment into guest-physical memory.
-    ///
-    /// # Errors
-    /// EINVAL for ranges out of bounds, ENOSPC when there are too many.
-    pub fn mmap_memseg(&self, m: &Mapping) -> Result<()> {
-        let mut arg = VmMemmap {
-            gpa: m.gpa,
-            segid: m.segid,
-            _pad0: 0,
-            segoff: m.segoff as i64,
-            len: m.len,
-            prot: m.prot,
-            flags: m.flags,
-        };
-        self.request(VM_MMAP_MEMSEG, &mut arg)
-    }
-
-    /// Unmaps guest memory (FreeBSD 13 and later).
-    ///
-    /// # Errors
-    /// EINVAL where that is no mapping.
-    pub fn munmap_memseg(&self, gpa: u64, len: u64) -> Result<()> {
-        self.request(VM_MUNMAP_MEMSEG, &mut VmMunmap { gpa, len })
-    }
-
-    /// The first mapping at or above an address; `None` where there is none.
-    ///
-    /// # Errors
-    /// What the kernel says, other than ENOENT.
-    pub fn mmap_getnext(&self, gpa: u64) -> Result<Option<Mapping>> {
-        let mut arg = VmMemmap {
-            gpa,
-            ..VmMemmap::default()
-        };
-        match self.request(VM_MMAP_GETNEXT, &mut arg) {
-            Ok(()) => Ok(Some(Mapping {
-                gpa: arg.gpa,
-                segid: arg.segid,
-                segoff: arg.segoff as u64,
-                len: arg.len,
-                prot: arg.prot,
-                flags: arg.flags,
-            })),
-            Err(e) if e.errno() == Some(libc::ENOENT) => Ok(None),
-            Err(e) => Err(e),
-        }
-    }
-
-    /// All mappings, by address.
-    ///
-    /// # Errors
-    /// As [`Vm::mmap_getnext`].
-    pub fn mappings(&self) -> Result<Vec<Mapping>> {
-        let mut all = Vec::new();
-        let mut gpa = 0;
-        while let Some(m) = self.mmap_getnext(gpa)? {
-            all.push(m);
-            match m.gpa.checked_add(m.len) {
-                Some(next) if next > gpa => gpa = next,
-                _ => break,
-            }
-        }
-        Ok(all)
-    }
-
-    /// Nested page-table entries of a page, from the top level down.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn gpa_pmap(&self, gpa: u64) -> Result<Vec<u64>> {
-        let mut arg = VmGpaPte {
-            gpa,
-            ..VmGpaPte::default()
-        };
-        self.request(VM_GET_GPA_PMAP, &mut arg)?;
-        let n = usize::try_from(arg.ptenum).unwrap_or(0).min(arg.pte.len());
-        Ok(arg.pte[..n].to_vec())
-    }
-
-    // ---- interrupts ----------------------------------------------------
-
-    /// Delivers an MSI (SDM Vol. 3A §10.11).
-    ///
-    /// # Errors
-    /// EINVAL for an address that is none of the local APICs'.
-    pub fn lapic_msi(&self, addr: u64, msg: u64) -> Result<()> {
-        self.request(VM_LAPIC_MSI, &mut VmLapicMsi { msg, addr })
-    }
-
-    /// Raises a pin of the IOAPIC.
-    ///
-    /// # Errors
-    /// EINVAL for a pin that it lacks.
-    pub fn ioapic_assert(&self, pin: u32) -> Result<()> {
-        self.request(VM_IOAPIC_ASSERT_IRQ, &mut VmIoapicIrq { irq: pin as i32 })
-    }
-
-    /// Lowers a pin of the IOAPIC.
-    ///
-    /// # Errors
-    /// EINVAL for a pin that it lacks.
-    pub fn ioapic_deassert(&self, pin: u32) -> Result<()> {
-        self.request(VM_IOAPIC_DEASSERT_IRQ, &mut VmIoapicIrq { irq: pin as i32 })
-    }
-
-    /// Raises and lowers a pin of the IOAPIC.
-    ///
-    /// # Errors
-    /// EINVAL for a pin that it lacks.
-    pub fn ioapic_pulse(&self, pin: u32) -> Result<()> {
-        self.request(VM_IOAPIC_PULSE_IRQ, &mut VmIoapicIrq { irq: pin as i32 })
-    }
-
-    /// Number of pins of the IOAPIC.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn ioapic_pincount(&self) -> Result<u32> {
-        let mut pins = 0i32;
-        self.request(VM_IOAPIC_PINCOUNT, &mut pins)?;
-        self.answer(VM_IOAPIC_PINCOUNT, pins)
-    }
-
-    /// Raises an ISA line: of the 8259 pair, and of the IOAPIC where a pin is
-    /// given.
-    ///
-    /// # Errors
-    /// EINVAL for lines that do not exist.
-    pub fn isa_assert(&self, atpic_irq: u32, ioapic_pin: Option<u32>) -> Result<()> {
-        self.request(VM_ISA_ASSERT_IRQ, &mut isa(atpic_irq, ioapic_pin))
-    }
-
-    /// Lowers an ISA line.
-    ///
-    /// # Errors
-    /// EINVAL for lines that do not exist.
-    pub fn isa_deassert(&self, atpic_irq: u32, ioapic_pin: Option<u32>) -> Result<()> {
-        self.request(VM_ISA_DEASSERT_IRQ, &mut isa(atpic_irq, ioapic_pin))
-    }
-
-    /// Raises and lowers an ISA line.
-    ///
-    /// # Errors
-    /// EINVAL for lines that do not exist.
-    pub fn isa_pulse(&self, atpic_irq: u32, ioapic_pin: Option<u32>) -> Result<()> {
-        self.request(VM_ISA_PULSE_IRQ, &mut isa(atpic_irq, ioapic_pin))
-    }
-
-    /// Sets the trigger mode of an ISA line.
-    ///
-    /// # Errors
-    /// EINVAL for lines whose mode is fixed.
-    pub fn isa_set_trigger(&self, atpic_irq: u32, trigger: IntrTrigger) -> Result<()> {
-        let mut arg = VmIsaIrqTrigger {
-            atpic_irq: atpic_irq as i32,
-            trigger: trigger.raw(),
-        };
-        self.request(VM_ISA_SET_IRQ_TRIGGER, &mut arg)
-    }
-
-    /// Raises an LVT entry of every vCPU's local APIC.
-    ///
-    /// # Errors
-    /// EINVAL for an entry that does not exist.
-    pub fn lapic_local_irq_all(&self, lvt: i32) -> Result<()> {
-        self.request(
-            VM_LAPIC_LOCAL_IRQ,
-            &mut VmLapicIrq {
-                cpuid: -1,
-                vector: lvt,
-            },
-        )
-    }
-
-    // ---- devices in the kernel ------------------------------------------
-
-    /// Low half of the HPET's capabilities register.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn hpet_capabilities(&self) -> Result<u32> {
-        let mut arg = VmHpetCap::default();
-        self.request(VM_GET_HPET_CAPABILITIES, &mut arg)?;
-        Ok(arg.capabilities)
-    }
-
-    /// Writes a byte of the RTC's memory.
-    ///
-    /// # Errors
-    /// EINVAL for offsets that hold the time.
-    pub fn rtc_write(&self, offset: u32, value: u8) -> Result<()> {
-        let mut arg = VmRtcData {
-            offset: offset as i32,
-            value,
-            ..VmRtcData::default()
-        };
-        self.request(VM_RTC_WRITE, &mut arg)
-    }
-
-    /// Reads a byte of the RTC's memory.
-    ///
-    /// # Errors
-    /// EINVAL for an offset beyond it.
-    pub fn rtc_read(&self, offset: u32) -> Result<u8> {
-        let mut arg = VmRtcData {
-            offset: offset as i32,
-            ..VmRtcData::default()
-        };
-        self.request(VM_RTC_READ, &mut arg)?;
-        Ok(arg.value)
-    }
-
-    /// Sets the RTC, seconds since the epoch.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn rtc_settime(&self, secs: i64) -> Result<()> {
-        self.request(VM_RTC_SETTIME, &mut VmRtcTime { secs })
-    }
-
-    /// Reads the RTC, seconds since the epoch.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn rtc_gettime(&self) -> Result<i64> {
-        let mut arg = VmRtcTime::default();
-        self.request(VM_RTC_GETTIME, &mut arg)?;
-        Ok(arg.secs)
-    }
-
     // ---- CPUs ----------------------------------------------------------
 
     /// Sets the topology, before vCPUs are activated.
@@ -634,24 +369,6 @@ impl Vm {
         }
     }
 
-    // ---- passthrough ----------------------------------------------------
-
-    /// Gives a host PCI function to the VM.
-    ///
-    /// # Errors
-    /// ENOENT or ENXIO where it is not set aside for passthrough.
-    pub fn bind_pptdev(&self, bus: i32, slot: i32, func: i32) -> Result<()> {
-        self.request(VM_BIND_PPTDEV, &mut VmPptdev { bus, slot, func })
-    }
-
-    /// Takes it back.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn unbind_pptdev(&self, bus: i32, slot: i32, func: i32) -> Result<()> {
-        self.request(VM_UNBIND_PPTDEV, &mut VmPptdev { bus, slot, func })
-    }
-
     // ---- underneath ------------------------------------------------------
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
@@ -696,13 +413,6 @@ type Topology = VmCpuTopology;
 
 fn valid(num_entries: i32, buf: &[u64]) -> &[u64] {
     &buf[..usize::try_from(num_entries).unwrap_or(0).min(buf.len())]
-}
-
-fn isa(atpic_irq: u32, ioapic_pin: Option<u32>) -> VmIsaIrq {
-    VmIsaIrq {
-        atpic_irq: atpic_irq as i32,
-        ioapic_irq: ioapic_pin.map_or(-1, |p| p as i32),
-    }
 }
 
 fn check_name(name: &str) -> Result<()> {
