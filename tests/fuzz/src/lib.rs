@@ -11,6 +11,7 @@ mod disks;
 mod files;
 mod kernel;
 mod machine;
+mod net;
 
 /// A target: its name, and what it does with an input.
 #[derive(Clone, Copy)]
@@ -86,6 +87,14 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "ufs",
         run: disks::ufs,
+    },
+    Target {
+        name: "user_net",
+        run: net::user_net,
+    },
+    Target {
+        name: "virtio_net",
+        run: net::virtio_net,
     },
 ];
 
