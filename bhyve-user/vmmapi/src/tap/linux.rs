@@ -80,7 +80,7 @@ pub fn open(name: &str, queues: usize) -> Result<(Vec<File>, bool), TapError> {
         let flags = flags.trim().strip_prefix("0x").unwrap_or_default();
         let flags = i32::from_str_radix(flags, 16).unwrap_or(0);
         if flags & TAP == 0 {
-            return Err(TapError::NotATap(name.into(), recipe(name, queues)));
+            return Err(TapError::NotATap(name.into(), recipe("tap0", queues)));
         }
         if queues > 1 && flags & MULTI_QUEUE == 0 {
             let how = format!("it has one queue; make it with: {}", recipe(name, queues));
@@ -104,7 +104,7 @@ fn attach(name: &str, queues: usize, multi: bool) -> Result<(Vec<File>, bool), T
             .map_err(|e| match e.raw_os_error() {
                 Some(libc::EACCES | libc::EPERM) => TapError::Permission(
                     DEVICE.into(),
-                    "it is for everyone as a rule (mode 0666)".into(),
+                    "it should be for everyone: chmod 0666 /dev/net/tun, as root".into(),
                 ),
                 Some(libc::ENXIO | libc::ENODEV | libc::ENOENT) => {
                     TapError::NoDriver(DEVICE, "load the driver with: modprobe tun")
@@ -147,7 +147,7 @@ fn refused(name: &str, e: io::Error) -> TapError {
         ),
         Some(libc::EBUSY) => TapError::Busy(name.into()),
         Some(libc::E2BIG) => TapError::Queues(name.into(), "it has no more queues".into()),
-        Some(libc::EINVAL) => TapError::NotATap(name.into(), recipe(name, 1)),
+        Some(libc::EINVAL) => TapError::NotATap(name.into(), recipe("tap0", 1)),
         _ => TapError::Host(name.into(), e),
     }
 }
