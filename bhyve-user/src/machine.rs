@@ -34,6 +34,18 @@ pub trait Machine: Send + Sync {
     fn msi(&self, address: u64, data: u64);
     /// Stops the VM; a VM that is stopping already stays on its way.
     fn suspend(&self, how: Suspend);
+    /// Whether [`Machine::release_memory`] does anything.
+    fn can_release_memory(&self) -> bool {
+        false
+    }
+    /// Gives guest memory back to the host: what is touched later is zero.
+    /// Address and length are multiples of 2 MiB. Returns the bytes.
+    ///
+    /// # Errors
+    /// The kernel cannot, or the memory is wired.
+    fn release_memory(&self, _gpa: u64, _len: u64) -> std::io::Result<u64> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
 }
 
 #[cfg(test)]
@@ -51,6 +63,7 @@ pub(crate) mod fake {
         Deassert(u8),
         Msi(u64, u64),
         Suspend(Suspend),
+        Released(u64, u64),
     }
 
     #[derive(Default)]
@@ -92,6 +105,13 @@ pub(crate) mod fake {
         }
         fn suspend(&self, how: Suspend) {
             self.push(Event::Suspend(how));
+        }
+        fn can_release_memory(&self) -> bool {
+            true
+        }
+        fn release_memory(&self, gpa: u64, len: u64) -> std::io::Result<u64> {
+            self.push(Event::Released(gpa, len));
+            Ok(len)
         }
     }
 }

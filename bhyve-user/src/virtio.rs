@@ -10,12 +10,18 @@
 //! (a network, a console) takes chains with [`Cx::pop`] when the host has data
 //! for the guest, and tells in [`Device::sources`] what it waits for.
 
+pub mod balloon;
 pub mod blk;
+pub mod console;
+pub mod listener;
 pub mod net;
 pub mod p9;
 pub mod pci;
 pub mod queue;
 pub mod rnd;
+#[cfg(test)]
+pub(crate) mod testbed;
+pub mod vsock;
 pub mod wait;
 pub mod worker;
 

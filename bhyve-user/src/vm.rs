@@ -114,6 +114,12 @@ impl Machine for Kernel {
         // The guest chose the address: a wrong one goes nowhere.
         let _ = self.vm.lapic_msi(address, data);
     }
+    fn can_release_memory(&self) -> bool {
+        self.vm.has(vmmapi::abi::layout::EXT_F_RELEASE)
+    }
+    fn release_memory(&self, gpa: u64, len: u64) -> io::Result<u64> {
+        self.vm.release_memory(gpa, len).map_err(io::Error::other)
+    }
     fn suspend(&self, how: Suspend) {
         let how = match how {
             Suspend::Reset => SuspendHow::Reset,

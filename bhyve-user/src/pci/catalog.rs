@@ -95,6 +95,24 @@ pub const EMULATIONS: &[Emulation] = &[
         builder: Builder::Virtio(virtio::net::build),
     },
     Emulation {
+        name: "virtio-balloon",
+        help: "[size=SIZE][,control=PATH][,noreport]: takes memory from the guest and gives it \
+               to the host, with a socket to ask and change it by",
+        builder: Builder::Virtio(|slot, means| {
+            virtio::balloon::build(&slot.conf, means.machine, means.memory)
+        }),
+    },
+    Emulation {
+        name: "virtio-console",
+        help: "NAME=PATH[,NAME=PATH]...: ports, each a Unix socket that a program connects to",
+        builder: Builder::Virtio(|slot, _| virtio::console::build(&slot.conf)),
+    },
+    Emulation {
+        name: "virtio-vsock",
+        help: "path=PATH[,cid=N]: streams between guest and host, the host's side Unix sockets",
+        builder: Builder::Virtio(|slot, _| virtio::vsock::build(&slot.conf)),
+    },
+    Emulation {
         name: "virtio-rnd",
         help: "the host's entropy",
         builder: Builder::Virtio(|slot, _| virtio::rnd::build(&slot.conf)),

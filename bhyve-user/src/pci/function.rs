@@ -20,6 +20,7 @@ pub struct Blueprint {
     bars: Vec<(usize, BarKind, u64)>,
     msi: Option<u16>,
     msix: Option<(u16, usize, MsixTable)>,
+    window: Option<u16>,
     /// Whether it has an INTx pin.
     pub intx: bool,
 }
@@ -28,6 +29,15 @@ impl Blueprint {
     /// Asks for a BAR.
     pub fn bar(&mut self, index: usize, kind: BarKind, size: u64) {
         self.bars.push((index, kind, size));
+    }
+    /// Adds a way to the BARs through configuration space, as virtio has it
+    /// (virtio 1.2 §4.1.4.9): BAR, offset and length are written, then data is
+    /// read or written.
+    pub fn window(&mut self) {
+        let mut body = [0; 18];
+        body[0] = 20;
+        body[1] = WINDOW_KIND;
+        self.window = self.config.add_capability(config::CAP_VENDOR, &body);
     }
     /// Adds MSI with `1 << log2` messages.
     pub fn msi(&mut self, log2: u8) {
@@ -41,6 +51,14 @@ impl Blueprint {
         }
     }
 }
+
+/// VIRTIO_PCI_CAP_PCI_CFG, and its registers behind the capability's start.
+const WINDOW_KIND: u8 = 5;
+const WINDOW_BAR: u16 = 4;
+const WINDOW_OFFSET: u16 = 8;
+const WINDOW_LENGTH: u16 = 12;
+const WINDOW_DATA: u16 = 16;
+const WINDOW_END: u16 = 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Line {
@@ -100,6 +118,8 @@ pub struct PciFunction {
     state: Mutex<State>,
     /// Empty once the function is off its buses.
     handlers: Mutex<Vec<Handler>>,
+    /// The capability that [`Blueprint::window`] made.
+    window: Option<u16>,
     route: Option<Route>,
     router: Arc<Router>,
     /// The buses own the function, not the other way round.
@@ -182,6 +202,7 @@ impl PciFunction {
             device,
             state: Mutex::new(state),
             handlers: Mutex::default(),
+            window: plan.window,
             route: wiring.intx.map(|(_, r)| r),
             router: Arc::clone(wiring.router),
             buses: Arc::downgrade(wiring.buses),
@@ -222,6 +243,12 @@ impl PciFunction {
 
     /// A configuration read of 1, 2 or 4 aligned bytes.
     pub fn config_read(&self, offset: u16, size: u8) -> u32 {
+        if self.window.is_some_and(|cap| offset == cap + WINDOW_DATA)
+            && let Some((bar, at, length)) = self.behind_window()
+        {
+            let value = self.device.bar_read(self, bar, at, length);
+            return (value & ones(size.min(length))) as u32;
+        }
         match offset {
             0..=0xff => lock(&self.state).config.get(offset, size),
             // No extended capabilities: a header of zeroes.
@@ -232,6 +259,12 @@ impl PciFunction {
 
     /// A configuration write of 1, 2 or 4 aligned bytes.
     pub fn config_write(&self, offset: u16, size: u8, value: u32) {
+        if let Some(cap) = self.window
+            && (cap + WINDOW_BAR..cap + WINDOW_END).contains(&offset)
+        {
+            self.window_write(offset, offset - cap, size, value);
+            return;
+        }
         let mut state = lock(&self.state);
         let state = &mut *state;
         if offset > 0xff
@@ -267,6 +300,43 @@ impl PciFunction {
         if offset < COMMAND + 2 && offset + u16::from(size) > COMMAND {
             self.update_mappings(state);
             self.update_line(state);
+        }
+    }
+
+    /// Where the window leads now: BAR, offset in it, bytes.
+    fn behind_window(&self) -> Option<(usize, u64, u8)> {
+        let state = lock(&self.state);
+        let cap = self.window?;
+        let bar = usize::from(state.config.get8(cap + WINDOW_BAR));
+        let at = u64::from(state.config.get(cap + WINDOW_OFFSET, 4));
+        let length = state.config.get(cap + WINDOW_LENGTH, 4);
+        let size = match state.bars.get(bar) {
+            // The MSI-X table is no business of the device's.
+            Some(Slot::Bar { bar: b, .. })
+                if state.msix.as_ref().is_none_or(|(_, m, _)| *m != bar) =>
+            {
+                b.size
+            }
+            _ => return None,
+        };
+        let fits = matches!(length, 1 | 2 | 4)
+            && at.is_multiple_of(length.into())
+            && at + u64::from(length) <= size;
+        fits.then_some((bar, at, length as u8))
+    }
+
+    fn window_write(&self, offset: u16, register: u16, size: u8, value: u32) {
+        if register == WINDOW_DATA {
+            if let Some((bar, at, length)) = self.behind_window() {
+                let value = u64::from(value) & ones(size.min(length));
+                self.device.bar_write(self, bar, at, length, value);
+            }
+            return;
+        }
+        // Behind the BAR's number there are three bytes of nothing.
+        if register == WINDOW_BAR || (WINDOW_OFFSET..WINDOW_DATA).contains(&register) {
+            let size = if register == WINDOW_BAR { 1 } else { size };
+            lock(&self.state).config.set(offset, size, value);
         }
     }
 

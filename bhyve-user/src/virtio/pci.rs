@@ -141,6 +141,7 @@ impl VirtioPci {
         for body in parts {
             plan.config.add_capability(CAP_VENDOR, &body);
         }
+        plan.window();
         let features = identity.features | FEATURES;
         let queues = QueueRegs::fresh(&identity);
         let device = VirtioPci {

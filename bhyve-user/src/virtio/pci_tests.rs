@@ -196,7 +196,7 @@ fn a_transitional_device_has_both_interfaces() {
         }
         at = r.f.config_read(at + 1, 1) as u16;
     }
-    assert_eq!(kinds, [1, 2, 3, 4]);
+    assert_eq!(kinds, [1, 2, 3, 4, 5]);
     assert_eq!(r.inp(0x14, 4), 0x0403_0201, "configuration without MSI-X");
     assert_eq!(r.mread(CONFIG + 4, 4), 0x0807_0605);
     assert_eq!(r.mread(CONFIG + 6, 4), 0x0807, "zeroes behind its end");
@@ -342,4 +342,48 @@ fn no_access_is_fatal() {
     r.request(layout, 1, 0x44);
     r.outp(0x10, 2, 0);
     r.served(layout, 1, 0x44);
+}
+
+#[test]
+fn the_bars_are_reachable_through_configuration_space() {
+    let r = rig();
+    let cap = (0x40..0x100)
+        .step_by(4)
+        .find(|&c| r.f.config_read(c, 1) == 9 && r.f.config_read(c + 3, 1) == 5)
+        .unwrap();
+    let aim = |bar: u32, offset: u32, length: u32| {
+        r.f.config_write(cap + 4, 1, bar);
+        r.f.config_write(cap + 8, 4, offset);
+        r.f.config_write(cap + 12, 4, length);
+    };
+    aim(2, CONFIG as u32 + 4, 4);
+    assert_eq!(r.f.config_read(cap + 16, 4), 0x0807_0605);
+    aim(2, CONFIG as u32 + 1, 1);
+    assert_eq!(r.f.config_read(cap + 16, 4), 2);
+    aim(2, 0x16, 2);
+    r.f.config_write(cap + 16, 4, 0xffff_0001);
+    assert_eq!(r.mread(0x16, 2), 1, "queue select");
+    aim(0, 0xe, 2);
+    assert_eq!(r.f.config_read(cap + 16, 2), 1, "in I/O ports too");
+    // Nowhere: the MSI-X table, no BAR, odd, over the end.
+    for (bar, offset, length) in [
+        (1, 0, 4),
+        (3, 0, 4),
+        (255, 0, 4),
+        (2, 2, 4),
+        (2, 0, 3),
+        (2, 0, 0),
+        (2, 0xffff_fffc, 4),
+        (2, MODERN_SIZE as u32, 4),
+    ] {
+        aim(bar, offset, length);
+        r.f.config_write(cap + 16, 4, u32::MAX);
+        assert_eq!(
+            r.f.config_read(cap + 16, 4),
+            0,
+            "{bar} {offset:#x} {length}"
+        );
+    }
+    r.f.config_write(cap, 4, u32::MAX);
+    assert_eq!(r.f.config_read(cap, 1), 9);
 }

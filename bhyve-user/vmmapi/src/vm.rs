@@ -243,6 +243,23 @@ impl Vm {
         self.request(VM_EXT_CONSTANT_PORT, &mut arg)
     }
 
+    /// Gives the host the memory in a range back, as far as it goes: what the
+    /// host has in pieces of 2 MiB goes as a whole. Whoever touches the range
+    /// later finds zeroes. Returns the bytes.
+    ///
+    /// # Errors
+    /// ENOTTY where the kernel piece cannot; EINVAL for what is not system
+    /// memory in whole pages; EBUSY for wired memory.
+    pub fn release_memory(&self, gpa: u64, len: u64) -> Result<u64> {
+        let mut arg = VmExtRelease {
+            gpa,
+            len,
+            released: 0,
+        };
+        self.request(VM_EXT_RELEASE, &mut arg)?;
+        Ok(arg.released)
+    }
+
     /// Stops the VM.
     ///
     /// # Errors

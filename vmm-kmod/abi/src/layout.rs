@@ -687,6 +687,20 @@ abi_struct! {
     }
 }
 
+abi_struct! {
+    /// Argument of `VM_EXT_RELEASE`: the host memory behind a range of system
+    /// memory is given back; what is touched later is new, and zero.
+    VmExtRelease, 24 {
+        /// First guest-physical address, a multiple of 4 KiB.
+        gpa: u64 = 0,
+        /// Bytes, a multiple of 4 KiB. Where the host has memory in larger
+        /// pieces, only those go that lie in the range as a whole.
+        len: u64 = 8,
+        /// Bytes that went; filled in by the kernel.
+        released: u64 = 16,
+    }
+}
+
 /// Offset in a VM's device at which the run page of vCPU 0 can be mapped; one
 /// page a vCPU. Beyond the guest-physical addresses that exist (52 bits).
 pub const EXT_RUN_PAGES: u64 = 1 << 52;
@@ -699,6 +713,8 @@ pub const EXT_F_RUN: u32 = 1;
 pub const EXT_F_CONSTANT_PORT: u32 = 2;
 /// `VmExtVersion::features`: `VM_EXT_RUN_PAGE` is there.
 pub const EXT_F_RUN_PAGE: u32 = 4;
+/// `VmExtVersion::features`: `VM_EXT_RELEASE` is there.
+pub const EXT_F_RELEASE: u32 = 0x100;
 /// `VmExtRun::flags`: set RAX before the guest goes on.
 pub const EXT_RUN_RAX: u32 = 1;
 

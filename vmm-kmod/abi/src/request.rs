@@ -176,6 +176,8 @@ requests! {
     /// mapped, so that nothing is copied (ours). The argument is the vCPU's
     /// number and, from bit [`EXT_RUN_SHIFT`] on, `EXT_RUN_*`.
     VM_EXT_RUN_PAGE = iowint(GROUP, EXT_FIRST + 3);
+    /// Gives memory back to the host (ours).
+    VM_EXT_RELEASE = iowr::<VmExtRelease>(GROUP, EXT_FIRST + 8);
 }
 
 /// Name of a request, for messages.
