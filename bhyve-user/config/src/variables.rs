@@ -49,7 +49,11 @@ impl Variables {
         self.parse(&path.display().to_string(), &text_of(path)?)
     }
 
-    fn parse(&mut self, file: &str, text: &str) -> Result<(), ConfigError> {
+    /// Reads a file's text; `file` is its name, for errors.
+    ///
+    /// # Errors
+    /// A line is no `NAME=VALUE`.
+    pub fn parse(&mut self, file: &str, text: &str) -> Result<(), ConfigError> {
         for (number, line) in text.lines().enumerate() {
             let line = line.trim();
             if !line.is_empty() && !line.starts_with('#') {

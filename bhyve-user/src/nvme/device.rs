@@ -251,6 +251,7 @@ impl Nvme {
         });
         let weak = Arc::downgrade(&shared);
         let spawned = thread::Builder::new().name(name).spawn(move || {
+            crate::sandbox::join();
             loop {
                 thread::park();
                 let Some(shared) = weak.upgrade() else {

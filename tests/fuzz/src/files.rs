@@ -1,6 +1,8 @@
 //! What people hand to bhyve and bhyveload: command lines, configuration,
 //! kernels, modules.
 
+use bhyve_config::variables::Variables;
+use bhyve_config::{Program, Settings};
 use bhyveload::env::Environment;
 use bhyveload::freebsd::{FreeBsd, Module};
 use bhyveload::input::Input;
@@ -75,6 +77,39 @@ pub fn loader_conf(data: &[u8]) {
     assert!(parsed.settings.len() + parsed.bad.len() <= lines);
     for (_, value) in &parsed.settings {
         let _ = conf::expand(value, |name| (name == "a").then_some(value.as_str()));
+    }
+}
+
+/// What is printed says the same as what was read.
+fn printed(settings: &Settings) {
+    let words = |s: &Settings| -> Vec<String> {
+        let programs = [Program::Bhyve, Program::Bhyveload];
+        let all = programs.into_iter().flat_map(|p| s.arguments(p));
+        all.flat_map(|a| a.words().collect::<Vec<_>>()).collect()
+    };
+    let text = bhyve_config::print::toml(settings);
+    let again = bhyve_config::file::parse("printed", &text)
+        .unwrap_or_else(|e| panic!("{e} in what was printed:\n{text}"));
+    assert_eq!(words(&again), words(settings), "{text}");
+}
+
+/// A VM's file.
+pub fn config_toml(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    match bhyve_config::file::parse("vm.toml", &text) {
+        Ok(settings) => printed(&settings),
+        Err(e) => assert!(e.to_string().starts_with("vm.toml:"), "{e}"),
+    }
+}
+
+/// A file of bhyve_config(5).
+pub fn config_variables(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let mut variables = Variables::default();
+    if variables.parse("vm.conf", &text).is_ok()
+        && let Ok((settings, _)) = variables.settings()
+    {
+        printed(&settings);
     }
 }
 

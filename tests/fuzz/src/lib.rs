@@ -37,6 +37,14 @@ pub const TARGETS: &[Target] = &[
         run: kernel::chipset,
     },
     Target {
+        name: "config_toml",
+        run: files::config_toml,
+    },
+    Target {
+        name: "config_variables",
+        run: files::config_variables,
+    },
+    Target {
         name: "elf_kernel",
         run: files::elf_kernel,
     },
