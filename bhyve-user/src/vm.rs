@@ -219,6 +219,10 @@ pub fn run(config: Config) -> Result<i32, Error> {
         if status == POWERED_OFF && vm.config.destroy_on_poweroff {
             vmmapi::Vm::destroy(vm.vm.name())?;
         }
+        if vm.config.sandbox != Mode::Off {
+            // The process ends. Devices that tidied up would be refused their calls.
+            std::mem::forget(vm);
+        }
         Ok(status)
     });
     terminal::restore_all();
