@@ -15,6 +15,7 @@
     )
 )]
 
+pub mod ahci;
 pub mod bhyvectl;
 pub mod boot;
 pub mod bus;

@@ -8,6 +8,7 @@ use vmmapi::GuestMemory;
 use super::PciDevice;
 use super::bridge::{self, HostBridge};
 use super::function::Blueprint;
+use crate::ahci::options::Kind;
 use crate::config::PciSlot;
 use crate::machine::Machine;
 use crate::virtio::pci::VirtioPci;
@@ -75,6 +76,23 @@ pub const EMULATIONS: &[Emulation] = &[
         builder: Builder::Virtio(|slot, _| virtio::blk::build(&slot.conf)),
     },
     Emulation {
+        name: "ahci",
+        help: "hd:PATH[,OPTION...] or cd:PATH, up to 32 of them: a SATA adapter with its drives; \
+               options as ahci-hd's",
+        builder: Builder::Pci(|slot, means| ahci(None, slot, means)),
+    },
+    Emulation {
+        name: "ahci-hd",
+        help: "PATH[,ro][,sync][,nocache][,nodelete][,sectorsize=LOGICAL[/PHYSICAL]][,ser=ID]\
+               [,model=NAME][,rev=REVISION][,nmrr=RATE]: a SATA disk",
+        builder: Builder::Pci(|slot, means| ahci(Some(Kind::Hd), slot, means)),
+    },
+    Emulation {
+        name: "ahci-cd",
+        help: "PATH[,ser=ID][,rev=REVISION]: a SATA CD drive with an ISO image",
+        builder: Builder::Pci(|slot, means| ahci(Some(Kind::Cd), slot, means)),
+    },
+    Emulation {
         name: "nvme",
         help: "PATH[,maxq=QUEUES][,qsz=ENTRIES][,sectsz=BYTES][,ser=ID][,eui64=N][,ro][,sync]\
                [,nocache][,nodelete]: an NVMe disk, PATH a raw file or a block device",
@@ -118,6 +136,11 @@ pub const EMULATIONS: &[Emulation] = &[
         builder: Builder::Virtio(|slot, _| virtio::rnd::build(&slot.conf)),
     },
 ];
+
+fn ahci(only: Option<Kind>, slot: &PciSlot, means: &Means<'_>) -> Result<Plan, String> {
+    let name = format!("ahci {}", slot.at);
+    crate::ahci::build(&slot.conf, only, &name, means.memory)
+}
 
 /// The emulation of that name.
 pub fn find(name: &str) -> Option<&'static Emulation> {

@@ -282,3 +282,92 @@ pub fn nvme(data: &[u8]) {
         }
     });
 }
+
+#[derive(Arbitrary, Debug)]
+enum AhciStep {
+    Register(u8, u32),
+    Memory(u16, u64),
+    /// Slot, command, LBA, count and features, ATAPI command, a buffer.
+    Command(u8, u8, u32, [u8; 2], Option<[u8; 12]>, (u16, u16)),
+}
+
+/// A port of an AHCI adapter with a disk or a CD drive, its command list in
+/// guest memory.
+pub fn ahci(data: &[u8]) {
+    use bhyve::ahci::media::Media;
+    use bhyve::ahci::options::{Kind, parse};
+    use bhyve::ahci::port::Port;
+
+    thread_local! {
+        static IMAGE: std::path::PathBuf = {
+            let path = std::env::temp_dir().join(format!("fuzz-ahci-{}", std::process::id()));
+            if let Err(e) = std::fs::write(&path, vec![0x5a; 64 << 10]) {
+                panic!("{}: {e}", path.display());
+            }
+            path
+        };
+    }
+    const LIST: u64 = 0x1000;
+    const TABLES: u64 = 0x4000;
+    let Ok(memory) = GuestMemory::anonymous(1 << 20) else {
+        return;
+    };
+    let (first, data) = data.split_first().unwrap_or((&0, data));
+    let kind = if first & 1 == 0 { Kind::Hd } else { Kind::Cd };
+    let conf = IMAGE.with(|image| image.display().to_string());
+    let drives = parse(&conf, Some(kind)).unwrap_or_else(|e| panic!("{e}"));
+    let port = drives.first().map(|drive| {
+        let media = Media::open(drive, 0).unwrap_or_else(|e| panic!("{e}"));
+        Port::new(media, memory.clone())
+    });
+    let Some(port) = port else {
+        return;
+    };
+    port.write(0x00, LIST as u32);
+    port.write(0x08, 0x2000);
+    port.write(0x18, 0x17);
+    steps(data, |step| match step {
+        AhciStep::Register(offset, value) => {
+            port.write(u64::from(offset & 0x7c), value);
+            let _ = (port.read(u64::from(offset & 0x7c)), port.interrupts());
+            turns(&port);
+        }
+        AhciStep::Memory(at, value) => {
+            let _ = memory.write(u64::from(at) << 3 & 0xffff8, &value);
+        }
+        AhciStep::Command(slot, command, lba, [count, features], cdb, (addr, len)) => {
+            let slot = u64::from(slot & 31);
+            let table = TABLES + slot * 0x100;
+            let flags = 5 | u32::from(cdb.is_some()) << 5 | 1 << 16;
+            let _ = memory.write(LIST + 32 * slot, &[flags, 0, table as u32, 0]);
+            let l = lba.to_le_bytes();
+            let fis = [
+                0x27, 0x80, command, features, l[0], l[1], l[2], 0x40, 0, 0, 0, 0, count, 0, 0,
+                l[3],
+            ];
+            let _ = memory.write(table, &fis);
+            let _ = memory.write_bytes(table + 0x40, &cdb.unwrap_or_default());
+            let entry = u128::from(addr) << 4 | u128::from(len) << 96;
+            let _ = memory.write(table + 0x80, &entry.to_le_bytes());
+            port.write(0x34, 1 << slot);
+            port.write(0x38, 1 << slot);
+            turns(&port);
+            // As a driver after an error.
+            if port.read(0x10) & 0x6000_0000 != 0 {
+                port.write(0x10, u32::MAX);
+                port.write(0x18, 0x16);
+                port.write(0x18, 0x17);
+            }
+        }
+    });
+
+    /// Every slot's command ends or stops the port.
+    fn turns(port: &Port) {
+        for _ in 0..40 {
+            if !port.turn() {
+                return;
+            }
+        }
+        panic!("a port never comes to rest");
+    }
+}

@@ -25,6 +25,10 @@ pub struct Target {
 /// All targets, in order of name.
 pub const TARGETS: &[Target] = &[
     Target {
+        name: "ahci",
+        run: devices::ahci,
+    },
+    Target {
         name: "bhyve_cli",
         run: files::bhyve_cli,
     },

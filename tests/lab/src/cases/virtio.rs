@@ -117,12 +117,13 @@ pub fn kill(host: &mut Host, guest: &Guest) -> Result<()> {
 
 fn linux(_: &Lab, host: &mut Host) -> Result<()> {
     disk(host)?;
+    host.must("cp /tmp/disk /tmp/nvme", SHORT)?;
     let load = Load::Linux {
         initrd: Some("/guest/initrd".to_owned()),
         cmdline: linux_cmdline(),
     };
     let mut guest = Guest::new("/guest/linux", load);
-    guest.options = format!("{DEVICES},serial=LAB-DISK");
+    guest.options = format!("{DEVICES},serial=LAB-DISK -s 5,nvme,/tmp/nvme,ser=LAB-NVME");
     guest.start(host)?;
     host.guest().expect("guest# ", UP)?;
     for module in MODULES {
@@ -147,6 +148,16 @@ fn linux(_: &Lab, host: &mut Host) -> Result<()> {
         "i=0; while [ $i -lt 4096 ]; do printf '%256d' $i; i=$((i+1)); done >/tmp/data; \
          dd if=/tmp/data of=/dev/vda bs=64k seek=16 && sync",
     )?;
+    // The same on a disk that needs no virtio driver.
+    let text = types(
+        host,
+        "cat /sys/block/nvme0n1/size /sys/class/nvme/nvme0/serial; \
+         dd if=/dev/nvme0n1 bs=4096 skip=10 count=1 2>/dev/null | head -n 1; \
+         dd if=/tmp/data of=/dev/nvme0n1 bs=64k seek=16 && sync",
+    )?;
+    for wanted in ["32768", "LAB-NVME", "the host was here"] {
+        ensure!(text.contains(wanted), "no {wanted:?} in:\n{text}");
+    }
     let sum = types(host, "md5sum </tmp/data")?;
     let sum = sum
         .lines()
@@ -154,15 +165,17 @@ fn linux(_: &Lab, host: &mut Host) -> Result<()> {
         .with_context(|| format!("no checksum in:\n{sum}"))?
         .to_owned();
     kill(host, &guest)?;
-    let seen = host.must(
-        "dd if=/tmp/disk bs=64k skip=16 count=16 2>/dev/null | md5sum",
-        SHORT,
-    )?;
-    ensure!(
-        seen.contains(&sum),
-        "the host sees {seen}, not what the guest has written ({sum})"
-    );
-    host.must("rm /tmp/disk", SHORT).map(drop)
+    for disk in ["/tmp/disk", "/tmp/nvme"] {
+        let seen = host.must(
+            &format!("dd if={disk} bs=64k skip=16 count=16 2>/dev/null | md5sum"),
+            SHORT,
+        )?;
+        ensure!(
+            seen.contains(&sum),
+            "the host sees {seen} on {disk}, not what the guest has written ({sum})"
+        );
+    }
+    host.must("rm /tmp/disk /tmp/nvme", SHORT).map(drop)
 }
 
 fn freebsd(_: &Lab, host: &mut Host) -> Result<()> {
