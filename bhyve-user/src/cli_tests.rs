@@ -89,7 +89,7 @@ fn memory_sizes() {
 fn refusals_name_the_option_and_what_would_do() {
     for (line, words) in [
         (
-            "-s 2,ahci-hd,disk vm",
+            "-s 2,e1000,tap0 vm",
             "can have hostbridge, amd_hostbridge, lpc",
         ),
         ("-s 32,lpc vm", "slots go to 31"),
