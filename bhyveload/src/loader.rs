@@ -26,6 +26,10 @@ use std::collections::BTreeMap;
 /// Most commands that files on an image may give in answer to one of the user's.
 const MOST_STEPS: u32 = 1000;
 
+/// What `console` may name. As with stock bhyveload another is refused: a kernel
+/// told to talk to a video card only would be silent.
+const CONSOLES: [&str; 3] = ["comconsole", "nullconsole", "userboot"];
+
 /// What the user wants after the loader.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
@@ -173,6 +177,14 @@ impl<'a> Loader<'a> {
             };
             self.enter_device(number);
             return Ok(());
+        }
+        if name == "console" && !value.split([' ', ',']).any(|c| CONSOLES.contains(&c)) {
+            return Err(LoadError::new(
+                "environment",
+                name,
+                format!("there is no {value} before the guest runs"),
+            )
+            .hint("the kernel keeps the serial console; comconsole and nullconsole can be set"));
         }
         crate::env::check_length(name, value)
             .map_err(|problem| LoadError::new("environment", name, problem))?;

@@ -386,3 +386,20 @@ fn flags_of_boot_become_variables_and_arguments() {
     assert_eq!(guest.kernel_args.as_deref(), Some("-v"));
     assert_eq!(guest.environment.howto() & 0x800, 0x800);
 }
+
+#[test]
+fn a_console_that_a_vm_has_not_is_refused_and_the_serial_one_stays() {
+    let top = folder(&[
+        ("boot/kernel/kernel", &elf(2, 1)),
+        ("boot/loader.conf", b"console=\"vidconsole\"\n"),
+    ]);
+    let console = |guest: &FreeBsd| guest.environment.get("console").map(str::to_owned);
+    let (guest, said) = boot(&["-h", text(top.path())]);
+    assert_eq!(console(&guest), None);
+    assert!(said.contains("vidconsole"), "{said}");
+    let conf = b"console=\"comconsole,vidconsole\"\n";
+    std::fs::write(top.path().join("boot/loader.conf"), conf).unwrap();
+    let (guest, _) = boot(&["-h", text(top.path())]);
+    assert_eq!(console(&guest).as_deref(), Some("comconsole,vidconsole"));
+    assert_eq!(guest.environment.howto(), 0x2000_1000);
+}

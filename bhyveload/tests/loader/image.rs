@@ -44,13 +44,17 @@ fn ufs(image: &Path, root: &str) -> Option<()> {
 /// A GPT with these file systems by an entry each, type and contents. By hand:
 /// sfdisk wants a file and its own alignment.
 fn gpt(parts: &[(u32, Vec<u8>)]) -> Vec<u8> {
-    let mut disk = vec![0u8; 34 * 512];
+    gpt_of_sectors(512, parts)
+}
+
+fn gpt_of_sectors(sector: usize, parts: &[(u32, Vec<u8>)]) -> Vec<u8> {
+    let mut disk = vec![0u8; 34 * sector];
     let mut table = vec![0u8; 128 * 128];
     for (i, (kind, data)) in parts.iter().enumerate() {
-        let first = (disk.len() / 512) as u64;
+        let first = (disk.len() / sector) as u64;
         disk.extend_from_slice(data);
-        disk.resize(disk.len().next_multiple_of(512), 0);
-        let last = (disk.len() / 512) as u64 - 1;
+        disk.resize(disk.len().next_multiple_of(sector), 0);
+        let last = (disk.len() / sector) as u64 - 1;
         let entry = &mut table[128 * i..];
         entry[..4].copy_from_slice(&kind.to_le_bytes());
         entry[4..16].copy_from_slice(&[
@@ -72,9 +76,9 @@ fn gpt(parts: &[(u32, Vec<u8>)]) -> Vec<u8> {
     header[88..92].copy_from_slice(&sum(&table));
     let crc = sum(&header);
     header[16..20].copy_from_slice(&crc);
-    disk[512..512 + 92].copy_from_slice(&header);
-    disk[1024..1024 + table.len()].copy_from_slice(&table);
-    disk.resize(disk.len() + 33 * 512, 0);
+    disk[sector..sector + 92].copy_from_slice(&header);
+    disk[2 * sector..2 * sector + table.len()].copy_from_slice(&table);
+    disk.resize(disk.len() + 33 * sector, 0);
     disk
 }
 
@@ -163,6 +167,11 @@ fn what_cannot_be_booted_is_named_with_the_way_out() {
     damaged[65536 + 1000..65536 + 1008].copy_from_slice(&65536u64.to_le_bytes());
     damaged[65536 + 1372..65536 + 1376].copy_from_slice(&0x1954_0119u32.to_le_bytes());
     for (data, wanted) in [
+        // A disk with sectors of 4 KiB.
+        (
+            gpt_of_sectors(4096, &[(SWAP, vec![0; 4096]), (ZFS, pool.clone())]),
+            &["ZFS", "disk0p2"][..],
+        ),
         (gpt(&[(ZFS, pool.clone())]), &["ZFS", "disk0p1", "-h"][..]),
         (pool, &["ZFS", "disk0 "]),
         (gpt(&[(UFS, geli)]), &["encrypted", "GELI", "disk0p1"]),
