@@ -102,6 +102,7 @@ impl Ahci {
             let spawned = thread::Builder::new()
                 .name(format!("{name} {n}"))
                 .spawn(move || {
+                    crate::sandbox::join();
                     loop {
                         thread::park();
                         let Some(shared) = weak.upgrade() else {
