@@ -1,5 +1,6 @@
 //! Debian's kernel as a guest: to a shell, without complaints, and off.
 
+use super::config;
 use crate::console::Console;
 use crate::guest::{Guest, Load, linux_cmdline};
 use crate::host::{Config, Host, SHORT};
@@ -55,10 +56,12 @@ pub fn group(lab: &Lab) -> Group {
         let variant = Variant { vcpus, x2apic, end };
         Case::new(name, move |lab, host| boot(lab, host, variant, &bare))
     });
+    let mut cases = Vec::from(cases);
+    cases.push(Case::new("linux-config-boot", |_, host| config::boot(host)));
     Group {
         name: "linux".to_owned(),
         config,
-        cases: cases.into(),
+        cases,
     }
 }
 
