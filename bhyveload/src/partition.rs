@@ -2,7 +2,7 @@
 //!
 //! Pure: a scheme reads its tables through [`ReadAt`] and answers what they say.
 //! What they say may be wrong: a partition is only ever seen through a
-//! [`Window`](crate::disk::Window), which ends where the image ends.
+//! [`Window`], which ends where the image ends.
 
 pub mod bsd;
 pub mod gpt;

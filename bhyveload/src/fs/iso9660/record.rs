@@ -16,7 +16,7 @@ pub struct Record {
     pub size: u32,
     flags: u8,
     interleaved: bool,
-    /// The name: [0] is the directory itself, [1] the one above.
+    /// The name: a byte 0 is the directory itself, a byte 1 the one above.
     pub name: Vec<u8>,
     /// The system use area.
     pub system_use: Vec<u8>,
