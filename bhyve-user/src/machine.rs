@@ -1,5 +1,7 @@
 //! What a device may ask of the VM: interrupt lines, MSIs and the end of it.
 
+use std::collections::VecDeque;
+
 /// How a VM is asked to stop (`enum vm_suspend_how` of FreeBSD's vmm.h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Suspend {
@@ -12,6 +14,19 @@ pub enum Suspend {
     /// Triple fault; the process exits 3.
     TripleFault,
 }
+
+/// Takes the bytes of one-byte OUTs to a port in the kernel, while it is open
+/// and has room; else they come to the device.
+pub trait OutRing: Send + Sync {
+    /// Opens or closes it. A byte that is on its way when it closes may still
+    /// arrive some microseconds later.
+    fn set_open(&self, open: bool);
+    /// Moves what is in it to `to`, in order.
+    fn take(&self, to: &mut VecDeque<u8>);
+}
+
+/// Most bytes that [`OutRing::take`] gives.
+pub const OUT_RING_LEN: usize = vmmapi::abi::layout::OUT_RING_LEN;
 
 /// The VM as its devices see it. Failures are the implementation's to report:
 /// a device that cannot raise its line has nothing better to do.
@@ -30,6 +45,10 @@ pub trait Machine: Send + Sync {
     /// What one-byte INs from a port answer until the next call, so that the
     /// kernel need not ask; `None` makes it ask. A machine may ask anyway.
     fn constant_port(&self, _port: u16, _value: Option<u8>) {}
+    /// A ring, closed, for the bytes of OUTs to a port, if the machine has one.
+    fn out_ring(&self, _port: u16) -> Option<Box<dyn OutRing>> {
+        None
+    }
     /// Sends a message-signalled interrupt.
     fn msi(&self, address: u64, data: u64);
     /// Stops the VM; a VM that is stopping already stays on its way.

@@ -1,10 +1,10 @@
 //! One VM: everything made and wired together, its vCPUs started, its end
 //! awaited.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -21,7 +21,7 @@ use crate::config::Config;
 use crate::ending::{ERROR, Ending, Failed, POWERED_OFF};
 use crate::i8042::I8042;
 use crate::legacy::Legacy;
-use crate::machine::{Machine, Suspend};
+use crate::machine::{Machine, OutRing, Suspend};
 use crate::pci::bar::Windows;
 use crate::pci::intx::Router;
 use crate::pci::root::{Means, PciError, PciRoot};
@@ -77,6 +77,17 @@ pub enum Error {
 struct Kernel {
     vm: vmmapi::Vm,
     complained: AtomicBool,
+    /// Output rings in use.
+    rings: AtomicU32,
+}
+
+impl OutRing for vmmapi::OutRing {
+    fn set_open(&self, open: bool) {
+        vmmapi::OutRing::set_open(self, open);
+    }
+    fn take(&self, to: &mut VecDeque<u8>) {
+        vmmapi::OutRing::take(self, |byte| to.push_back(byte));
+    }
 }
 
 impl Kernel {
@@ -109,6 +120,12 @@ impl Machine for Kernel {
     }
     fn constant_port(&self, port: u16, value: Option<u8>) {
         self.check(self.vm.set_constant_port(port, value));
+    }
+    fn out_ring(&self, port: u16) -> Option<Box<dyn OutRing>> {
+        // Without one, each byte is an exit.
+        let n = self.rings.fetch_add(1, Ordering::Relaxed);
+        let ring = self.vm.out_ring(n, port).ok().flatten()?;
+        Some(Box::new(ring))
     }
     fn msi(&self, address: u64, data: u64) {
         // The guest chose the address: a wrong one goes nowhere.
@@ -317,6 +334,7 @@ impl Vm {
         let memory = vm.setup_memory(config.memory, flags)?;
 
         let machine: Arc<dyn Machine> = Arc::new(Kernel {
+            rings: AtomicU32::new(0),
             vm: vm.clone(),
             complained: AtomicBool::new(false),
         });

@@ -4,6 +4,11 @@
 //! burst costs the vCPU no system call a byte, and a line that blocks fills
 //! the ring, which the guest sees as a transmitter that is not empty. Input
 //! is read only as far as the FIFO has room, so the host's end blocks in turn.
+//!
+//! While output flows and the guest polls (its transmitter's interrupt is
+//! off), the kernel takes the bytes, where it can: no exit to us is needed then.
+//! The first byte of a burst opens that window; the writer's thread, which
+//! empties it, closes it when nothing comes any more.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -14,7 +19,7 @@ use super::backend::Backend;
 use super::uart::Uart;
 use crate::bus::PortDevice;
 use crate::lock;
-use crate::machine::Machine;
+use crate::machine::{Machine, OUT_RING_LEN, OutRing};
 use crate::sandbox;
 
 /// Bytes of output that may wait before the transmitter reports itself full.
@@ -43,6 +48,38 @@ struct State {
     dead: bool,
     /// Do not wait for more output.
     hurry: bool,
+    /// Where the kernel puts output, if it does, and whether it may.
+    ring: Option<Box<dyn OutRing>>,
+    window: bool,
+}
+
+impl State {
+    /// Takes over what the kernel took, which comes before all that follows.
+    fn collect(&mut self) {
+        let Some(ring) = &self.ring else {
+            return;
+        };
+        if self.dead {
+            ring.take(&mut VecDeque::new());
+        } else {
+            ring.take(&mut self.tx);
+        }
+    }
+
+    /// Whether the kernel may take output: nothing follows from a byte but the
+    /// byte, and there is room for all that it takes.
+    fn window_allowed(&self) -> bool {
+        self.uart.transmits_silently() && self.tx.len() + OUT_RING_LEN < TX_RING
+    }
+
+    fn set_window(&mut self, open: bool) {
+        if let Some(ring) = &self.ring
+            && open != self.window
+        {
+            self.window = open;
+            ring.set_open(open);
+        }
+    }
 }
 
 struct Shared {
@@ -66,6 +103,7 @@ pub struct SerialPort {
 impl SerialPort {
     /// Connects a UART at `base` to a backend and starts its threads.
     pub fn new(machine: Arc<dyn Machine>, base: u16, irq: u8, backend: Backend) -> SerialPort {
+        let ring = backend.output.as_ref().and_then(|_| machine.out_ring(base));
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 uart: Uart::default(),
@@ -75,6 +113,8 @@ impl SerialPort {
                 writing: false,
                 dead: backend.output.is_none(),
                 hurry: false,
+                ring,
+                window: false,
             }),
             rx_room: Condvar::new(),
             tx_some: Condvar::new(),
@@ -106,6 +146,7 @@ impl SerialPort {
         let until = Instant::now() + limit;
         let mut state = lock(&self.shared.state);
         state.hurry = true;
+        state.collect();
         self.shared.tx_some.notify_all();
         while !state.dead && (state.writing || !state.tx.is_empty()) {
             let left = until.saturating_duration_since(Instant::now());
@@ -129,6 +170,7 @@ impl SerialPort {
     fn read(&self, register: u8) -> u8 {
         let s = &*self.shared;
         let mut state = lock(&s.state);
+        state.collect();
         let room = state.tx.len() < TX_RING;
         let full = state.uart.rx_room() == 0;
         let value = state.uart.read(register, room);
@@ -139,14 +181,18 @@ impl SerialPort {
     fn write(&self, register: u8, value: u8) {
         let s = &*self.shared;
         let mut state = lock(&s.state);
+        let before = state.tx.len();
+        state.collect();
         let full = state.uart.rx_room() == 0;
         let room = state.tx.len() + 1 < TX_RING;
         if let Some(byte) = state.uart.write(register, value, room) {
-            let len = state.tx.len();
-            if !state.dead && len < TX_RING {
+            if !state.dead && state.tx.len() < TX_RING {
                 state.tx.push_back(byte);
-                if len == 0 || len + 1 == TX_BATCH {
+                if before == 0 || before < TX_BATCH && state.tx.len() >= TX_BATCH {
                     s.tx_some.notify_one();
+                }
+                if state.window_allowed() {
+                    state.set_window(true);
                 }
             }
         }
@@ -166,6 +212,9 @@ impl Shared {
     /// Tells the machine what follows from the UART's state: the line status
     /// first, which a handler of the interrupt may read.
     fn update_line(&self, state: &mut State) {
+        if state.window && !state.window_allowed() {
+            state.set_window(false);
+        }
         let lsr = state.uart.constant_lsr(state.tx.len() < TX_RING);
         if lsr != state.lsr {
             state.lsr = lsr;
@@ -229,11 +278,34 @@ impl Shared {
         let mut written: Option<Instant> = None;
         loop {
             let mut state = lock(&self.state);
-            while state.tx.is_empty() {
-                state = self
+            let mut closed = true;
+            loop {
+                state.collect();
+                if !state.tx.is_empty() {
+                    break;
+                }
+                if closed && !state.window {
+                    state = self
+                        .tx_some
+                        .wait(state)
+                        .unwrap_or_else(PoisonError::into_inner);
+                    continue;
+                }
+                // The kernel wakes nobody. If nothing comes for a while, it is
+                // told to take no more, and what it took meanwhile is fetched
+                // a while later.
+                let waited;
+                (state, waited) = self
                     .tx_some
-                    .wait(state)
+                    .wait_timeout(state, TX_DELAY_FLOWING)
                     .unwrap_or_else(PoisonError::into_inner);
+                if waited.timed_out() {
+                    state.collect();
+                    closed = !state.window;
+                    if state.tx.is_empty() {
+                        state.set_window(false);
+                    }
+                }
             }
             let now = Instant::now();
             let flowing = written.is_some_and(|w| now - w < TX_DELAY_FLOWING);
@@ -249,6 +321,7 @@ impl Shared {
                     .unwrap_or_else(PoisonError::into_inner)
                     .0;
             }
+            state.collect();
             let was_full = state.tx.len() + 1 >= TX_RING;
             std::mem::swap(&mut state.tx, &mut batch);
             state.writing = true;
@@ -419,4 +492,79 @@ mod tests {
         assert_eq!(port.port_read(BASE + 3, 2), Some(0x0203));
         assert_eq!(port.port_read(BASE, 4), None);
     }
+
+    /// What the kernel would be: bytes that are written while it is open.
+    #[derive(Default)]
+    struct Ring(Arc<Mutex<(bool, VecDeque<u8>)>>);
+    impl OutRing for Ring {
+        fn set_open(&self, open: bool) {
+            lock(&self.0).0 = open;
+        }
+        fn take(&self, to: &mut VecDeque<u8>) {
+            to.append(&mut lock(&self.0).1);
+        }
+    }
+    struct WithRing(Arc<Mutex<(bool, VecDeque<u8>)>>);
+    impl Machine for WithRing {
+        fn isa_assert(&self, _: u8, _: Option<u8>) {}
+        fn isa_deassert(&self, _: u8, _: Option<u8>) {}
+        fn isa_level_triggered(&self, _: u8) {}
+        fn ioapic_assert(&self, _: u8) {}
+        fn ioapic_deassert(&self, _: u8) {}
+        fn out_ring(&self, port: u16) -> Option<Box<dyn OutRing>> {
+            (port == BASE).then(|| Box::new(Ring(Arc::clone(&self.0))) as _)
+        }
+        fn msi(&self, _: u64, _: u64) {}
+        fn suspend(&self, _: crate::machine::Suspend) {}
+    }
+
+    #[test]
+    fn the_kernel_takes_output_while_the_guest_polls_and_order_is_kept() {
+        let (backend, rx, _) = backend(None);
+        let ring = Arc::default();
+        let port = SerialPort::new(Arc::new(WithRing(Arc::clone(&ring))), BASE, 4, backend);
+        let open = || lock(&ring).0;
+        // As vmm.ko: into the ring while it is open, else to the device.
+        let send = |byte: u8| {
+            let mut r = lock(&ring);
+            if r.0 && r.1.len() < OUT_RING_LEN {
+                r.1.push_back(byte);
+                return true;
+            }
+            drop(r);
+            assert!(port.port_write(BASE, 1, byte.into()));
+            false
+        };
+        assert!(!open(), "nothing was sent yet");
+        let text: Vec<u8> = (0..=255).cycle().take(3 * OUT_RING_LEN).collect();
+        let taken = text.iter().filter(|&&b| send(b)).count();
+        assert!(taken > text.len() / 2, "{taken} bytes by the kernel");
+        // The transmitter's interrupt: each byte is our business again.
+        send(b'a');
+        port.port_write(BASE + 1, 1, IER_TX_ON);
+        assert!(!open());
+        send(b'b');
+        assert!(!open());
+        port.port_write(BASE + 1, 1, 0);
+        // The divisor is no output.
+        send(b'c');
+        port.port_write(BASE + 3, 1, 0x80);
+        assert!(!open());
+        port.port_write(BASE, 1, 1);
+        port.port_write(BASE + 3, 1, 3);
+        assert!(port.drain(Duration::from_secs(5)));
+        let got: Vec<u8> = rx.try_iter().flatten().collect();
+        assert_eq!(got, [&text[..], b"abc"].concat());
+        // When output ends the ring closes, with nothing left in it.
+        send(b'd');
+        let until = Instant::now() + Duration::from_secs(5);
+        while open() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(!open());
+        assert!(port.drain(Duration::from_secs(5)));
+        assert_eq!(rx.try_iter().flatten().collect::<Vec<u8>>(), b"d");
+    }
+
+    const IER_TX_ON: u32 = 2;
 }

@@ -103,6 +103,13 @@ impl Uart {
         (!self.overrun).then_some(self.lsr(tx_room))
     }
 
+    /// Whether a byte for the transmitter changes nothing that the guest can
+    /// see: it goes out, the interrupt that it would cause is off, and stays
+    /// due for when it is turned on.
+    pub fn transmits_silently(&self) -> bool {
+        !self.dlab() && !self.loopback() && self.ier & IER_TX == 0 && self.tx_interrupt
+    }
+
     fn lsr(&self, tx_room: bool) -> u8 {
         let mut lsr = if tx_room { LSR_THR_EMPTY | LSR_IDLE } else { 0 };
         lsr |= if self.rx_len > 0 { LSR_DATA } else { 0 };

@@ -21,14 +21,15 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Only the modules `affinity`, [`confine`], `runner`, `sys`, `title`, [`poll`], [`tap`] and [`memory`] contain
-//! `unsafe`: the system calls, and the mapping of a vCPU's run page and of guest memory. No
+//! Only the modules `affinity`, [`confine`], `sys`, `title`, [`poll`], [`tap`] and [`memory`]
+//! contain `unsafe`: the system calls, and the mapping of pages shared with the kernel and of guest memory. No
 //! reference into guest memory is ever handed out, because the guest changes it at will.
 
 mod affinity;
 pub mod confine;
 mod error;
 pub mod memory;
+mod out_ring;
 pub mod poll;
 mod runner;
 mod state;
@@ -41,6 +42,7 @@ mod vm;
 pub use affinity::pin_thread;
 pub use error::{Error, Result};
 pub use memory::{GuestMemory, MemFlags, Segment, parse_memsize};
+pub use out_ring::OutRing;
 pub use runner::{Left, Runner};
 pub use state::Flat32;
 pub use title::set_process_title;

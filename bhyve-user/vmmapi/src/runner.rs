@@ -1,84 +1,43 @@
 //! Running a vCPU with as little as possible between two exits.
 
 use crate::error::{Error, Result};
-use crate::sys;
+use crate::sys::{self, Page};
 use crate::vcpu::Vcpu;
 use std::io;
 use std::mem::offset_of;
-use std::os::fd::AsRawFd;
-use std::ptr::NonNull;
+use std::sync::atomic::Ordering;
 use vmm_abi::exit::Inout;
 use vmm_abi::layout::{EXT_F_RUN_PAGE, EXT_RUN_PAGES, EXT_RUN_RAX, EXT_RUN_SHIFT, VmExtRunPage};
 use vmm_abi::raw_exit::{InoutRaw, VmExitRaw};
 use vmm_abi::request::VM_EXT_RUN_PAGE;
 use vmm_abi::{Exit, ExitCode, VmExit};
+use zerocopy::{FromZeros, IntoBytes};
 
-const PAGE: usize = 4096;
-
-/// A vCPU's run page, mapped.
+/// A vCPU's run page, mapped. The kernel writes to it only while this thread
+/// is in VM_EXT_RUN_PAGE; if another thread runs the vCPU too, either of them
+/// reads nonsense, and no more than that.
 #[derive(Debug)]
-struct Page(NonNull<u8>);
+struct RunPage(Page);
 
-// SAFETY: the mapping belongs to the process, and `Runner` is not shared.
-unsafe impl Send for Page {}
-
-impl Page {
-    fn map(vcpu: &Vcpu) -> io::Result<Page> {
-        let offset = EXT_RUN_PAGES + u64::from(vcpu.id()) * PAGE as u64;
-        let offset = libc::off_t::try_from(offset)
-            .map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let p = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                PAGE,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                vcpu.vm().fd().as_raw_fd(),
-                offset,
-            )
-        };
-        if p == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        NonNull::new(p.cast())
-            .map(Page)
-            .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
-    }
-
-    /// The word at `offset`, a multiple of 8.
+impl RunPage {
     #[inline]
-    fn word(&self, offset: usize) -> NonNull<u64> {
-        assert!(offset < size_of::<VmExtRunPage>() && offset.is_multiple_of(8));
-        // SAFETY: within the page.
-        unsafe { self.0.add(offset).cast() }
-    }
-
-    #[inline]
-    fn get(&self, offset: usize) -> u64 {
-        // SAFETY: mapped and aligned; the kernel writes to it only while this
-        // thread is in VM_EXT_RUN_PAGE, and others see to it that no other
-        // thread runs the vCPU at the same time, or read nonsense.
-        unsafe { self.word(offset).read_volatile() }
+    fn word(&self, offset: usize) -> u64 {
+        self.0.word64(offset).load(Ordering::Relaxed)
     }
 
     #[inline]
     fn set_rax(&self, rax: u64) {
-        // SAFETY: as for `get`.
-        unsafe { self.word(offset_of!(VmExtRunPage, rax)).write_volatile(rax) }
+        let at = self.0.word64(offset_of!(VmExtRunPage, rax));
+        at.store(rax, Ordering::Relaxed);
     }
 
     fn exit(&self) -> VmExitRaw {
-        // SAFETY: the exit lies at the page's start; as for `get`.
-        unsafe { self.0.cast::<VmExitRaw>().read_volatile() }
-    }
-}
-
-impl Drop for Page {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping, which nothing uses any more. Nothing can be
-        // done about a failure.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), PAGE) };
+        let mut exit = VmExitRaw::new_zeroed();
+        let words = exit.as_mut_bytes().chunks_exact_mut(8).enumerate();
+        for (n, to) in words {
+            to.copy_from_slice(&self.word(8 * n).to_ne_bytes());
+        }
+        exit
     }
 }
 
@@ -104,7 +63,7 @@ enum Last {
 #[derive(Debug)]
 pub struct Runner<'a> {
     vcpu: &'a Vcpu,
-    page: Option<Page>,
+    page: Option<RunPage>,
     last: Last,
 }
 
@@ -116,13 +75,14 @@ impl<'a> Runner<'a> {
     pub fn new(vcpu: &'a Vcpu) -> Result<Runner<'a>> {
         let small = vcpu.id() >> EXT_RUN_SHIFT == 0;
         let page = if small && vcpu.vm().has(EXT_F_RUN_PAGE) {
-            let page = Page::map(vcpu).map_err(|e| Error::Map {
+            let offset = EXT_RUN_PAGES + u64::from(vcpu.id()) * Page::SIZE as u64;
+            let page = Page::map(vcpu.vm().fd(), offset).map_err(|e| Error::Map {
                 vm: vcpu.vm().name().into(),
-                gpa: EXT_RUN_PAGES,
-                len: PAGE as u64,
+                gpa: offset,
+                len: Page::SIZE as u64,
                 source: e,
             })?;
-            Some(page)
+            Some(RunPage(page))
         } else {
             None
         };
@@ -151,9 +111,9 @@ impl<'a> Runner<'a> {
             Ok(()) => {}
             Err(e) => return self.stopped(e),
         }
-        let code = page.get(offset_of!(VmExitRaw, exitcode)) as u32;
+        let code = page.word(offset_of!(VmExitRaw, exitcode)) as u32;
         if code == ExitCode::Inout.raw() {
-            let raw = page.get(offset_of!(VmExitRaw, u));
+            let raw = page.word(offset_of!(VmExitRaw, u));
             return Ok(Left::Inout(Inout::from_raw(&InoutRaw {
                 flags: raw as u16,
                 port: (raw >> 16) as u16,

@@ -3,6 +3,8 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
 use vmm_abi::ioccom;
 use vmm_abi::layout::*;
 use zerocopy::{FromBytes, IntoBytes};
@@ -23,7 +25,7 @@ plain! {
     VmIoapicIrq VmIsaIrq VmIsaIrqTrigger VmCapability VmPptdev VmPptdevMmio VmPptdevMsi
     VmPptdevMsix VmNmi VmStats VmStats14 VmStatDesc VmX2apic VmGpaPte VmHpetCap VmSuspend
     VmGla2gpa VmActivateCpu VmIntinfo VmRtcTime VmRtcData VmCpuTopology VmKernemuDev VmmctlVm
-    VmExtVersion VmExtRun VmExtConstantPort VmExtRelease i32
+    VmExtVersion VmExtRun VmExtConstantPort VmExtOutRing VmExtRelease i32
 }
 
 /// Opens a device for reading and writing.
@@ -51,6 +53,73 @@ pub(crate) fn ioctl_int(fd: BorrowedFd<'_>, request: u32, arg: i32) -> io::Resul
         Err(io::Error::last_os_error())
     } else {
         Ok(())
+    }
+}
+
+/// A page of the kernel's that both sides write to.
+#[derive(Debug)]
+pub(crate) struct Page(NonNull<u8>);
+
+// SAFETY: a mapping belongs to the process, and all access is atomic.
+unsafe impl Send for Page {}
+// SAFETY: as above.
+unsafe impl Sync for Page {}
+
+impl Page {
+    pub(crate) const SIZE: usize = 4096;
+
+    /// Maps the page at `offset` of a VM's device.
+    pub(crate) fn map(fd: BorrowedFd<'_>, offset: u64) -> io::Result<Page> {
+        let error = |code| io::Error::from_raw_os_error(code);
+        let offset = libc::off_t::try_from(offset).map_err(|_| error(libc::EINVAL))?;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let p = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                Self::SIZE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                fd.as_raw_fd(),
+                offset,
+            )
+        };
+        if p == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        NonNull::new(p.cast())
+            .map(Page)
+            .ok_or_else(|| error(libc::ENOMEM))
+    }
+
+    #[inline]
+    fn at<T>(&self, offset: usize) -> *mut T {
+        assert!(offset.is_multiple_of(size_of::<T>()) && offset + size_of::<T>() <= Self::SIZE);
+        self.0.as_ptr().wrapping_add(offset).cast()
+    }
+
+    #[inline]
+    pub(crate) fn word64(&self, offset: usize) -> &AtomicU64 {
+        // SAFETY: aligned and within the page, which is mapped as long as
+        // self lives and only accessed atomically.
+        unsafe { AtomicU64::from_ptr(self.at(offset)) }
+    }
+
+    pub(crate) fn word(&self, offset: usize) -> &AtomicU32 {
+        // SAFETY: as above.
+        unsafe { AtomicU32::from_ptr(self.at(offset)) }
+    }
+
+    pub(crate) fn byte(&self, offset: usize) -> &AtomicU8 {
+        // SAFETY: as above.
+        unsafe { AtomicU8::from_ptr(self.at(offset)) }
+    }
+}
+
+impl Drop for Page {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, which nothing uses any more. Nothing can be
+        // done about a failure.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), Self::SIZE) };
     }
 }
 

@@ -144,7 +144,8 @@ pub fn guest_initrd_with(dirs: &Dirs, name: &str, files: &[(String, PathBuf)]) -
 /// no bearing on a hypervisor: self-tests of ciphers, certificates, tracers.
 /// AppArmor is left out, and so that SELinux does not take its place (which, other
 /// than AppArmor, looks at every ioctl), the rest of Debian's list is named.
-pub const LEAN: &str = "cryptomgr.notests lsm=landlock,lockdown,yama,tomoyo \
+pub const LEAN: &str = "cryptomgr.notests init_on_alloc=0 \
+    lsm=landlock,lockdown,yama,tomoyo \
     initcall_blacklist=load_system_certificate_list,init_kprobe_trace,init_blk_tracer,bpf_rstat_kfunc_init,cubictcp_register";
 
 /// How to start a host.

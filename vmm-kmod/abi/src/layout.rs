@@ -707,12 +707,43 @@ pub const EXT_RUN_PAGES: u64 = 1 << 52;
 /// Flags of `VM_EXT_RUN_PAGE` start at this bit, above the vCPU's number.
 pub const EXT_RUN_SHIFT: u32 = 24;
 
+abi_struct! {
+    /// Argument of `VM_EXT_OUT_RING`: where one-byte OUTs to a port go.
+    VmExtOutRing, 8 {
+        /// Port.
+        port: u16 = 0,
+        /// 1: into the ring, emptied and closed by this; 0: to userland.
+        on: u16 = 2,
+        /// Which ring, below [`EXT_OUT_RING_COUNT`].
+        ring: u32 = 4,
+    }
+}
+
+/// Offset in a VM's device at which ring 0 of `VM_EXT_OUT_RING` can be mapped,
+/// a page each, once the ring is in use.
+pub const EXT_OUT_RINGS: u64 = EXT_RUN_PAGES + (1 << 40);
+/// Rings a VM has.
+pub const EXT_OUT_RING_COUNT: usize = 4;
+/// Offset in a ring's page: bytes put in so far, modulo 2^32 (u32, the kernel's).
+pub const OUT_RING_HEAD: usize = 0;
+/// Bytes taken out so far, modulo 2^32 (u32, userland's).
+pub const OUT_RING_TAIL: usize = 64;
+/// Not 0: the ring takes bytes (u32, userland's). A byte that was on its way
+/// when it closed may still arrive, some microseconds later.
+pub const OUT_RING_OPEN: usize = 128;
+/// The bytes; the n-th is at n modulo [`OUT_RING_LEN`].
+pub const OUT_RING_DATA: usize = 2048;
+/// Bytes a ring holds, a power of two.
+pub const OUT_RING_LEN: usize = 2048;
+
 /// `VmExtVersion::features`: `VM_EXT_RUN` is there.
 pub const EXT_F_RUN: u32 = 1;
 /// `VmExtVersion::features`: `VM_EXT_CONSTANT_PORT` is there.
 pub const EXT_F_CONSTANT_PORT: u32 = 2;
 /// `VmExtVersion::features`: `VM_EXT_RUN_PAGE` is there.
 pub const EXT_F_RUN_PAGE: u32 = 4;
+/// `VmExtVersion::features`: `VM_EXT_OUT_RING` is there.
+pub const EXT_F_OUT_RING: u32 = 8;
 /// `VmExtVersion::features`: `VM_EXT_RELEASE` is there.
 pub const EXT_F_RELEASE: u32 = 0x100;
 /// `VmExtRun::flags`: set RAX before the guest goes on.

@@ -176,6 +176,9 @@ requests! {
     /// mapped, so that nothing is copied (ours). The argument is the vCPU's
     /// number and, from bit [`EXT_RUN_SHIFT`] on, `EXT_RUN_*`.
     VM_EXT_RUN_PAGE = iowint(GROUP, EXT_FIRST + 3);
+    /// Makes one-byte OUTs to a port complete in the kernel, which puts the
+    /// bytes into a ring that userland has mapped (ours).
+    VM_EXT_OUT_RING = iow::<VmExtOutRing>(GROUP, EXT_FIRST + 4);
     /// Gives memory back to the host (ours).
     VM_EXT_RELEASE = iowr::<VmExtRelease>(GROUP, EXT_FIRST + 8);
 }

@@ -375,15 +375,18 @@ impl<C: RunCpu> Runner<'_, C> {
             self.finish();
             return None;
         }
-        if io.input
-            && io.size == 1
-            && let Some(value) = self.vm.constant_ports.get(io.port)
-        {
-            self.inner
-                .hw
-                .set_gpr(Gpr::Rax, rax & !0xff | u64::from(value));
-            self.finish();
-            return None;
+        if io.size == 1 {
+            if !io.input {
+                if self.vm.out_rings.push(io.port, rax as u8) {
+                    self.finish();
+                    return None;
+                }
+            } else if let Some(value) = self.vm.constant_ports.get(io.port) {
+                let rax = rax & !0xff | u64::from(value);
+                self.inner.hw.set_gpr(Gpr::Rax, rax);
+                self.finish();
+                return None;
+            }
         }
         Some(self.inout_exit(&io, len, rax as u32))
     }

@@ -43,7 +43,7 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
     let a: &mut VmExtVersion = arg(data)?;
     *a = VmExtVersion {
         abi_version: EXT_ABI_VERSION,
-        features: EXT_F_RUN | EXT_F_CONSTANT_PORT | EXT_F_RUN_PAGE,
+        features: EXT_F_RUN | EXT_F_CONSTANT_PORT | EXT_F_RUN_PAGE | EXT_F_OUT_RING,
     };
     Ok(())
 }
@@ -108,6 +108,15 @@ pub fn vm(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
                 _ => return Err(errno::EINVAL),
             };
             vm.constant_ports.set(a.port, value)
+        }
+        req::VM_EXT_OUT_RING => {
+            let a: &mut VmExtOutRing = arg(data)?;
+            let port = match a.on {
+                0 => None,
+                1 => Some(a.port),
+                _ => return Err(errno::EINVAL),
+            };
+            vm.out_rings.set(a.ring as usize, port)
         }
         req::VM_RUN_14 => {
             let a: &mut VmRun14 = arg(data)?;

@@ -18,6 +18,7 @@ mod memory;
 mod os;
 mod ports;
 mod regs;
+mod rings;
 mod run;
 mod run_page;
 mod snapshot;

@@ -24,6 +24,7 @@ use crate::global;
 use crate::memory::MemMap;
 use crate::os::{self, Os};
 use crate::ports::ConstantPorts;
+use crate::rings::OutRings;
 use crate::sync::{self, Mutex, NoMemory, SpinLock, Timer};
 use crate::vcpu::Vcpu;
 use crate::vm_memory::Memory;
@@ -82,6 +83,8 @@ pub struct Vm {
     pub pm_timer: PmTimer,
     /// Ports that userland has answered in advance.
     pub constant_ports: ConstantPorts,
+    /// Where the bytes of OUTs to some ports go.
+    pub out_rings: OutRings,
     chipset_timer: Option<Timer>,
     slots: Box<[Slot]>,
     nslots: AtomicUsize,
@@ -226,6 +229,7 @@ impl Vm {
             chipset,
             pm_timer,
             constant_ports: ConstantPorts::new(),
+            out_rings: OutRings::new()?,
             chipset_timer: None,
             slots: sync::try_slice(MAX_VCPUS, |_| Slot(AtomicPtr::new(ptr::null_mut())))?,
             nslots: AtomicUsize::new(0),
@@ -485,6 +489,7 @@ impl Vm {
         let _ = unmapped.map_err(|_| errno::ENOMEM)?;
         self.with_chipset(|c, now, sink| c.reset(now, sink));
         self.constant_ports.clear();
+        self.out_rings.clear();
         self.suspend.store(0, Ordering::SeqCst);
         self.active.zero();
         self.active_count.store(0, Ordering::SeqCst);

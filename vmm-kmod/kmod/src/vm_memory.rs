@@ -4,7 +4,7 @@
 use core::ffi::c_char;
 use core::ptr::{self, NonNull};
 
-use vmm_abi::layout::{EXT_RUN_PAGES, c_name, set_c_name};
+use vmm_abi::layout::{EXT_OUT_RINGS, EXT_RUN_PAGES, c_name, set_c_name};
 use vmm_core::lapic::DEFAULT_BASE;
 use vmm_hw::ept::{Invalidation, MemType, Prot};
 use vmm_hw::nested::NestedTables;
@@ -198,7 +198,7 @@ impl Vm {
     /// a device segment. EFAULT: there is none. ENOMEM.
     pub fn page(&self, segid: i32, off: u64) -> Result<u64, i32> {
         if segid < 0 && off >= EXT_RUN_PAGES {
-            return self.run_page(off).ok_or(errno::EFAULT);
+            return self.shared_page(off).ok_or(errno::EFAULT);
         }
         let mem = self.mem.lock();
         match usize::try_from(segid) {
@@ -216,7 +216,7 @@ impl Vm {
     pub fn mmap_ok(&self, segid: i32, off: u64, len: u64) -> Result<(), i32> {
         if segid < 0 && off >= EXT_RUN_PAGES {
             // One at a time.
-            let ok = len == 4096 && self.run_page(off).is_some();
+            let ok = len == 4096 && self.shared_page(off).is_some();
             return if ok { Ok(()) } else { Err(errno::EINVAL) };
         }
         let mem = self.mem.lock();
@@ -230,8 +230,11 @@ impl Vm {
         if ok { Ok(()) } else { Err(errno::EINVAL) }
     }
 
-    /// Where the run page that is mapped at `off` is; its vCPU must exist.
-    fn run_page(&self, off: u64) -> Option<u64> {
+    /// Where the run page or ring that is mapped at `off` is, if it exists.
+    fn shared_page(&self, off: u64) -> Option<u64> {
+        if let Some(off) = off.checked_sub(EXT_OUT_RINGS) {
+            return self.out_rings.pa(usize::try_from(off >> 12).ok()?);
+        }
         let id = off.checked_sub(EXT_RUN_PAGES)? >> 12;
         self.vcpu(usize::try_from(id).ok()?)
             .map(|v| v.run_page.pa())
