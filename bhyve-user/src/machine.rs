@@ -1,6 +1,7 @@
 //! What a device may ask of the VM: interrupt lines, MSIs and the end of it.
 
 use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 
 /// How a VM is asked to stop (`enum vm_suspend_how` of FreeBSD's vmm.h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +50,12 @@ pub trait Machine: Send + Sync {
     fn out_ring(&self, _port: u16) -> Option<Box<dyn OutRing>> {
         None
     }
+    /// Makes two-byte OUTs (of `value`, or of any) to a port signal an
+    /// eventfd instead of coming to the device, or ends that (`None`). False:
+    /// the machine cannot.
+    fn doorbell(&self, _port: u16, _value: Option<u16>, _fd: Option<BorrowedFd<'_>>) -> bool {
+        false
+    }
     /// Sends a message-signalled interrupt.
     fn msi(&self, address: u64, data: u64);
     /// Stops the VM; a VM that is stopping already stays on its way.
@@ -71,6 +78,8 @@ pub trait Machine: Send + Sync {
 pub(crate) mod fake {
     //! A machine that writes down what it was asked.
     use super::*;
+    use std::fs::File;
+    use std::io::Write;
     use std::sync::{Arc, Mutex};
 
     #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,6 +97,7 @@ pub(crate) mod fake {
     #[derive(Default)]
     pub struct Fake {
         events: Mutex<Vec<Event>>,
+        bells: Mutex<Vec<(u16, Option<u16>, File)>>,
     }
 
     impl Fake {
@@ -97,6 +107,20 @@ pub(crate) mod fake {
         /// Everything since the last call.
         pub fn take(&self) -> Vec<Event> {
             std::mem::take(&mut *crate::lock(&self.events))
+        }
+        /// The doorbells that there are: port and value.
+        pub fn bells(&self) -> Vec<(u16, Option<u16>)> {
+            let bells = crate::lock(&self.bells);
+            bells
+                .iter()
+                .map(|(port, value, _)| (*port, *value))
+                .collect()
+        }
+        /// Signals the eventfds of a port.
+        pub fn ring(&self, port: u16) {
+            for (_, _, fd) in crate::lock(&self.bells).iter().filter(|b| b.0 == port) {
+                (&*fd).write_all(&1_u64.to_ne_bytes()).unwrap();
+            }
         }
         fn push(&self, e: Event) {
             crate::lock(&self.events).push(e);
@@ -118,6 +142,13 @@ pub(crate) mod fake {
         }
         fn ioapic_deassert(&self, pin: u8) {
             self.push(Event::Deassert(pin));
+        }
+        fn doorbell(&self, port: u16, value: Option<u16>, fd: Option<BorrowedFd<'_>>) -> bool {
+            let mut bells = crate::lock(&self.bells);
+            bells.retain(|(p, v, _)| (*p, *v) != (port, value));
+            let file = fd.map(|fd| File::from(fd.try_clone_to_owned().unwrap()));
+            bells.extend(file.map(|file| (port, value, file)));
+            true
         }
         fn msi(&self, address: u64, data: u64) {
             self.push(Event::Msi(address, data));

@@ -72,6 +72,9 @@ pub trait PciDevice: Send + Sync {
     /// The function is on its bus: what a device needs that sends interrupts on
     /// its own account. To be kept as a `Weak`: the function owns the device.
     fn attached(&self, _function: &std::sync::Arc<function::PciFunction>) {}
+    /// A BAR is at `addr` from now on, or nowhere. Called with the function
+    /// locked.
+    fn bar_moved(&self, _bar: usize, _addr: Option<u64>, _machine: &dyn crate::machine::Machine) {}
     /// What the device shows in ACPI's namespace below its root bridge.
     fn aml(&self, _at: Bdf, _sink: &mut Vec<u8>) {}
 }

@@ -114,8 +114,19 @@ pub enum Turn {
     More,
 }
 
+/// What became of a turn that must not wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attempt {
+    /// There was nothing to do.
+    Idle,
+    /// A request is done.
+    Done,
+    /// A request is there that the group's thread has to do.
+    Later,
+}
+
 /// A group's device. All calls come with the group's lock held: for
-/// [`Device::activate`] and [`Device::reset`] from a vCPU, which waits, else
+/// [`Device::activate`], [`Device::reset`] and [`Device::try_turn`] from a vCPU, which waits, else
 /// from the group's own thread, where it may wait for the host. Each call does
 /// a bounded piece of work: between two the lock is let go of.
 pub trait Device: Send {
@@ -147,6 +158,22 @@ pub trait Device: Send {
         cx.serve_one(queue, |chain, memory, features| {
             self.serve(queue, chain, memory, features)
         })
+    }
+
+    /// As [`Device::turn`], but on the vCPU's own thread, before it goes on: a
+    /// request that needs no waiting is cheapest done there. Only called if
+    /// [`Device::at_once`] says so, and never while the group's thread is at
+    /// work.
+    ///
+    /// # Errors
+    /// As for [`Device::serve`].
+    fn try_turn(&mut self, _queue: usize, _cx: &mut Cx<'_>) -> Result<Attempt, Malformed> {
+        Ok(Attempt::Later)
+    }
+
+    /// Asked once: whether [`Device::try_turn`] is worth trying.
+    fn at_once(&self) -> bool {
+        false
     }
 
     /// The driver is up (DRIVER_OK). Old drivers may have used queues before.

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -127,9 +128,13 @@ impl Machine for Kernel {
         let ring = self.vm.out_ring(n, port).ok().flatten()?;
         Some(Box::new(ring))
     }
+    fn doorbell(&self, port: u16, value: Option<u16>, fd: Option<BorrowedFd<'_>>) -> bool {
+        // Without it, each notification is an exit.
+        self.vm.set_doorbell(port, value, fd).unwrap_or(false)
+    }
     fn msi(&self, address: u64, data: u64) {
         // The guest chose the address: a wrong one goes nowhere.
-        let _ = self.vm.lapic_msi(address, data);
+        self.vm.post_msi(address, data);
     }
     fn can_release_memory(&self) -> bool {
         self.vm.has(vmmapi::abi::layout::EXT_F_RELEASE)

@@ -164,6 +164,24 @@ timer_fired(void *arg)
 	vmm_rust_timer(((struct vmm_timer *)arg)->arg);
 }
 
+/* eventfd(2) came with FreeBSD 13, and modules cannot signal one. */
+struct vmm_event *
+vmm_host_event_get(int fd __unused)
+{
+
+	return (NULL);
+}
+
+void
+vmm_host_event_put(struct vmm_event *e __unused)
+{
+}
+
+void
+vmm_host_event_signal(struct vmm_event *e __unused)
+{
+}
+
 struct vmm_timer *
 vmm_host_timer_create(void *arg)
 {

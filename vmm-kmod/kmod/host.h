@@ -26,6 +26,7 @@ struct vmm_host_info {
 	uint32_t xsave_forms;     /* bits of CPUID.0DH.1:EAX; guests see no other */
 	uint32_t fill_rsb;        /* fill the return-stack buffer after VM exits */
 	uint32_t thread_tss;      /* threads may have a TSS of their own */
+	uint32_t events;          /* vmm_host_event_get() is of use */
 };
 
 /* ---- memory --------------------------------------------------------- */
@@ -101,6 +102,13 @@ void vmm_host_sleep_prepare(struct vmm_sleeper *s);
  * signal; non-zero for a signal. */
 int vmm_host_sleep(struct vmm_sleeper *s, uint64_t ns);
 void vmm_host_wake(struct vmm_sleeper *s);
+
+/* An event that userland waits for by a descriptor (eventfd). get(): NULL where
+ * the host has none such, or fd is none; signal() works from any context. */
+struct vmm_event;
+struct vmm_event *vmm_host_event_get(int fd);
+void vmm_host_event_put(struct vmm_event *e);
+void vmm_host_event_signal(struct vmm_event *e);
 
 /* A one-shot timer that calls vmm_rust_timer(arg) in interrupt context. */
 struct vmm_timer;

@@ -1,10 +1,13 @@
 /* Threads: sleeping, waking, locks, timers, time. */
+#include <linux/err.h>
+#include <linux/eventfd.h>
 #include <linux/hrtimer.h>
 #include <linux/mutex.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/timekeeping.h>
+#include <linux/version.h>
 #include <linux/wait.h>
 
 #include "shim.h"
@@ -103,6 +106,27 @@ void vmm_host_wake(struct vmm_sleeper *s)
 	/* The barrier in wq_has_sleeper orders the flag before the look. */
 	if (wq_has_sleeper(&s->queue))
 		wake_up(&s->queue);
+}
+
+struct vmm_event *vmm_host_event_get(int fd)
+{
+	struct eventfd_ctx *ctx = eventfd_ctx_fdget(fd);
+
+	return IS_ERR(ctx) ? NULL : (struct vmm_event *)ctx;
+}
+
+void vmm_host_event_put(struct vmm_event *e)
+{
+	eventfd_ctx_put((struct eventfd_ctx *)e);
+}
+
+void vmm_host_event_signal(struct vmm_event *e)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 8, 0)
+	eventfd_signal((struct eventfd_ctx *)e);
+#else
+	eventfd_signal((struct eventfd_ctx *)e, 1);
+#endif
 }
 
 static enum hrtimer_restart timer_fired(struct hrtimer *timer)

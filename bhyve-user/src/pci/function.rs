@@ -496,6 +496,10 @@ impl PciFunction {
         // A guest that puts a BAR over another device's range gets no answer
         // there; sizing does so in passing.
         *mapped = done.is_ok();
+        if *mapped {
+            let addr = Some(bar.addr);
+            self.device.bar_moved(index, addr, &*self.machine);
+        }
     }
 
     fn unmap(&self, state: &mut State, index: usize) {
@@ -506,6 +510,7 @@ impl PciFunction {
             return;
         };
         if std::mem::take(mapped) {
+            self.device.bar_moved(index, None, &*self.machine);
             match handler.ports {
                 Some(slot) => buses.ports.unmap(slot, bar.addr as u16, bar.size as u16),
                 None => buses.mmio.unmap(bar.addr, &handler.mmio),

@@ -185,15 +185,16 @@ impl SerialPort {
         state.collect();
         let full = state.uart.rx_room() == 0;
         let room = state.tx.len() + 1 < TX_RING;
-        if let Some(byte) = state.uart.write(register, value, room) {
-            if !state.dead && state.tx.len() < TX_RING {
-                state.tx.push_back(byte);
-                if before == 0 || before < TX_BATCH && state.tx.len() >= TX_BATCH {
-                    s.tx_some.notify_one();
-                }
-                if state.window_allowed() {
-                    state.set_window(true);
-                }
+        if let Some(byte) = state.uart.write(register, value, room)
+            && !state.dead
+            && state.tx.len() < TX_RING
+        {
+            state.tx.push_back(byte);
+            if before == 0 || before < TX_BATCH && state.tx.len() >= TX_BATCH {
+                s.tx_some.notify_one();
+            }
+            if state.window_allowed() {
+                state.set_window(true);
             }
         }
         s.after_access(&mut state, full);

@@ -18,6 +18,7 @@ use super::queue::{Layout, Queue};
 use super::worker::{NO_VECTOR, Shared};
 use super::{Built, Identity, feature, status};
 use crate::lock;
+use crate::machine::Machine;
 use crate::pci::PciDevice;
 use crate::pci::bar::BarKind;
 use crate::pci::config::{CAP_VENDOR, REVISION, SUBSYSTEM, SUBSYSTEM_VENDOR};
@@ -224,6 +225,13 @@ impl QueueRegs {
 impl PciDevice for VirtioPci {
     fn attached(&self, function: &Arc<PciFunction>) {
         self.shared.attach(function);
+    }
+
+    fn bar_moved(&self, bar: usize, addr: Option<u64>, machine: &dyn Machine) {
+        if bar == BAR_LEGACY {
+            let port = addr.map(|a| (a + legacy::NOTIFY) as u16);
+            self.shared.notified_at(port, machine);
+        }
     }
 
     fn bar_read(&self, f: &PciFunction, bar: usize, offset: u64, size: u8) -> u64 {

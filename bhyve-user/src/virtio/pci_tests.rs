@@ -387,3 +387,90 @@ fn the_bars_are_reachable_through_configuration_space() {
     r.f.config_write(cap, 4, u32::MAX);
     assert_eq!(r.f.config_read(cap, 1), 9);
 }
+
+/// Does itself what starts with an even byte, at once; the rest is the
+/// thread's.
+struct Half {
+    by_vcpu: Arc<Mutex<Vec<bool>>>,
+    thread: std::thread::ThreadId,
+}
+impl Half {
+    fn note(&self) {
+        let vcpu = std::thread::current().id() == self.thread;
+        lock(&self.by_vcpu).push(vcpu);
+    }
+}
+impl Device for Half {
+    fn serve(
+        &mut self,
+        queue: usize,
+        chain: &mut Chain,
+        memory: &GuestMemory,
+        features: u64,
+    ) -> Result<u32, Malformed> {
+        self.note();
+        Echo.serve(queue, chain, memory, features)
+    }
+    fn at_once(&self) -> bool {
+        true
+    }
+    fn try_turn(
+        &mut self,
+        queue: usize,
+        cx: &mut crate::virtio::Cx<'_>,
+    ) -> Result<crate::virtio::Attempt, Malformed> {
+        cx.try_serve_one(queue, |chain, memory, features| {
+            let byte: u8 = memory.read(chain.readable[0].addr).unwrap();
+            if !byte.is_multiple_of(2) {
+                return Ok(None);
+            }
+            self.serve(queue, chain, memory, features).map(Some)
+        })
+    }
+}
+
+#[test]
+fn what_needs_no_waiting_is_done_before_the_notification_returns() {
+    let by_vcpu = Arc::new(Mutex::new(Vec::new()));
+    let half = Half {
+        by_vcpu: Arc::clone(&by_vcpu),
+        thread: std::thread::current().id(),
+    };
+    let r = rig_of(|identity| Built::single(identity, half));
+    assert_eq!(r.fake.bells(), [], "the vCPU is wanted itself");
+    let layout = legacy_start(&r);
+    r.request(layout, 1, 0x22);
+    r.outp(0x10, 2, 0);
+    assert_eq!(r.memory.read::<u16>(layout.used + 2).unwrap(), 1);
+    r.served(layout, 1, 0x22);
+    r.event(Event::IsaAssert(3, Some(16)));
+    // One that is not for it is found whole by the thread.
+    r.request(layout, 2, 0x23);
+    r.outp(0x10, 2, 0);
+    r.served(layout, 2, 0x23);
+    assert_eq!(*lock(&by_vcpu), [true, false]);
+    // A malformed chain stops the device there as well.
+    r.memory.write(layout.desc + 14, &9_u16).unwrap();
+    r.memory.write(layout.avail + 2, &3_u16).unwrap();
+    r.outp(0x10, 2, 0);
+    assert_eq!(r.inp(0x12, 1) & 0x40, 0x40, "NEEDS_RESET");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_doorbell_in_the_kernel_reaches_the_thread() {
+    let r = rig();
+    let any = |port| vec![(port, None)];
+    assert_eq!(r.fake.bells(), any(IO + 0x10), "one thread, any queue");
+    let layout = legacy_start(&r);
+    for n in 1..=20 {
+        r.request(layout, n, n as u8);
+        r.fake.ring(IO + 0x10);
+        r.served(layout, n, n as u8);
+    }
+    // It follows the BAR, and goes with it.
+    r.f.config_write(0x10, 4, 0x3000);
+    assert_eq!(r.fake.bells(), any(0x3010));
+    r.f.config_write(4, 2, 0);
+    assert_eq!(r.fake.bells(), []);
+}

@@ -378,6 +378,11 @@ impl Queue {
         Ok(true)
     }
 
+    /// Takes back the last [`Queue::pop`]: the chain is there again.
+    pub fn unpop(&mut self) {
+        self.next_avail = self.next_avail.wrapping_sub(1);
+    }
+
     fn walk(&self, memory: &GuestMemory, chain: &mut Chain) -> Result<(), Malformed> {
         let (mut table, mut entries) = (self.layout.desc, u64::from(self.layout.size));
         let (mut index, mut inside) = (chain.head, false);

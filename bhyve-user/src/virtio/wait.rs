@@ -2,7 +2,7 @@
 //! cheapest, or poll(2) where the host has something to tell as well.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, Thread};
@@ -80,6 +80,14 @@ impl Sleeper {
         }
     }
 
+    /// The eventfd that wakes it, where that is what it sleeps on.
+    pub(super) fn eventfd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Sleeper::Poll(bell) => bell.host.eventfd(),
+            Sleeper::Park(_) => None,
+        }
+    }
+
     /// Wakes it, if it sleeps. The caller has left word of what for before.
     pub(super) fn wake(&self) {
         match self {
@@ -121,13 +129,13 @@ impl Bell {
 
     /// Sleeps until something of `sources` is ready, their time is up or the
     /// bell rings; unless `busy` finds something to do, when it only looks.
-    /// Fills `ready`; says whether the time is up.
+    /// Fills `ready`; says whether the time is up, and whether the bell rang.
     pub(super) fn sleep(
         &self,
         sources: &mut Sources,
         ready: &mut Vec<Ready>,
         busy: impl FnOnce() -> bool,
-    ) -> bool {
+    ) -> (bool, bool) {
         let own = pollfd {
             fd: self.host.fd(),
             events: POLLIN,
@@ -145,7 +153,8 @@ impl Bell {
         let count = poll(&mut sources.fds, timeout);
         self.asleep.store(false, Ordering::SeqCst);
         // A ring that is still on its way is heard next time.
-        if sources.fds.last().is_some_and(|own| own.revents != 0) {
+        let rung = sources.fds.last().is_some_and(|own| own.revents != 0);
+        if rung {
             self.host.hush();
         }
         ready.clear();
@@ -154,7 +163,7 @@ impl Bell {
             // Out of memory, for one: no reason to spin.
             Err(_) => {
                 thread::sleep(Duration::from_millis(10));
-                return false;
+                return (false, rung);
             }
         };
         let broken = POLLERR | POLLHUP | POLLNVAL;
@@ -167,14 +176,15 @@ impl Bell {
                 });
             }
         }
-        count == 0 && timeout.is_some() && timeout == sources.timeout
+        let late = count == 0 && timeout.is_some() && timeout == sources.timeout;
+        (late, rung)
     }
 }
 
 #[cfg(target_os = "linux")]
 mod host {
     //! An eventfd(2).
-    use super::{AsRawFd, RawFd, io};
+    use super::{AsRawFd, BorrowedFd, RawFd, io};
     use nix::sys::eventfd::{EfdFlags, EventFd};
     use std::os::fd::AsFd;
 
@@ -187,6 +197,9 @@ mod host {
         }
         pub fn fd(&self) -> RawFd {
             self.0.as_fd().as_raw_fd()
+        }
+        pub fn eventfd(&self) -> Option<BorrowedFd<'_>> {
+            Some(self.0.as_fd())
         }
         pub fn ring(&self) {
             // It fails when it is full, and then it rings already.
@@ -201,7 +214,7 @@ mod host {
 #[cfg(not(target_os = "linux"))]
 mod host {
     //! A pipe: eventfd(2) came with FreeBSD 13.
-    use super::{AsRawFd, RawFd, io};
+    use super::{AsRawFd, BorrowedFd, RawFd, io};
     use nix::fcntl::OFlag;
     use nix::unistd::{pipe2, read, write};
     use std::os::fd::OwnedFd;
@@ -218,6 +231,9 @@ mod host {
         }
         pub fn fd(&self) -> RawFd {
             self.heard.as_raw_fd()
+        }
+        pub fn eventfd(&self) -> Option<BorrowedFd<'_>> {
+            None
         }
         pub fn ring(&self) {
             // It fails when it is full, and then it rings already.

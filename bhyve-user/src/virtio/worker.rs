@@ -14,8 +14,9 @@ use vmmapi::GuestMemory;
 
 use super::queue::{Chain, Malformed, Queue};
 use super::wait::{Sleeper, Sources};
-use super::{Built, Device, Group, Identity, Turn, status};
+use super::{Attempt, Built, Device, Group, Identity, Turn, status};
 use crate::lock;
+use crate::machine::Machine;
 use crate::pci::function::PciFunction;
 use crate::status::{RingCounter, show_rings};
 
@@ -27,6 +28,8 @@ const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
 /// Most queues of a device, a bit each in what a group is notified of.
 pub const MAX_QUEUES: usize = 62;
+/// Most requests that a vCPU does itself for one notification.
+const AT_ONCE: usize = 4;
 /// The other two bits: the configuration was written, a [`Waker`] was used.
 const CONFIG_WRITTEN: u64 = 1 << 62;
 const WOKEN: u64 = 1 << 63;
@@ -59,6 +62,8 @@ impl Inbox {
 /// A group as others see it.
 struct Crew {
     queues: Vec<usize>,
+    /// [`Device::at_once`].
+    at_once: bool,
     work: Mutex<Work>,
     inbox: Arc<Inbox>,
 }
@@ -82,6 +87,8 @@ pub struct Shared {
     /// Nothing is served until the next reset.
     broken: AtomicBool,
     isr: Mutex<u8>,
+    /// The kernel rings for these: port and value.
+    bells: Mutex<Vec<(u16, Option<u16>)>>,
     function: OnceLock<Weak<PciFunction>>,
     name: String,
     complained: AtomicBool,
@@ -162,6 +169,30 @@ impl Cx<'_> {
         Ok(Turn::More)
     }
 
+    /// As [`Cx::serve_one`], but `serve` may say `None`: the request is then
+    /// left for later.
+    ///
+    /// # Errors
+    /// [`Malformed`], to be returned.
+    pub fn try_serve_one(
+        &mut self,
+        index: usize,
+        serve: impl FnOnce(&mut Chain, &GuestMemory, u64) -> Result<Option<u32>, Malformed>,
+    ) -> Result<Attempt, Malformed> {
+        let Some(Some(queue)) = self.queues.get_mut(index) else {
+            return Ok(Attempt::Idle);
+        };
+        if !queue.pop(self.memory, self.chain)? {
+            return Ok(Attempt::Idle);
+        }
+        let Some(written) = serve(self.chain, self.memory, self.features)? else {
+            queue.unpop();
+            return Ok(Attempt::Later);
+        };
+        queue.push(self.memory, self.chain, written)?;
+        Ok(Attempt::Done)
+    }
+
     /// The configuration space.
     pub fn config<T>(&self, look: impl FnOnce(&[u8]) -> T) -> T {
         look(&lock(&self.shared.config))
@@ -199,9 +230,14 @@ impl Shared {
             }
             crews.push(Crew {
                 queues,
+                at_once: device.at_once(),
                 inbox: Arc::new(Inbox {
                     notified: AtomicU64::new(0),
-                    sleeper: Sleeper::new(device.polls())?,
+                    // On Linux the kernel can ring the thread's eventfd; what
+                    // vCPUs do themselves needs no ringing.
+                    sleeper: Sleeper::new(
+                        device.polls() || cfg!(target_os = "linux") && !device.at_once(),
+                    )?,
                 }),
                 work: Mutex::new(Work {
                     device,
@@ -225,6 +261,7 @@ impl Shared {
             epoch: AtomicU32::new(0),
             broken: AtomicBool::new(false),
             isr: Mutex::new(0),
+            bells: Mutex::default(),
             function: OnceLock::new(),
             name,
             complained: AtomicBool::new(false),
@@ -262,13 +299,65 @@ impl Shared {
         self.crews.get((*self.crew_of.get(queue)?)?)
     }
 
-    /// Has the group's thread look at a queue.
+    /// Has the group's thread look at a queue, unless all of it can be done at
+    /// once. Called by vCPUs, for a notification of the driver's.
     pub fn notify(&self, queue: usize) {
         // A device that needs a reset does nothing until then, and a queue
         // that does not run is skipped.
-        if let Some(crew) = self.crew(queue) {
+        if let Some(crew) = self.crew(queue)
+            && !(crew.at_once && self.done_at_once(crew, queue))
+        {
             crew.inbox.notify(1 << queue);
         }
+    }
+
+    /// The port at which the driver notifies of queues, if there is one now:
+    /// where the machine can, notifications reach the threads without us.
+    pub fn notified_at(&self, port: Option<u16>, machine: &dyn Machine) {
+        let mut bells = lock(&self.bells);
+        for (port, value) in bells.drain(..) {
+            machine.doorbell(port, value, None);
+        }
+        let Some(port) = port else {
+            return;
+        };
+        for crew in self.crews.iter().filter(|c| !c.at_once) {
+            let Some(fd) = crew.inbox.sleeper.eventfd() else {
+                continue;
+            };
+            // The value is the queue's number, which need not be looked at if
+            // there is one thread only.
+            let all = self.crews.len() == 1;
+            for &q in crew.queues.iter().take(if all { 1 } else { MAX_QUEUES }) {
+                let value = (!all).then_some(q as u16);
+                if machine.doorbell(port, value, Some(fd)) {
+                    bells.push((port, value));
+                }
+            }
+        }
+    }
+
+    /// Does what waits in a queue as far as that needs no waiting and is not
+    /// much; true if nothing is left.
+    fn done_at_once(&self, crew: &Crew, queue: usize) -> bool {
+        // The thread is at work: it sees what is new, or is told.
+        let Ok(mut work) = crew.work.try_lock() else {
+            return false;
+        };
+        if self.broken.load(Ordering::Acquire) {
+            return false;
+        }
+        let done = self.with(crew, &mut work, |device, cx| {
+            for _ in 0..AT_ONCE {
+                match device.try_turn(queue, cx)? {
+                    Attempt::Done => {}
+                    Attempt::Idle => return Ok(true),
+                    Attempt::Later => return Ok(false),
+                }
+            }
+            Ok(false)
+        });
+        done == Some(true)
     }
 
     /// Starts or stops a queue. Waits for a turn that is under way.
@@ -508,6 +597,7 @@ fn run(weak: &Weak<Shared>, index: usize, inbox: &Inbox) {
         let Some(crew) = shared.crews.get(index) else {
             return;
         };
+        let queues = crew.queues.iter().fold(0, |bits, q| bits | 1 << q);
         let notified = inbox.notified.swap(0, Ordering::AcqRel);
         if notified & !WOKEN != 0 {
             shared.serve(crew, notified);
@@ -529,9 +619,14 @@ fn run(weak: &Weak<Shared>, index: usize, inbox: &Inbox) {
                 sources.clear();
                 lock(&crew.work).device.sources(&mut sources);
                 drop(shared);
-                late = bell.sleep(&mut sources, &mut ready, || {
+                let rung;
+                (late, rung) = bell.sleep(&mut sources, &mut ready, || {
                     inbox.notified.load(Ordering::SeqCst) != 0
                 });
+                if rung {
+                    // By the kernel perhaps, which does not say for which queue.
+                    inbox.notified.fetch_or(queues, Ordering::AcqRel);
+                }
             }
         }
     }

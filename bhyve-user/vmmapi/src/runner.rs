@@ -3,11 +3,16 @@
 use crate::error::{Error, Result};
 use crate::sys::{self, Page};
 use crate::vcpu::Vcpu;
+use crate::vm::Vm;
+use std::cell::Cell;
 use std::io;
 use std::mem::offset_of;
 use std::sync::atomic::Ordering;
 use vmm_abi::exit::Inout;
-use vmm_abi::layout::{EXT_F_RUN_PAGE, EXT_RUN_PAGES, EXT_RUN_RAX, EXT_RUN_SHIFT, VmExtRunPage};
+use vmm_abi::layout::{
+    EXT_F_RUN_PAGE, EXT_RUN_MSI, EXT_RUN_MSIS, EXT_RUN_PAGES, EXT_RUN_RAX, EXT_RUN_SHIFT,
+    VmExtRunPage,
+};
 use vmm_abi::raw_exit::{InoutRaw, VmExitRaw};
 use vmm_abi::request::VM_EXT_RUN_PAGE;
 use vmm_abi::{Exit, ExitCode, VmExit};
@@ -31,6 +36,22 @@ impl RunPage {
         at.store(rax, Ordering::Relaxed);
     }
 
+    /// Hands the waiting messages over; what the request has to be told.
+    fn put_msis(&self) -> u32 {
+        WAITING.with(|w| {
+            let n = w.count.replace(0);
+            let put = |offset, value| self.0.word64(offset).store(value, Ordering::Relaxed);
+            put(offset_of!(VmExtRunPage, msis), n as u64);
+            for (i, msi) in w.msi.iter().enumerate().take(n) {
+                let at = offset_of!(VmExtRunPage, msi) + 16 * i;
+                let (address, data) = msi.get();
+                put(at, address);
+                put(at + 8, data);
+            }
+        });
+        EXT_RUN_MSI << EXT_RUN_SHIFT
+    }
+
     fn exit(&self) -> VmExitRaw {
         let mut exit = VmExitRaw::new_zeroed();
         let words = exit.as_mut_bytes().chunks_exact_mut(8).enumerate();
@@ -39,6 +60,41 @@ impl RunPage {
         }
         exit
     }
+}
+
+/// Messages that wait for this thread's next run.
+struct Waiting {
+    /// Of which VM, as [`Vm::identity`] tells; 0: the thread runs none.
+    vm: Cell<usize>,
+    count: Cell<usize>,
+    msi: [Cell<(u64, u64)>; EXT_RUN_MSIS],
+}
+
+thread_local! {
+    static WAITING: Waiting = const {
+        Waiting {
+            vm: Cell::new(0),
+            count: Cell::new(0),
+            msi: [const { Cell::new((0, 0)) }; EXT_RUN_MSIS],
+        }
+    };
+}
+
+/// Leaves a message for the next run, if this is the thread of one of the VM's
+/// vCPUs: false if it is not, or has no room.
+pub(crate) fn defer_msi(vm: &Vm, address: u64, data: u64) -> bool {
+    WAITING.with(|w| {
+        if w.vm.get() != vm.identity() {
+            return false;
+        }
+        let n = w.count.get();
+        let Some(slot) = w.msi.get(n) else {
+            return false;
+        };
+        slot.set((address, data));
+        w.count.set(n + 1);
+        true
+    })
 }
 
 /// Why a run ended.
@@ -73,6 +129,7 @@ impl<'a> Runner<'a> {
     /// # Errors
     /// The run page cannot be mapped.
     pub fn new(vcpu: &'a Vcpu) -> Result<Runner<'a>> {
+        let vm = vcpu.vm();
         let small = vcpu.id() >> EXT_RUN_SHIFT == 0;
         let page = if small && vcpu.vm().has(EXT_F_RUN_PAGE) {
             let offset = EXT_RUN_PAGES + u64::from(vcpu.id()) * Page::SIZE as u64;
@@ -86,6 +143,9 @@ impl<'a> Runner<'a> {
         } else {
             None
         };
+        if page.is_some() {
+            WAITING.with(|w| w.vm.set(vm.identity()));
+        }
         Ok(Runner {
             vcpu,
             page,
@@ -106,6 +166,9 @@ impl<'a> Runner<'a> {
         if let Some(rax) = rax {
             page.set_rax(rax);
             arg |= EXT_RUN_RAX << EXT_RUN_SHIFT;
+        }
+        if WAITING.with(|w| w.count.get() != 0) {
+            arg |= page.put_msis();
         }
         match sys::ioctl_int(self.vcpu.vm().fd(), VM_EXT_RUN_PAGE, arg as i32) {
             Ok(()) => {}
@@ -154,6 +217,22 @@ impl<'a> Runner<'a> {
             (Last::Exit(exit), _) => **exit,
             (Last::InPage, None) => bogus(),
         }
+    }
+}
+
+impl Drop for Runner<'_> {
+    fn drop(&mut self) {
+        if self.page.is_none() {
+            return;
+        }
+        WAITING.with(|w| {
+            w.vm.set(0);
+            for msi in w.msi.iter().take(w.count.replace(0)) {
+                let (address, data) = msi.get();
+                // As for those of a run: wrong ones go nowhere.
+                let _ = self.vcpu.vm().lapic_msi(address, data);
+            }
+        });
     }
 }
 

@@ -8,7 +8,7 @@ use crate::sys::{self, CTL, Plain};
 use crate::vcpu::Vcpu;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmm_abi::layout::*;
@@ -243,6 +243,33 @@ impl Vm {
         self.request(VM_EXT_CONSTANT_PORT, &mut arg)
     }
 
+    /// Makes two-byte OUTs (of `value`, or of any) to a port complete in the
+    /// kernel and signal the eventfd `fd`, or ends that (`None`). False where
+    /// the kernel piece cannot: then each is an exit.
+    ///
+    /// # Errors
+    /// EINVAL where `fd` is no eventfd; ENOSPC where there are too many.
+    pub fn set_doorbell(
+        &self,
+        port: u16,
+        value: Option<u16>,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<bool> {
+        if !self.has(EXT_F_DOORBELL) {
+            return Ok(false);
+        }
+        let on = if fd.is_some() { DOORBELL_ON } else { 0 };
+        let only = if value.is_some() { DOORBELL_VALUE } else { 0 };
+        let mut arg = VmExtDoorbell {
+            port,
+            value: value.unwrap_or(0),
+            flags: on | only,
+            fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
+            ..VmExtDoorbell::default()
+        };
+        self.request(VM_EXT_DOORBELL, &mut arg).map(|()| true)
+    }
+
     /// Gives the host the memory in a range back, as far as it goes: what the
     /// host has in pieces of 2 MiB goes as a whole. Whoever touches the range
     /// later finds zeroes. Returns the bytes.
@@ -258,6 +285,11 @@ impl Vm {
         };
         self.request(VM_EXT_RELEASE, &mut arg)?;
         Ok(arg.released)
+    }
+
+    /// The same for all handles on a VM that were made from each other.
+    pub(crate) fn identity(&self) -> usize {
+        Arc::as_ptr(&self.inner) as usize
     }
 
     /// Stops the VM.

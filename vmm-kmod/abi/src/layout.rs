@@ -678,12 +678,16 @@ abi_struct! {
 abi_struct! {
     /// What a vCPU's run page holds (`VM_EXT_RUN_PAGE`); the rest of the page
     /// is zero.
-    VmExtRunPage, 144 {
+    VmExtRunPage, 280 {
         /// The last exit, filled in by the kernel. Bytes of the union that the
         /// exit's kind does not have are left over from exits before.
         vm_exit: VmExitRaw = 0,
         /// RAX, with [`EXT_RUN_RAX`]: filled in by userland.
         rax: u64 = 136,
+        /// With [`EXT_RUN_MSI`], how many of `msi` are to be sent.
+        msis: u64 = 144,
+        /// Messages, address and data each: filled in by userland.
+        msi: [[u64; 2]; EXT_RUN_MSIS] = 152,
     }
 }
 
@@ -719,6 +723,27 @@ abi_struct! {
     }
 }
 
+abi_struct! {
+    /// Argument of `VM_EXT_DOORBELL`: an OUT of two bytes that only rings.
+    VmExtDoorbell, 16 {
+        /// Port.
+        port: u16 = 0,
+        /// The value that rings, with [`DOORBELL_VALUE`].
+        value: u16 = 2,
+        /// `DOORBELL_*`.
+        flags: u32 = 4,
+        /// With [`DOORBELL_ON`], the eventfd that is signalled.
+        fd: i32 = 8,
+        /// Zero.
+        _pad0: u32 = 12,
+    }
+}
+
+/// `VmExtDoorbell::flags`: from now on; without it, no more.
+pub const DOORBELL_ON: u32 = 1;
+/// `VmExtDoorbell::flags`: only OUTs of `value` ring.
+pub const DOORBELL_VALUE: u32 = 2;
+
 /// Offset in a VM's device at which ring 0 of `VM_EXT_OUT_RING` can be mapped,
 /// a page each, once the ring is in use.
 pub const EXT_OUT_RINGS: u64 = EXT_RUN_PAGES + (1 << 40);
@@ -744,10 +769,16 @@ pub const EXT_F_CONSTANT_PORT: u32 = 2;
 pub const EXT_F_RUN_PAGE: u32 = 4;
 /// `VmExtVersion::features`: `VM_EXT_OUT_RING` is there.
 pub const EXT_F_OUT_RING: u32 = 8;
+/// `VmExtVersion::features`: `VM_EXT_DOORBELL` is there.
+pub const EXT_F_DOORBELL: u32 = 16;
 /// `VmExtVersion::features`: `VM_EXT_RELEASE` is there.
 pub const EXT_F_RELEASE: u32 = 0x100;
 /// `VmExtRun::flags`: set RAX before the guest goes on.
 pub const EXT_RUN_RAX: u32 = 1;
+/// `VM_EXT_RUN_PAGE`: send the run page's messages first.
+pub const EXT_RUN_MSI: u32 = 2;
+/// Messages that a run page holds.
+pub const EXT_RUN_MSIS: usize = 8;
 
 /// Version of our extension range; changes when a request of it changes.
 pub const EXT_ABI_VERSION: u32 = 1;

@@ -179,6 +179,9 @@ requests! {
     /// Makes one-byte OUTs to a port complete in the kernel, which puts the
     /// bytes into a ring that userland has mapped (ours).
     VM_EXT_OUT_RING = iow::<VmExtOutRing>(GROUP, EXT_FIRST + 4);
+    /// Makes OUTs to a port complete in the kernel, which signals an eventfd
+    /// (ours; on hosts that have such a thing).
+    VM_EXT_DOORBELL = iow::<VmExtDoorbell>(GROUP, EXT_FIRST + 5);
     /// Gives memory back to the host (ours).
     VM_EXT_RELEASE = iowr::<VmExtRelease>(GROUP, EXT_FIRST + 8);
 }

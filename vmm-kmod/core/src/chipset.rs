@@ -207,7 +207,9 @@ impl Chipset {
         now: u64,
         sink: &mut S,
     ) {
-        self.service(now, sink);
+        if !Self::is_latch(port, size, value) {
+            self.service(now, sink);
+        }
         for n in 0..u16::from(size.min(4)) {
             self.byte_write(port.wrapping_add(n), (value >> (8 * n)) as u8, now, sink);
         }
@@ -236,6 +238,12 @@ impl Chipset {
     /// the 8254's counters, which guests without a better clock poll.
     pub const fn is_counter_port(port: u16, size: u8) -> bool {
         size == 1 && AtPit::claims(port)
+    }
+
+    /// Whether an OUT only latches a count of the 8254, or several and their
+    /// status (82C54 data sheet, "Counter Latch Command", "Read-Back Command").
+    pub const fn is_latch(port: u16, size: u8, value: u32) -> bool {
+        port == 0x43 && size == 1 && (value & 0x30 == 0 || value & 0xc0 == 0xc0)
     }
 
     /// Whether a read there changes nothing: the HPET's counter, which is all

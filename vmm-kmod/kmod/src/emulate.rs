@@ -356,6 +356,11 @@ impl<C: RunCpu> Runner<'_, C> {
             }
             Outcome::Restart => self.finish_emulation(cpu, None),
             Outcome::Fault(event) => self.finish_emulation(cpu, Some(event)),
+            // A REP that left the device after some iterations: what it did
+            // counts, and the rest is another access.
+            Outcome::NotHere | Outcome::Unsupported if cpu.is_changed() => {
+                self.finish_emulation(cpu, None);
+            }
             Outcome::NotHere | Outcome::Unsupported => return Ok(Done::NotHere),
         }
         if spinup {

@@ -16,6 +16,7 @@ pub struct HostInfo {
     pub xsave_forms: u32,
     pub fill_rsb: u32,
     pub thread_tss: u32,
+    pub events: u32,
 }
 
 macro_rules! opaque {
@@ -24,7 +25,7 @@ macro_rules! opaque {
         pub struct $name { _private: [u8; 0] }
     )* };
 }
-opaque!(Memseg, HostMutex, Sleeper, Timer, Node);
+opaque!(Memseg, HostMutex, Sleeper, Event, Timer, Node);
 
 unsafe extern "C" {
     pub fn vmm_host_alloc(size: usize, align: usize) -> *mut c_void;
@@ -70,6 +71,10 @@ unsafe extern "C" {
     pub fn vmm_host_sleep_prepare(s: *mut Sleeper);
     pub fn vmm_host_sleep(s: *mut Sleeper, ns: u64) -> c_int;
     pub fn vmm_host_wake(s: *mut Sleeper);
+
+    pub fn vmm_host_event_get(fd: c_int) -> *mut Event;
+    pub fn vmm_host_event_put(e: *mut Event);
+    pub fn vmm_host_event_signal(e: *mut Event);
 
     pub fn vmm_host_timer_create(arg: *mut c_void) -> *mut Timer;
     pub fn vmm_host_timer_destroy(t: *mut Timer);

@@ -28,6 +28,8 @@ pub struct Global {
     pub fill_rsb: bool,
     /// Threads of the host may have a TSS of their own.
     pub thread_tss: bool,
+    /// The host has events that userland waits for by a descriptor.
+    pub events: bool,
     /// Microcode revision.
     pub microcode: u32,
     /// IA32_ARCH_CAPABILITIES of the host; 0 if it has none.

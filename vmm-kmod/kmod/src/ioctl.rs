@@ -41,9 +41,14 @@ pub fn ctl(cmd: u32, data: &mut [u8]) -> Result<(), i32> {
 
 fn ext_version(data: &mut [u8]) -> Result<(), i32> {
     let a: &mut VmExtVersion = arg(data)?;
+    let bells = if crate::global::get().events {
+        EXT_F_DOORBELL
+    } else {
+        0
+    };
     *a = VmExtVersion {
         abi_version: EXT_ABI_VERSION,
-        features: EXT_F_RUN | EXT_F_CONSTANT_PORT | EXT_F_RUN_PAGE | EXT_F_OUT_RING,
+        features: EXT_F_RUN | EXT_F_CONSTANT_PORT | EXT_F_RUN_PAGE | EXT_F_OUT_RING | bells,
     };
     Ok(())
 }
@@ -51,7 +56,7 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
 /// VM_EXT_RUN_PAGE.
 pub fn run_page(vm: &Vm, arg: u32) -> Result<(), i32> {
     let flags = arg >> EXT_RUN_SHIFT;
-    if flags & !EXT_RUN_RAX != 0 {
+    if flags & !(EXT_RUN_RAX | EXT_RUN_MSI) != 0 {
         return Err(errno::EINVAL);
     }
     if vm.dying() {
@@ -59,6 +64,14 @@ pub fn run_page(vm: &Vm, arg: u32) -> Result<(), i32> {
     }
     let id = arg & ((1 << EXT_RUN_SHIFT) - 1);
     let vcpu = vm.vcpu(id as usize).ok_or(errno::EINVAL)?;
+    if flags & EXT_RUN_MSI != 0 {
+        for (address, data) in vcpu.run_page.msis() {
+            // A guest that chose a wrong address gets no interrupt.
+            if let Ok(message) = vmm_core::apicbus::ApicMessage::from_msi(address, data) {
+                vm.deliver(&message);
+            }
+        }
+    }
     let mut inner = vcpu.freeze();
     if flags & EXT_RUN_RAX != 0 {
         inner.hw.set_gpr(Gpr::Rax, vcpu.run_page.rax());
@@ -108,6 +121,19 @@ pub fn vm(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
                 _ => return Err(errno::EINVAL),
             };
             vm.constant_ports.set(a.port, value)
+        }
+        req::VM_EXT_DOORBELL => {
+            let a: &mut VmExtDoorbell = arg(data)?;
+            if a.flags & !(DOORBELL_ON | DOORBELL_VALUE) != 0 || a._pad0 != 0 {
+                return Err(errno::EINVAL);
+            }
+            let value = (a.flags & DOORBELL_VALUE != 0).then_some(a.value);
+            let event = if a.flags & DOORBELL_ON != 0 {
+                Some(crate::sync::Event::of(a.fd).ok_or(errno::EINVAL)?)
+            } else {
+                None
+            };
+            vm.doorbells.set(a.port, value, event)
         }
         req::VM_EXT_OUT_RING => {
             let a: &mut VmExtOutRing = arg(data)?;

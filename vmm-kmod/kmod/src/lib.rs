@@ -8,6 +8,7 @@
 extern crate alloc;
 
 mod cpuset;
+mod doorbells;
 mod emulate;
 pub mod errno;
 mod exit;
@@ -87,6 +88,7 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         account: info.account != 0,
         fill_rsb: info.fill_rsb != 0,
         thread_tss: info.thread_tss != 0,
+        events: info.events != 0,
         xsave_forms: info.xsave_forms,
         apic_virt: if info.use_apic_vid != 0 {
             vmm_hw::backend::ApicVirt::all()

@@ -3,7 +3,7 @@
 use core::mem::offset_of;
 
 use vmm_abi::ExitCode;
-use vmm_abi::layout::VmExtRunPage;
+use vmm_abi::layout::{EXT_RUN_MSIS, VmExtRunPage};
 use vmm_abi::raw_exit::VmExitRaw;
 use vmm_hw::page::Pages;
 
@@ -36,6 +36,19 @@ impl RunPage {
         let at = self.0.as_ptr().wrapping_add(offset_of!(VmExtRunPage, rax));
         // SAFETY: inside the page, and aligned.
         unsafe { at.cast::<u64>().read_volatile() }
+    }
+
+    /// The messages that userland wants to have sent, address and data. The
+    /// addresses are any.
+    pub fn msis(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let word = |offset: usize| {
+            let at = self.0.as_ptr().wrapping_add(offset);
+            // SAFETY: the offsets below are inside the page, and aligned.
+            unsafe { at.cast::<u64>().read_volatile() }
+        };
+        let n = word(offset_of!(VmExtRunPage, msis)).min(EXT_RUN_MSIS as u64);
+        let first = offset_of!(VmExtRunPage, msi);
+        (0..n as usize).map(move |i| (word(first + 16 * i), word(first + 16 * i + 8)))
     }
 
     /// Shows userland an exit.

@@ -58,6 +58,11 @@ impl Snapshot {
         s
     }
 
+    /// Whether there is anything to put back.
+    pub fn is_changed(&self) -> bool {
+        self.gprs_changed != 0 || self.changed || self.cr2_changed
+    }
+
     /// Puts back what has changed; the VMCS is current.
     pub fn put(&self, cpu: &mut (impl CpuState + ?Sized)) {
         for (n, v) in self.gprs.iter().enumerate() {

@@ -257,6 +257,36 @@ impl Drop for Sleeper {
     }
 }
 
+/// Something that userland waits for by a descriptor.
+pub struct Event(NonNull<ffi::Event>);
+
+// SAFETY: the host's event is made to be signalled from anywhere.
+unsafe impl Sync for Event {}
+// SAFETY: it is not tied to a thread.
+unsafe impl Send for Event {}
+
+impl Event {
+    /// What a descriptor of the calling process stands for, if that is an
+    /// event and the host has such.
+    pub fn of(fd: i32) -> Option<Event> {
+        // SAFETY: process context; any number may be asked for.
+        NonNull::new(unsafe { ffi::vmm_host_event_get(fd) }).map(Event)
+    }
+
+    /// Signals it; works in any context.
+    pub fn signal(&self) {
+        // SAFETY: the event lives as long as self.
+        unsafe { ffi::vmm_host_event_signal(self.0.as_ptr()) }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: gives back what `of` got.
+        unsafe { ffi::vmm_host_event_put(self.0.as_ptr()) }
+    }
+}
+
 /// A one-shot timer that ends in `vmm_rust_timer`.
 pub struct Timer(NonNull<ffi::Timer>);
 

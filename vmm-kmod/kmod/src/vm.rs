@@ -18,6 +18,7 @@ use vmm_hw::ept::{Generation, Invalidation, Prot};
 use vmm_hw::page::Pages;
 
 use crate::cpuset::{CpuSet, MAX_VCPUS};
+use crate::doorbells::Doorbells;
 use crate::errno;
 use crate::ffi;
 use crate::global;
@@ -83,6 +84,8 @@ pub struct Vm {
     pub pm_timer: PmTimer,
     /// Ports that userland has answered in advance.
     pub constant_ports: ConstantPorts,
+    /// What OUTs to some ports ring.
+    pub doorbells: Box<Doorbells>,
     /// Where the bytes of OUTs to some ports go.
     pub out_rings: OutRings,
     chipset_timer: Option<Timer>,
@@ -229,6 +232,7 @@ impl Vm {
             chipset,
             pm_timer,
             constant_ports: ConstantPorts::new(),
+            doorbells: sync::try_box_with(Doorbells::new)?,
             out_rings: OutRings::new()?,
             chipset_timer: None,
             slots: sync::try_slice(MAX_VCPUS, |_| Slot(AtomicPtr::new(ptr::null_mut())))?,
@@ -490,6 +494,7 @@ impl Vm {
         self.with_chipset(|c, now, sink| c.reset(now, sink));
         self.constant_ports.clear();
         self.out_rings.clear();
+        self.doorbells.clear();
         self.suspend.store(0, Ordering::SeqCst);
         self.active.zero();
         self.active_count.store(0, Ordering::SeqCst);

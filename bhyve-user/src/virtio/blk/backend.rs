@@ -22,6 +22,8 @@ const QCOW2: [u8; 4] = *b"QFI\xfb";
 /// Alignment and size of the buffer that I/O past the cache goes through.
 const ALIGN: usize = 4096;
 const BOUNCE: usize = 128 << 10;
+/// Most attempts at reading cached data that are left out in a row.
+const MOST_PAUSED: u32 = 63;
 /// Zeroes are written so many at a time.
 const ZEROES: usize = 64 << 10;
 
@@ -42,6 +44,21 @@ pub enum Error {
     Size(u64, u32),
 }
 
+/// How to read what the host has in memory, and nothing else.
+enum AtOnce {
+    /// Not at all.
+    Never,
+    /// The file system is in memory.
+    Always,
+    /// By asking for it (RWF_NOWAIT).
+    Ask {
+        /// Attempts to leave out, since the last ones were in vain.
+        pause: u32,
+        /// How many that were after the last one.
+        paused: u32,
+    },
+}
+
 /// An open disk.
 pub struct Backend {
     file: File,
@@ -50,6 +67,8 @@ pub struct Backend {
     /// Every write is durable by itself.
     sync: bool,
     can_discard: bool,
+    /// What reads that must not wait are worth trying.
+    at_once: AtOnce,
     /// For `nocache`: guest memory is device memory to the host's kernel,
     /// which does no direct I/O on it, and may be unaligned.
     bounce: Option<Vec<u8>>,
@@ -95,8 +114,19 @@ impl Backend {
         let can_discard = !options.read_only
             && !options.no_delete
             && host::can_discard(&file, kind.is_block_device(), size);
+        let at_once = if options.nocache {
+            AtOnce::Never
+        } else if host::is_in_memory(&file) {
+            AtOnce::Always
+        } else {
+            AtOnce::Ask {
+                pause: 0,
+                paused: 0,
+            }
+        };
         Ok(Backend {
             file,
+            at_once,
             size,
             read_only: options.read_only,
             sync: options.sync,
@@ -122,6 +152,48 @@ impl Backend {
     /// Whether space can be given back to the host.
     pub fn can_discard(&self) -> bool {
         self.can_discard
+    }
+
+    /// Whether [`Backend::read_at_once`] is worth a try.
+    pub fn reads_at_once(&self) -> bool {
+        !matches!(self.at_once, AtOnce::Never)
+    }
+
+    /// Reads from `offset` on into `buffers`, which hold `len` bytes, if the
+    /// host has all of it in memory. Where not, `buffers` may have changed.
+    pub fn read_at_once(
+        &mut self,
+        memory: &GuestMemory,
+        buffers: &[Buffer],
+        offset: u64,
+        len: u64,
+    ) -> bool {
+        let pieces = buffers.iter().map(|b| (b.addr, b.len));
+        match &mut self.at_once {
+            AtOnce::Never => false,
+            AtOnce::Always => memory
+                .read_from_file_vectored(&self.file, offset, pieces)
+                .is_ok_and(|n| n == len),
+            AtOnce::Ask { pause, paused } => {
+                if *pause > 0 {
+                    *pause -= 1;
+                    return false;
+                }
+                let got = memory.read_cached(&self.file, offset, pieces);
+                if got.as_ref().is_ok_and(|n| *n == len) {
+                    *paused = 0;
+                    return true;
+                }
+                if got.is_err_and(|e| e.raw_os_error() == Some(libc::EOPNOTSUPP)) {
+                    self.at_once = AtOnce::Never;
+                    return false;
+                }
+                // The worse it works the less it is tried.
+                *paused = (2 * *paused + 1).min(MOST_PAUSED);
+                *pause = *paused;
+                false
+            }
+        }
     }
 
     /// Reads from `offset` on into `buffers`.
@@ -268,8 +340,9 @@ fn aligned(buffer: &mut [u8], len: usize) -> io::Result<&mut [u8]> {
 
 #[cfg(target_os = "linux")]
 mod host {
-    //! Holes, by fallocate(2).
+    //! Holes, by fallocate(2); what a file system is.
     use nix::fcntl::{FallocateFlags as Flags, fallocate};
+    use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
     use std::fs::File;
     use std::io;
 
@@ -288,6 +361,14 @@ mod host {
     pub fn zero(file: &File, offset: u64, len: u64) -> io::Result<()> {
         let flags = Flags::FALLOC_FL_ZERO_RANGE | Flags::FALLOC_FL_KEEP_SIZE;
         call(file, flags, offset, len)
+    }
+
+    /// Whether a file's data is in memory by nature. (Such file systems do not
+    /// know of RWF_NOWAIT.)
+    pub fn is_in_memory(file: &File) -> bool {
+        // statfs(2).
+        const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
+        fstatfs(file).is_ok_and(|s| [TMPFS_MAGIC, RAMFS_MAGIC].contains(&s.filesystem_type()))
     }
 
     /// A file is asked by a hole behind its end, which changes nothing; a
@@ -310,6 +391,9 @@ mod host {
         Err(io::ErrorKind::Unsupported.into())
     }
     pub fn can_discard(_: &File, _: bool, _: u64) -> bool {
+        false
+    }
+    pub fn is_in_memory(_: &File) -> bool {
         false
     }
 }

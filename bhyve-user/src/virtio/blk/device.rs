@@ -9,7 +9,7 @@ use super::backend::{Backend, Error};
 use super::options::Options;
 use super::request::{Disk, HEADER, ID, MOST_SECTORS, Refused, Request, SEGMENT};
 use crate::virtio::queue::{Chain, Malformed, take_front, take_last, total};
-use crate::virtio::{Device, Identity};
+use crate::virtio::{Attempt, Cx, Device, Identity};
 
 /// Feature bits (virtio 1.2 §5.2.3).
 const F_SEG_MAX: u64 = 1 << 2;
@@ -28,6 +28,10 @@ const S_UNSUPP: u8 = 2;
 /// Entries of the queue, and segments of a request beside header and status.
 const QUEUE: u16 = 128;
 const SEG_MAX: u32 = QUEUE as u32 - 2;
+
+/// The longest read that a vCPU does itself, bytes: some microseconds of
+/// copying.
+const MOST_AT_ONCE: u64 = 64 << 10;
 
 /// A disk.
 pub struct Blk {
@@ -179,14 +183,16 @@ impl From<io::Error> for Failure {
     }
 }
 
-impl Device for Blk {
-    fn serve(
+impl Blk {
+    /// Serves a request; with `at_once` only if that needs no waiting, and
+    /// else says `None`.
+    fn request(
         &mut self,
-        _: usize,
         chain: &mut Chain,
         memory: &GuestMemory,
         features: u64,
-    ) -> Result<u32, Malformed> {
+        at_once: bool,
+    ) -> Result<Option<u32>, Malformed> {
         let mut header = [0; HEADER];
         if !take_front(&mut chain.readable, memory, &mut header) {
             return Err(Malformed::Request);
@@ -202,8 +208,23 @@ impl Device for Blk {
         // acknowledged (§5.2.6.2).
         let durable = features & F_FLUSH == 0;
         let (readable, writable) = (total(&chain.readable), total(&chain.writable));
-        let result = disk
-            .parse(header, readable, writable)
+        let request = disk.parse(header, readable, writable);
+        if at_once {
+            let Ok(Request::In { offset, len }) = request else {
+                return Ok(None);
+            };
+            if len > MOST_AT_ONCE
+                || !self
+                    .backend
+                    .read_at_once(memory, &chain.writable, offset, len)
+            {
+                return Ok(None);
+            }
+            let done = memory.write(status, &S_OK);
+            done.map_err(|_| Malformed::Buffer)?;
+            return Ok(Some(len as u32 + 1));
+        }
+        let result = request
             .map_err(Failure::Refused)
             .and_then(|r| self.perform(r, &disk, chain, memory, durable));
         let (code, written) = match result {
@@ -222,7 +243,30 @@ impl Device for Blk {
         } else {
             writable.saturating_add(1)
         };
-        Ok(u32::try_from(all).unwrap_or(u32::MAX))
+        Ok(Some(u32::try_from(all).unwrap_or(u32::MAX)))
+    }
+}
+
+impl Device for Blk {
+    fn serve(
+        &mut self,
+        _: usize,
+        chain: &mut Chain,
+        memory: &GuestMemory,
+        features: u64,
+    ) -> Result<u32, Malformed> {
+        let written = self.request(chain, memory, features, false)?;
+        written.ok_or(Malformed::Request)
+    }
+
+    fn at_once(&self) -> bool {
+        self.backend.reads_at_once()
+    }
+
+    fn try_turn(&mut self, queue: usize, cx: &mut Cx<'_>) -> Result<Attempt, Malformed> {
+        cx.try_serve_one(queue, |chain, memory, features| {
+            self.request(chain, memory, features, true)
+        })
     }
 }
 

@@ -240,3 +240,45 @@ fn what_is_no_raw_disk_is_refused() {
     assert!(open(Path::new("/dev/null"), "").is_err());
     assert!(open(&std::env::temp_dir(), "").is_err());
 }
+
+#[test]
+fn a_vcpu_reads_what_the_host_has_in_memory_and_does_nothing_else() {
+    let content = pattern(64 << 10);
+    let image = Image::new(&content);
+    let mut r = open(&image.0, "").unwrap();
+    let mut attempt = |kind: u32, sector: u64, out: u32, len: u32| {
+        let header = u128::from(kind) | u128::from(sector) << 64;
+        r.memory.write(0x8000, &header.to_le_bytes()).unwrap();
+        r.memory.fill(DATA, 8192, 0x5a).unwrap();
+        let mut chain = Chain::default();
+        chain.readable.push(buffer(0x8000, 16));
+        chain
+            .readable
+            .extend((out > 0).then_some(buffer(DATA, out)));
+        chain
+            .writable
+            .extend((len > 0).then_some(buffer(DATA, len)));
+        chain.writable.push(buffer(STATUS, 1));
+        let done = r.blk.request(&mut chain, &r.memory, r.features, true);
+        let mut data = vec![0; 8192];
+        r.memory.read_bytes(DATA, &mut data).unwrap();
+        (done.unwrap(), data)
+    };
+    // The host may not know, or not have it.
+    let (done, data) = attempt(0, 3, 0, 8192);
+    if done.is_some() {
+        assert_eq!((done, &data[..]), (Some(8193), &content[1536..1536 + 8192]));
+    }
+    // Writes, flushes and errors take their time.
+    for (kind, sector, out, len) in [
+        (1, 0, 512, 0),
+        (4, 0, 0, 0),
+        (0, 128, 0, 512),
+        (77, 0, 0, 0),
+    ] {
+        assert_eq!(attempt(kind, sector, out, len).0, None, "request {kind}");
+    }
+    assert_eq!(fs::read(&image.0).unwrap(), content);
+    let r = open(&image.0, ",nocache").unwrap();
+    assert!(!r.blk.at_once());
+}

@@ -57,6 +57,51 @@ impl GuestMemory {
         })
     }
 
+    /// As [`GuestMemory::read_from_file_vectored`], but only what the host has
+    /// in memory: nothing is waited for.
+    ///
+    /// # Errors
+    /// EAGAIN where all of it would have to be waited for; EOPNOTSUPP where
+    /// file or host cannot tell; some pieces may be filled.
+    #[cfg(target_os = "linux")]
+    pub fn read_cached(
+        &self,
+        file: &File,
+        offset: u64,
+        pieces: impl IntoIterator<Item = (u64, u32)>,
+    ) -> io::Result<u64> {
+        self.transfer_vectored(offset, pieces, |v, n, off| {
+            // SAFETY: `transfer_vectored` passes `n` ranges of mapped guest
+            // memory; the kernel writes them as the guest itself might. The
+            // offset's high half is of no use where a register has 64 bits.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_preadv2,
+                    file.as_raw_fd(),
+                    v,
+                    n,
+                    off,
+                    0,
+                    libc::RWF_NOWAIT,
+                ) as isize
+            }
+        })
+    }
+
+    /// There is no such call.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP.
+    #[cfg(not(target_os = "linux"))]
+    pub fn read_cached(
+        &self,
+        _: &File,
+        _: u64,
+        _: impl IntoIterator<Item = (u64, u32)>,
+    ) -> io::Result<u64> {
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+    }
+
     /// Writes pieces of guest memory, (address, bytes), straight to a file.
     /// Returns how many bytes it took.
     ///

@@ -16,6 +16,15 @@ impl Vm {
         self.request(VM_LAPIC_MSI, &mut VmLapicMsi { msg, addr })
     }
 
+    /// Delivers an MSI, when the thread that calls this runs a vCPU of the VM
+    /// next ([`crate::Runner`]), or at once if it is no vCPU's. What has a wrong
+    /// address goes nowhere.
+    pub fn post_msi(&self, addr: u64, msg: u64) {
+        if !crate::runner::defer_msi(self, addr, msg) {
+            let _ = self.lapic_msi(addr, msg);
+        }
+    }
+
     /// Raises a pin of the IOAPIC.
     ///
     /// # Errors
