@@ -1,5 +1,6 @@
 //! FreeBSD 12.1, unpatched, from a memory-disk root to power-off.
 
+use super::disk;
 use crate::guest::{Guest, Load};
 use crate::host::{Config, Host};
 use crate::images;
@@ -11,7 +12,7 @@ use std::time::Duration;
 pub fn group(lab: &Lab) -> Group {
     let mut config = Config::new(lab.engine, 256);
     let names = [1, 2].map(|vcpus| (vcpus, format!("freebsd-{vcpus}-vcpu")));
-    let cases = match images::local_freebsd(&lab.dirs) {
+    let mut cases: Vec<Case> = match images::local_freebsd(&lab.dirs) {
         None => {
             let why = "no freebsd-12.1-smp.kernel in an image directory";
             names
@@ -33,6 +34,11 @@ pub fn group(lab: &Lab) -> Group {
                 .collect()
         }
     };
+    let (case, image) = disk::case(lab);
+    if let Some((name, path)) = image {
+        config.file(name, &path);
+    }
+    cases.push(case);
     Group {
         name: "freebsd".to_owned(),
         config,
