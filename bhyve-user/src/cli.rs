@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use bhyve_config::keys::Opt;
+use bhyve_config::keys::{Opt, nearest};
 use bhyve_config::variables::Variables;
 use bhyve_config::{Origin, Program, Settings, file, settings};
 
@@ -80,7 +80,16 @@ with --boot 0 powered off.
 
 /// Options that want a value.
 const WITH_VALUE: &str = "cGgkKlmnopsU";
-/// Long ones, likewise.
+/// Long options.
+const LONG: [&str; 6] = [
+    "--boot",
+    "--config",
+    "--exit-stats",
+    "--help",
+    "--print-config",
+    "--sandbox",
+];
+/// Those that want a value.
 const LONG_WITH_VALUE: [&str; 3] = ["--config", "--exit-stats", "--sandbox"];
 
 /// An option as it was given.
@@ -210,6 +219,8 @@ fn split(args: impl IntoIterator<Item = String>) -> Result<(Vec<Given>, Vec<Stri
                 if value.is_none() {
                     return usage(format!("{option} needs an argument"));
                 }
+            } else if !LONG.contains(&option.as_str()) {
+                return usage(unknown(&option));
             } else if value.is_some() {
                 return usage(format!("{option} takes no argument"));
             }
@@ -312,18 +323,7 @@ fn apply(config: &mut Config, option: &str, value: Option<&str>) -> Result<(), U
 }
 
 fn unknown(option: &str) -> String {
-    let long = [
-        "--boot",
-        "--config",
-        "--exit-stats",
-        "--help",
-        "--print-config",
-        "--sandbox",
-    ];
-    match long
-        .iter()
-        .find(|l| option.len() > 3 && l.starts_with(option.get(..4).unwrap_or("?")))
-    {
+    match nearest(option, LONG.iter().copied()).filter(|_| option.starts_with("--")) {
         Some(l) => format!("{option}: no such option; did you mean {l}?"),
         None => format!("{option}: no such option"),
     }

@@ -104,6 +104,7 @@ fn refusals_name_the_option_and_what_would_do() {
         ("-U 123 vm", "32 hexadecimal"),
         ("-Z vm", "-Z"),
         ("--frob vm", "--frob"),
+        ("--snadbox=on vm", "did you mean --sandbox?"),
         ("-m", "-m needs an argument"),
         ("", "name comes last"),
         ("vm -A", "options come first"),

@@ -400,7 +400,7 @@ pub fn by_variable(name: &str) -> Option<(&'static Key, bool)> {
 }
 
 /// Of `known`, what was probably meant by `word`.
-pub(crate) fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     known
         .map(|k| (strsim::damerau_levenshtein(word, k), k))
         .min()

@@ -4,7 +4,7 @@
 use crate::ConfigError;
 use crate::device::{OptionValue, Options, to_conf};
 use crate::file::text_of;
-use crate::keys::{Kind, by_variable, find};
+use crate::keys::{KEYS, Kind, by_variable, find, nearest};
 use crate::settings::{Device, Origin, Setting, Settings, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -146,7 +146,10 @@ impl Variables {
             } else if name.starts_with("gdb.") {
                 return Err(error(at, format!("{name}: there is no debug server")));
             } else if !self.is_referred_to(name) {
-                warnings.push(format!("{at}: {name} means nothing to this bhyve"));
+                let known = KEYS.iter().flat_map(|k| [k.path, k.variable]);
+                let hint = nearest(name, known.filter(|k| !k.is_empty()))
+                    .map_or(String::new(), |k| format!("; did you mean {k}?"));
+                warnings.push(format!("{at}: {name} means nothing to this bhyve{hint}"));
             }
         }
         for (place, (at, node)) in nodes {
@@ -314,6 +317,15 @@ mod tests {
             let e = line(text).unwrap_err();
             assert!(e.contains(message), "{text}: {e}");
         }
+    }
+
+    #[test]
+    fn a_name_that_is_nearly_one_is_doubted() {
+        let (_, warnings) = line("memory.sise=1G").unwrap();
+        assert_eq!(
+            warnings,
+            ["vm.conf:1: memory.sise means nothing to this bhyve; did you mean memory.size?"]
+        );
     }
 
     #[test]

@@ -28,6 +28,9 @@ fn main() {
             }),
         Ok(Command::Run(config)) => vm::run(*config).unwrap_or_else(|e| {
             eprintln!("bhyve: {e}");
+            if matches!(&e, vm::Error::Vmm(e) if e.is_not_found()) {
+                eprintln!("A guest is loaded by bhyveload first; bhyve --boot does both.");
+            }
             ERROR
         }),
         Err(e) => {
