@@ -103,7 +103,6 @@ impl Ahci {
                 .name(format!("{name} {n}"))
                 .spawn(move || {
                     crate::sandbox::join();
-                    crate::sandbox::join();
                     loop {
                         thread::park();
                         let Some(shared) = weak.upgrade() else {
