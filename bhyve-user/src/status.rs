@@ -213,6 +213,21 @@ pub fn ask(vm: &str) -> io::Result<Option<Status>> {
     Ok(None)
 }
 
+/// As [`ask`], of a bhyve that another user runs; for root.
+///
+/// # Errors
+/// As for [`ask`].
+pub fn ask_of(user: Uid, vm: &str) -> io::Result<Option<Status>> {
+    // Where systemd has $XDG_RUNTIME_DIR of a user who is logged in.
+    let runtime = PathBuf::from(format!("/run/user/{user}/bhyve"));
+    for directory in [runtime, directory(user)] {
+        if let Some(status) = ask_in(&directory, vm)? {
+            return Ok(Some(status));
+        }
+    }
+    Ok(None)
+}
+
 fn ask_in(directory: &Path, vm: &str) -> io::Result<Option<Status>> {
     let path = socket_in(directory, vm);
     let stream = match UnixStream::connect(&path) {

@@ -137,7 +137,12 @@ pub fn look(name: &str) -> Result<Look, Error> {
 }
 
 fn fill(look: &mut Look, vm: &Vm) {
-    let told = match status::ask(&look.name) {
+    let holders = holders(&look.name);
+    let mut answer = status::ask(&look.name);
+    if let (Ok(None), Some((_, _, user))) = (&answer, holders.first()) {
+        answer = status::ask_of(Uid::from_raw(*user), &look.name);
+    }
+    let told = match answer {
         Ok(told) => told,
         Err(e) => {
             look.note = format!("its bhyve's counters cannot be read: {e}");
@@ -165,8 +170,7 @@ fn fill(look: &mut Look, vm: &Vm) {
         look.rings = told.rings;
         return;
     }
-    let holders = holders(&look.name);
-    (look.state, look.note) = if let Some((pid, program)) = holders.first() {
+    (look.state, look.note) = if let Some((pid, program, _)) = holders.first() {
         look.pid = Some(*pid);
         let note = format!("by {program}, which tells no counters");
         (State::Running, note)
@@ -205,9 +209,10 @@ fn is_busy(vm: &Vm) -> bool {
     cfg!(target_os = "freebsd") && rip.is_err_and(|e| e.errno() == Some(Errno::EBUSY as i32))
 }
 
-/// Other processes that have a VM's node open, as far as we may see them.
+/// Other processes that have a VM's node open, as far as we may see them: number,
+/// program and user.
 #[cfg(target_os = "linux")]
-fn holders(name: &str) -> Vec<(u32, String)> {
+fn holders(name: &str) -> Vec<(u32, String, u32)> {
     let node = std::path::PathBuf::from(format!("/dev/vmm/{name}"));
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbered = processes.filter_map(|p| {
@@ -226,13 +231,14 @@ fn holders(name: &str) -> Vec<(u32, String)> {
         .filter(|(pid, folder)| *pid != std::process::id() && holds(folder))
         .map(|(pid, folder)| {
             let program = std::fs::read_to_string(folder.join("comm")).unwrap_or_default();
-            (pid, program.trim().to_owned())
+            let user = std::fs::metadata(&folder).map_or(0, |m| m.uid());
+            (pid, program.trim().to_owned(), user)
         })
         .collect()
 }
 
 #[cfg(not(target_os = "linux"))]
-fn holders(_: &str) -> Vec<(u32, String)> {
+fn holders(_: &str) -> Vec<(u32, String, u32)> {
     Vec::new()
 }
 
