@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::mitigation::Mitigations;
 use crate::msr::MsrWrite;
 use crate::nested::NestedTables;
-use crate::vmx;
+use crate::{svm, vmx};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use bitflags::bitflags;
@@ -234,6 +234,12 @@ pub trait RunCpu: VirtualCpu + Sized {
         Some(exit)
     }
 
+    /// Whether an interrupt of the host's, sent to this CPU now, is to end the
+    /// next stay before its first instruction.
+    fn take_immediate_exit(&mut self) -> bool {
+        false
+    }
+
     /// Asks for an L1 data-cache flush with the next entry, if the CPU needs
     /// it: after a return from userland, or a switch of VM (L1TF).
     fn request_l1d_flush(&mut self);
@@ -275,12 +281,17 @@ pub enum EnableError {
     NoMemory,
     /// VT-x's reason.
     Vmx(vmx::EnableError),
+    /// AMD-V's reason.
+    Svm(svm::EnableError),
 }
 
 impl EnableError {
     /// Another hypervisor holds the CPU.
     pub fn in_use(self) -> bool {
-        matches!(self, EnableError::Vmx(vmx::EnableError::InUse))
+        matches!(
+            self,
+            EnableError::Vmx(vmx::EnableError::InUse) | EnableError::Svm(svm::EnableError::InUse)
+        )
     }
 }
 
@@ -290,6 +301,7 @@ impl fmt::Display for EnableError {
             EnableError::Neither => f.write_str("this CPU has neither VT-x nor AMD-V"),
             EnableError::NoMemory => f.write_str("out of memory"),
             EnableError::Vmx(e) => write!(f, "VT-x cannot be used: {e}"),
+            EnableError::Svm(e) => write!(f, "AMD-V cannot be used: {e}"),
         }
     }
 }
@@ -308,6 +320,8 @@ fn counted<T>(value: T) -> Result<Arc<T>, EnableError> {
 pub enum Backend<H: Host> {
     /// Intel's.
     Vmx(Arc<vmx::Backend<H>>),
+    /// AMD's.
+    Svm(Arc<svm::Backend<H>>),
 }
 
 impl<H: Host> Backend<H> {
@@ -317,6 +331,11 @@ impl<H: Host> Backend<H> {
     /// # Safety
     /// CPL 0 on a machine whose CPUs are alike.
     pub unsafe fn new() -> Result<Self, EnableError> {
+        if svm::present() {
+            // SAFETY: by the caller's promise.
+            let backend = unsafe { svm::Backend::new() }.map_err(EnableError::Svm)?;
+            return counted(backend).map(Backend::Svm);
+        }
         if !vmx::present() {
             return Err(EnableError::Neither);
         }
@@ -335,6 +354,7 @@ impl<H: Host> Backend<H> {
         unsafe {
             match self {
                 Backend::Vmx(b) => b.cpu_on(set_vmxe).map_err(EnableError::Vmx),
+                Backend::Svm(b) => b.cpu_on().map_err(EnableError::Svm),
             }
         }
     }
@@ -348,21 +368,21 @@ impl<H: Host> Backend<H> {
         unsafe {
             match self {
                 Backend::Vmx(b) => b.cpu_off(set_vmxe),
+                Backend::Svm(b) => b.cpu_off(),
             }
         }
     }
 
     /// AMD's conventions (CPUID leaves, MSRs) rather than Intel's.
     pub fn is_amd(&self) -> bool {
-        match self {
-            Backend::Vmx(_) => false,
-        }
+        matches!(self, Backend::Svm(_))
     }
 
     /// A number that tells VMs apart (for barriers between VMs).
     pub fn new_vm_id(&self) -> u64 {
         match self {
             Backend::Vmx(b) => b.new_vm_id(),
+            Backend::Svm(b) => b.new_vm_id(),
         }
     }
 
@@ -370,6 +390,7 @@ impl<H: Host> Backend<H> {
     pub fn mitigations(&self) -> &Mitigations {
         match self {
             Backend::Vmx(b) => &b.caps.mitigations,
+            Backend::Svm(b) => &b.caps.mitigations,
         }
     }
 
@@ -377,6 +398,7 @@ impl<H: Host> Backend<H> {
     pub fn offer(&self) -> Offer {
         match self {
             Backend::Vmx(b) => b.caps.offer(),
+            Backend::Svm(b) => b.caps.offer(),
         }
     }
 
@@ -384,6 +406,7 @@ impl<H: Host> Backend<H> {
     pub fn apic_virt(&self) -> ApicVirt {
         match self {
             Backend::Vmx(b) => vmx::apicv::supported(&b.caps),
+            Backend::Svm(_) => ApicVirt::empty(),
         }
     }
 
@@ -391,6 +414,7 @@ impl<H: Host> Backend<H> {
     pub fn nested_tables(&self) -> Result<NestedTables<H>, Error> {
         match self {
             Backend::Vmx(b) => NestedTables::ept(b.caps.ept_options()),
+            Backend::Svm(b) => NestedTables::npt(b.caps.npt_options(), b.caps.la57),
         }
     }
 }

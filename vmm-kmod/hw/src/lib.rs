@@ -1,7 +1,7 @@
 //! The CPU backends: everything that needs virtualization instructions,
 //! privileged registers or page tables that the CPU walks.
 //!
-//! `vmx` drives VT-x, behind the traits of `backend`;
+//! `vmx` drives VT-x and `svm` AMD-V, both behind the traits of `backend`;
 //! `ept` owns nested page tables in a format-generic way; `mitigation` decides what a CPU's vulnerabilities cost. Locks, ioctls and
 //! the run loop belong to `vmm-kmod`.
 //!
@@ -32,6 +32,7 @@ pub mod mitigation;
 pub mod msr;
 pub mod nested;
 pub mod page;
+pub mod svm;
 #[cfg(test)]
 mod testhost;
 pub mod vmx;

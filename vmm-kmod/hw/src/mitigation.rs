@@ -73,6 +73,23 @@ impl Mitigations {
     }
 }
 
+impl Mitigations {
+    /// Decides for an AMD CPU, which knows neither L1TF nor MDS, from CPUID
+    /// 8000_0008H:EBX (APM Vol. 3 §E.4.6): IBPB; IBRS, STIBP or SSBD in
+    /// SPEC_CTRL.
+    pub const fn amd(ext8_ebx: u32) -> Self {
+        Mitigations {
+            flush_l1d: false,
+            l1tf_without_flush: false,
+            verw: false,
+            mds_without_clear: false,
+            ibpb: ext8_ebx & 1 << 12 != 0,
+            spec_ctrl: ext8_ebx & (1 << 14 | 1 << 15 | 1 << 24) != 0,
+            itlb_multihit: false,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,7 +7,7 @@ use vmm_abi::exit::{Exit as UserExit, InstEmul, VmExit};
 use vmm_abi::layout::VmGla2gpa;
 use vmm_core::apicbus::DeliveryMode;
 use vmm_core::chipset::Chipset;
-use vmm_core::cpu::{Access, CpuState, Reg, Seg};
+use vmm_core::cpu::{Access, CpuState, Event, Exit, Reg, Seg};
 use vmm_core::inst::{self, Bus, BusError, CodeMode, DecodeError, Hint, Inst, Outcome};
 use vmm_core::lapic::{Effect, Lapic};
 use vmm_core::paging::{self, GuestPhys, Paging, WalkError};
@@ -40,6 +40,17 @@ pub struct Fault {
 struct Where {
     gpa: u64,
     gla: Option<u64>,
+}
+
+/// What became of the search for the instruction that caused an exit.
+pub enum Found {
+    /// The exit, complete.
+    Exit(Exit),
+    /// The guest's code or page tables have changed under the instruction: it
+    /// is to be executed again.
+    Again,
+    /// Guest memory is needed that cannot be had with interrupts off.
+    Later,
 }
 
 /// Whether a device of the kernel's answered.
@@ -282,6 +293,50 @@ impl<C: RunCpu> Runner<'_, C> {
         Some(spinup.then_some(Todo::Spinup))
     }
 
+    /// Completes an exit with the instruction that caused it: for CPUs that do
+    /// not tell its length or its operands.
+    pub fn instruction_at_once(&mut self, exit: Exit) -> Found {
+        let Some(mem) = self.vm.mem.try_lock() else {
+            return Found::Later;
+        };
+        let walk = self.paging(&self.inner.hw);
+        let at = code_address(&self.inner.hw, self.inner.hw.reg(Reg::Rip));
+        let fetched = paging::fetch_instruction(&mem.map.guest_known(), &walk, at);
+        drop(mem);
+        self.complete(exit, &fetched)
+    }
+
+    /// The same outside the inner loop. None: the guest is to be entered
+    /// again.
+    pub fn instruction_of(&mut self, exit: Exit) -> Result<Option<Exit>, i32> {
+        let cpu = regs::with_current(self.inner, |i| Snapshot::take(&i.hw, i.next_rip));
+        let walk = self.paging(&cpu);
+        let mem = self.vm.mem.lock();
+        let at = code_address(&cpu, cpu.reg(Reg::Rip));
+        let fetched = paging::fetch_instruction(&mem.map.guest(), &walk, at);
+        drop(mem);
+        Ok(match self.complete(exit, &fetched) {
+            Found::Exit(exit) => Some(exit),
+            Found::Again | Found::Later => None,
+        })
+    }
+
+    fn complete(&mut self, exit: Exit, fetched: &paging::Fetched) -> Found {
+        let mode = CodeMode::of(&self.inner.hw);
+        match inst::decode(fetched.bytes(), mode) {
+            Ok(inst) => match self.inner.hw.complete(exit, &inst) {
+                Some(exit) => Found::Exit(exit),
+                None => Found::Again,
+            },
+            Err(_) if fetched.stop.is_some() => Found::Later,
+            Err(_) => {
+                self.inner.exception = Some(Event::UD);
+                self.inner.attention = true;
+                Found::Again
+            }
+        }
+    }
+
     fn is_device(&self, gpa: u64) -> bool {
         Chipset::claims_gpa(gpa)
             || self.inner.lapic.mmio() && gpa & !0xfff == self.inner.lapic.base_gpa()
@@ -374,7 +429,7 @@ impl<C: RunCpu> Runner<'_, C> {
         Paging::of(cpu, self.inner.cpuid.phys_bits(), gib)
     }
 
-    fn finish_emulation(&mut self, cpu: &Snapshot, event: Option<vmm_core::cpu::Event>) {
+    fn finish_emulation(&mut self, cpu: &Snapshot, event: Option<Event>) {
         regs::with_current(self.inner, |inner| {
             inner.next_rip = None;
             cpu.put(&mut inner.hw);
@@ -399,7 +454,7 @@ impl<C: RunCpu> Runner<'_, C> {
         }
         drop(mem);
         if !ok {
-            self.inner.exception = Some(vmm_core::cpu::Event::GP0);
+            self.inner.exception = Some(Event::GP0);
             self.inner.attention = true;
             return;
         }

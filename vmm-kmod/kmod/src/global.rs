@@ -110,7 +110,12 @@ pub fn caps(backend: &Backend<Os>, info: &HostInfo) -> CpuidCaps {
         xcr0: cpu.xcr0,
         xsaves: cpu.xsaves && info.xsave_forms & 8 != 0,
         spec_ctrl: m.spec_ctrl,
-        ssbd: m.spec_ctrl && cpuid(7, 0)[3] & (1 << 31) != 0,
+        ssbd: m.spec_ctrl
+            && if backend.is_amd() {
+                cpuid(0x8000_0008, 0)[1] & (1 << 24) != 0
+            } else {
+                cpuid(7, 0)[3] & (1 << 31) != 0
+            },
         arch_capabilities: cpuid(7, 0)[3] & (1 << 29) != 0,
         l1d_flush: false,
         ext_dest_id: false,
@@ -123,13 +128,17 @@ pub fn virt_to_phys(va: usize) -> u64 {
     (va as u64).wrapping_sub(Os::phys_to_virt(0) as u64)
 }
 
-/// Microcode revision (SDM Vol. 3A §9.11.7.1: write 0, CPUID, read).
+/// Microcode revision (SDM Vol. 3A §9.11.7.1: write 0, CPUID, read; AMD's
+/// PATCH_LEVEL is there without ado).
 ///
 /// # Safety
-/// CPL 0.
-pub unsafe fn microcode() -> u32 {
-    // SAFETY: IA32_BIOS_SIGN_ID exists on every CPU with VT-x.
+/// CPL 0 on a CPU with VT-x or, if `amd`, AMD-V.
+pub unsafe fn microcode(amd: bool) -> u32 {
+    // SAFETY: the MSR exists on every such CPU.
     unsafe {
+        if amd {
+            return instr::rdmsr(0x8b) as u32;
+        }
         instr::wrmsr(0x8b, 0);
         let _ = cpuid(1, 0);
         (instr::rdmsr(0x8b) >> 32) as u32

@@ -79,9 +79,9 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
     warn_of_holes(backend.mitigations());
     let g = global::Global {
         cpuid_caps: global::caps(&backend, info),
-        // SAFETY: CPL 0; the MSRs are those of every CPU with VT-x, or
+        // SAFETY: CPL 0; the MSRs are those of every CPU with VT-x or AMD-V, or
         // announced by CPUID.
-        microcode: unsafe { global::microcode() },
+        microcode: unsafe { global::microcode(backend.is_amd()) },
         // SAFETY: as above.
         arch_capabilities: unsafe { global::arch_capabilities() },
         tsc_hz: info.tsc_hz,

@@ -3,11 +3,13 @@
 
 use vmm_abi::{Exit as UserExit, SuspendHow, VmExit};
 use vmm_core::cpu::{Exit, Reg};
+use vmm_core::host::Host;
 use vmm_core::lapic::Changes;
 use vmm_core::stats::Stat;
 use vmm_hw::backend::{ApicVirt, Reset, RunCpu};
 use vmm_hw::cr::Controls;
 
+use crate::emulate::Found;
 use crate::errno;
 use crate::ffi;
 use crate::os::{self, ThreadFlags};
@@ -40,6 +42,9 @@ pub enum Todo {
     Spinup,
     /// The vCPU's state could not be made this CPU's.
     NotLoaded(vmm_hw::error::Error),
+    /// An exit of which the CPU does not tell enough, and whose instruction
+    /// could not be had with interrupts off.
+    Instruction(Exit),
 }
 
 /// A vCPU, its VM and the thread that runs it.
@@ -52,6 +57,8 @@ pub struct Runner<'a, C> {
     pub inner: &'a mut Inner<C>,
     /// PDPTEs for a MOV to CR0 or CR4 that is to be completed.
     pub pdptes: Option<([u64; 4], Controls)>,
+    /// An exit that was completed with its instruction, to be handled.
+    pub completed: Option<Exit>,
     flags: ThreadFlags,
     preemption_timer: bool,
     account: bool,
@@ -64,6 +71,7 @@ pub struct Runner<'a, C> {
 pub fn run(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
     match inner.kind() {
         Kind::Vmx(inner) => run_on(vm, vcpu, inner),
+        Kind::Svm(inner) => run_on(vm, vcpu, inner),
     }
 }
 
@@ -84,6 +92,7 @@ fn run_on<C: RunCpu>(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner<C>) -> Result<(), i
         vcpu,
         inner,
         pdptes: None,
+        completed: None,
         flags: ThreadFlags::current(),
         preemption_timer,
         account: crate::global::get().account,
@@ -138,6 +147,7 @@ impl<C: RunCpu> Runner<'_, C> {
                         return Ok(());
                     }
                 }
+                Todo::Instruction(exit) => self.completed = self.instruction_of(exit)?,
             }
         }
     }
@@ -279,7 +289,14 @@ impl<C: RunCpu> Runner<'_, C> {
             if let Some((ptes, new)) = self.pdptes.take() {
                 self.complete_cr(ptes, &new);
             }
-            let todo = self.inner_loop();
+            let done = match self.completed.take() {
+                Some(exit) => self.handle(exit),
+                None => None,
+            };
+            let todo = match done {
+                Some(todo) => todo,
+                None => self.inner_loop(),
+            };
             self.vcpu.leave_guest_mode();
             // SAFETY: loaded above, on this CPU.
             unsafe { self.inner.hw.unload() };
@@ -305,6 +322,11 @@ impl<C: RunCpu> Runner<'_, C> {
             if !self.set_timer() {
                 continue;
             }
+            if !C::DESCRIBES_EXITS && self.inner.hw.take_immediate_exit() {
+                // SAFETY: works in any context; interrupts are off, so that
+                // it waits for the guest.
+                unsafe { ffi::vmm_host_kick_cpu(os::Os::cpu()) };
+            }
             let exit = if self.account {
                 // SAFETY: as below.
                 unsafe { self.enter_counted() }
@@ -325,6 +347,15 @@ impl<C: RunCpu> Runner<'_, C> {
                 self.inner.vectoring = Some(event);
                 self.inner.attention = true;
             }
+            let exit = if C::DESCRIBES_EXITS || !self.inner.hw.wants_instruction() {
+                exit
+            } else {
+                match self.instruction_at_once(exit) {
+                    Found::Exit(exit) => exit,
+                    Found::Again => continue,
+                    Found::Later => return Todo::Instruction(exit),
+                }
+            };
             if let Some(todo) = self.handle(exit) {
                 return todo;
             }

@@ -17,7 +17,7 @@ use vmm_core::msr::{MsrConfig, MsrState};
 use vmm_core::stats::Stats;
 use vmm_core::time::Ratio;
 use vmm_hw::backend::{ApicMode, ApicVirt, Backend, Config, Reset, VirtualCpu};
-use vmm_hw::vmx;
+use vmm_hw::{svm, vmx};
 
 use crate::ffi;
 use crate::global;
@@ -110,6 +110,8 @@ pub struct Inner<C: ?Sized = dyn VirtualCpu> {
 pub enum Kind<'a> {
     /// With VT-x.
     Vmx(&'a mut Inner<vmx::Vcpu<Os>>),
+    /// With AMD-V.
+    Svm(&'a mut Inner<svm::Vcpu<Os>>),
 }
 
 impl Inner {
@@ -121,6 +123,8 @@ impl Inner {
             // SAFETY: `Vcpu::new` makes every vCPU with the machine's backend,
             // of which there is one.
             Backend::Vmx(_) => Kind::Vmx(unsafe { &mut *this.cast() }),
+            // SAFETY: as above.
+            Backend::Svm(_) => Kind::Svm(unsafe { &mut *this.cast() }),
         }
     }
 }
@@ -183,6 +187,10 @@ impl Vcpu {
         let inner: Box<Mutex<Inner>> = match &g.backend {
             Backend::Vmx(b) => {
                 let hw = vmx::Vcpu::new(Arc::clone(b), hw_config).map_err(failed)?;
+                sync::try_box(Mutex::new(Inner::new(hw, lapic, cpuid))?)?
+            }
+            Backend::Svm(b) => {
+                let hw = svm::Vcpu::new(Arc::clone(b), hw_config).map_err(failed)?;
                 sync::try_box(Mutex::new(Inner::new(hw, lapic, cpuid))?)?
             }
         };

@@ -215,9 +215,9 @@ fn amd_entries_are_those_of_the_hosts_own_tables() {
     // Present, writable, user's (APM Vol. 2 §15.25.5); PS in the leaf.
     assert_eq!(n, 3);
     assert!(path[..2].iter().all(|x| x & 0xfff == 7));
-    assert_eq!(path[2], 4 * G1 | 0x87);
+    assert_eq!(path[2], (4 * G1) | 0x87);
     let (path, n) = e.walk(M2);
-    assert_eq!((n, path[3]), (4, 1 << 63 | 5 * G1 | 0x1d));
+    assert_eq!((n, path[3]), (4, (1 << 63) | (5 * G1) | 0x1d));
     assert_eq!(e.translate(M2).unwrap().prot, Prot::READ);
     // Rights that grow need no flush, rights that shrink do.
     let protect = |e: &mut Ept<TestHost, NptFormat>, p| e.protect(M2, 4096, p).unwrap();
