@@ -392,7 +392,9 @@ impl<C: RunCpu> Runner<'_, C> {
         }
         if self.preemption_timer {
             self.inner.hw.set_preemption_timer(Some(deadline - now));
-        } else if self.inner.timer_armed != deadline {
+        } else if self.inner.timer_armed != deadline || self.vcpu.take_timer_fired() {
+            // The host's clock and the TSC do not agree to the last tick: a
+            // timer that fired too early is armed again.
             self.inner.timer_armed = deadline;
             self.vcpu
                 .arm_timer(self.vm.clock.to_ns.apply_up(deadline - now));

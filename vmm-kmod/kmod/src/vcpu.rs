@@ -6,7 +6,7 @@ use alloc::sync::Arc;
 use core::ffi::c_void;
 use core::ops::Deref;
 use core::ptr;
-use core::sync::atomic::{AtomicU32, Ordering, fence};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 
 use vmm_abi::raw_exit::VmExitRaw;
 use vmm_core::cpu::Event;
@@ -137,6 +137,8 @@ pub struct Vcpu {
     pub mailbox: Box<Mailbox>,
     mode: AtomicU32,
     cpu: AtomicU32,
+    /// The host's timer has fired since this was last asked.
+    timer_fired: AtomicBool,
     /// Threads that wait for the vCPU to leave the guest and stay out.
     pub reqidle: AtomicU32,
     /// Number.
@@ -199,6 +201,7 @@ impl Vcpu {
             mailbox,
             mode: AtomicU32::new(OUTSIDE),
             cpu: AtomicU32::new(0),
+            timer_fired: AtomicBool::new(false),
             reqidle: AtomicU32::new(0),
             id,
             sleeper: Sleeper::new()?,
@@ -301,8 +304,15 @@ impl Vcpu {
         }
     }
 
+    /// Whether the timer has fired since this was last asked.
+    #[inline]
+    pub fn take_timer_fired(&self) -> bool {
+        self.timer_fired.load(Ordering::Relaxed) && self.timer_fired.swap(false, Ordering::SeqCst)
+    }
+
     /// The timer has fired (interrupt context).
     pub fn timer_fired(&self) {
+        self.timer_fired.store(true, Ordering::SeqCst);
         self.poke();
     }
 }
