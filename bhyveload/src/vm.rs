@@ -113,8 +113,15 @@ impl LoadTarget for VmTarget {
     }
 
     fn has_tsc_leaf(&self) -> bool {
-        // FreeBSD's own vmm hides leaf 0x15; ours answers it and is known by its
-        // extension range.
-        self.vm.ext_version().is_some()
+        // FreeBSD's own vmm hides leaf 0x15; ours, which is known by its
+        // extension range, answers it where the host's CPU could have it: not on
+        // AMD's, whose conventions the guest's CPUID follows.
+        self.vm.ext_version().is_some() && !host_is_amd()
     }
+}
+
+/// The host's CPU is AMD's, or Hygon's.
+fn host_is_amd() -> bool {
+    let leaf = core::arch::x86_64::__cpuid(0);
+    matches!(&leaf.ebx.to_le_bytes(), b"Auth" | b"Hygo")
 }

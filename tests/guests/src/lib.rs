@@ -15,6 +15,12 @@ pub mod serial;
 pub mod smp;
 pub mod trap;
 
+/// The host's CPU is QEMU's TCG (`-e guest.tcg=1`), which in AMD-V lacks a few
+/// checks that every real CPU makes.
+pub fn tcg() -> bool {
+    preload::variable("guest.tcg") == Some("1")
+}
+
 use core::panic::PanicInfo;
 
 /// Virtual address of physical address 0, as the loader and [`memory::init`] map it.

@@ -10,8 +10,17 @@ mod linux;
 mod net;
 mod virtio;
 
+use crate::machine::Engine;
 use crate::runner::{Group, Lab};
 use anyhow::Result;
+
+/// Lab tests that an engine cannot run, and why.
+pub fn unfit(engine: Engine) -> &'static [(&'static str, &'static str)] {
+    match engine {
+        Engine::Kvm | Engine::Bochs => &[],
+        Engine::Qemu => &[],
+    }
+}
 
 /// All lab tests, by host.
 ///

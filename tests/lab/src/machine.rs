@@ -18,7 +18,7 @@ pub enum Engine {
     Kvm,
     /// Bochs: VT-x, an exact instruction count, about 50 million instructions a second.
     Bochs,
-    /// QEMU's TCG: AMD-V.
+    /// QEMU's TCG: AMD-V, and an instruction count as well.
     Qemu,
 }
 
@@ -33,9 +33,9 @@ impl fmt::Display for Engine {
 }
 
 impl Engine {
-    /// KVM if this machine really offers VMX to guests, otherwise Bochs.
+    /// KVM if this machine really offers VMX or SVM to guests, otherwise Bochs.
     pub fn auto() -> Self {
-        if kvm_offers_vmx() {
+        if kvm_offers_virtualization() {
             Self::Kvm
         } else {
             Self::Bochs
@@ -52,7 +52,28 @@ impl Engine {
 
     /// The time-stamp counter counts instructions.
     pub fn counts_instructions(self) -> bool {
-        self == Self::Bochs
+        matches!(self, Self::Bochs | Self::Qemu)
+    }
+
+    /// Ticks of the time-stamp counter in a second, where it counts instructions.
+    pub fn tsc_hz(self) -> u32 {
+        match self {
+            Self::Bochs => bochs::IPS,
+            Self::Kvm | Self::Qemu => qemu::TSC_HZ,
+        }
+    }
+
+    /// [`Spec::tick_shift`] where nothing depends on it.
+    pub fn tick_shift(self) -> u32 {
+        match self {
+            Self::Qemu => qemu::SHIFT,
+            Self::Kvm | Self::Bochs => 0,
+        }
+    }
+
+    /// It has AMD-V, not VT-x.
+    pub fn is_amd(self) -> bool {
+        self == Self::Qemu
     }
 
     /// What the engine asks of vmm.ko, as insmod takes it.
@@ -68,9 +89,9 @@ impl Engine {
     /// Kernel parameters of a host besides these.
     pub const fn host_parameters(self) -> &'static str {
         match self {
-            // Bochs speculates nothing, so there is nothing to mitigate.
-            Self::Bochs => "mitigations=off",
-            Self::Kvm | Self::Qemu => "",
+            // Neither speculates, so there is nothing to mitigate.
+            Self::Bochs | Self::Qemu => "mitigations=off",
+            Self::Kvm => "",
         }
     }
 
@@ -84,23 +105,26 @@ impl Engine {
                 "tsc_early_khz={} tsc=reliable clearcpuid=xsavec,xsaves",
                 bochs::IPS / 1000
             ),
-            Self::Kvm | Self::Qemu => String::new(),
+            // No calibration hits its TSC, which counts instructions.
+            Self::Qemu => format!("tsc_early_khz={} tsc=reliable", qemu::TSC_HZ / 1000),
+            Self::Kvm => String::new(),
         }
     }
 }
 
 /// A `/dev/kvm` that opens proves nothing; what KVM would tell a guest does.
-fn kvm_offers_vmx() -> bool {
+fn kvm_offers_virtualization() -> bool {
     const VMX: u32 = 1 << 5; // CPUID.01H:ECX, SDM Vol. 2A, CPUID
+    const SVM: u32 = 1 << 2; // CPUID 8000_0001H:ECX, APM Vol. 3 §E.4.2
     let Ok(kvm) = kvm_ioctls::Kvm::new() else {
         return false;
     };
     kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
         .is_ok_and(|cpuid| {
-            cpuid
-                .as_slice()
-                .iter()
-                .any(|leaf| leaf.function == 1 && leaf.ecx & VMX != 0)
+            cpuid.as_slice().iter().any(|leaf| {
+                leaf.function == 1 && leaf.ecx & VMX != 0
+                    || leaf.function == 0x8000_0001 && leaf.ecx & SVM != 0
+            })
         })
 }
 
@@ -113,6 +137,9 @@ pub struct Spec {
     pub cpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// An instruction takes 2 to this power ticks of the time-stamp counter,
+    /// where that counts instructions. Bochs knows 0 only.
+    pub tick_shift: u32,
     /// bzImage.
     pub kernel: PathBuf,
     /// Initramfs, uncompressed.

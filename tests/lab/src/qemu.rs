@@ -6,6 +6,12 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+/// Ticks of the time-stamp counter in an emulated second, with `-icount`.
+pub const TSC_HZ: u32 = 1_000_000_000;
+/// By default an instruction takes 16 ticks, so that a second of waiting is no
+/// more than 62.5 million of them.
+pub const SHIFT: u32 = 4;
+
 /// Starts QEMU with COM1 and COM2 connected to these loopback ports.
 ///
 /// # Errors
@@ -13,7 +19,7 @@ use std::process::{Child, Command, Stdio};
 pub fn spawn(spec: &Spec, dir: &Path, ports: [u16; 2]) -> Result<Child> {
     let initramfs = dir.join("initramfs");
     fs::write(&initramfs, &spec.initramfs)?;
-    let mut command = common(spec.engine, spec.cpus, spec.memory_mib, ports);
+    let mut command = common(spec, ports);
     command
         .arg("-kernel")
         .arg(&spec.kernel)
@@ -23,11 +29,21 @@ pub fn spawn(spec: &Spec, dir: &Path, ports: [u16; 2]) -> Result<Child> {
     logged(command, dir)
 }
 
-fn common(engine: Engine, cpus: u32, memory_mib: u32, ports: [u16; 2]) -> Command {
-    let acceleration: &[&str] = if engine == Engine::Kvm {
+fn common(spec: &Spec, ports: [u16; 2]) -> Command {
+    let icount = format!("shift={}", spec.tick_shift);
+    let acceleration: &[&str] = if spec.engine == Engine::Kvm {
         &["-accel", "kvm", "-cpu", "host"]
     } else {
-        &["-accel", "tcg", "-cpu", "EPYC,+svm,+npt"]
+        // Time is a function of instructions executed, so that no test depends
+        // on how busy this machine is.
+        &[
+            "-accel",
+            "tcg",
+            "-cpu",
+            "EPYC,+svm,+npt",
+            "-icount",
+            &icount,
+        ]
     };
     // pdeathsig: an emulator must not outlive us, however we end.
     let mut command = Command::new("setpriv");
@@ -36,8 +52,8 @@ fn common(engine: Engine, cpus: u32, memory_mib: u32, ports: [u16; 2]) -> Comman
         .args(["-machine", "q35", "-nodefaults", "-no-user-config"])
         .args(["-display", "none", "-no-reboot"])
         .args(acceleration)
-        .args(["-smp", &cpus.to_string()])
-        .args(["-m", &memory_mib.to_string()]);
+        .args(["-smp", &spec.cpus.to_string()])
+        .args(["-m", &spec.memory_mib.to_string()]);
     for port in ports {
         command.args(["-serial", &format!("tcp:127.0.0.1:{port}")]);
     }

@@ -32,6 +32,7 @@ impl Lab {
             engine: self.engine,
             cpus,
             memory_mib: 512,
+            tick_shift: self.engine.tick_shift(),
             kernel: image.clone(),
             initramfs: std::fs::read(&self.kit.guest_initrd)?,
             cmdline: format!("{cmdline} {}", self.engine.kernel_parameters()),
@@ -134,6 +135,12 @@ pub fn run(lab: &Lab, only: &str) -> Result<Tally> {
     let mut groups = cases::all(lab)?;
     for group in &mut groups {
         group.cases.retain(|c| c.name.contains(only));
+        for case in &mut group.cases {
+            let mut unfit = cases::unfit(lab.engine).iter();
+            if let Some((_, why)) = unfit.find(|(name, _)| *name == case.name) {
+                case.skipped = Some(format!("on {}: {why}", lab.engine));
+            }
+        }
     }
     groups.retain(|g| !g.cases.is_empty());
     ensure!(!groups.is_empty(), "no lab test has {only:?} in its name");

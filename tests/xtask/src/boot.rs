@@ -29,7 +29,7 @@ const FREEBSD_UP: &str =
 /// Engines by name on the command line.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum EngineName {
-    /// KVM where it offers VMX to guests, otherwise Bochs
+    /// KVM where it offers VMX or SVM to guests, otherwise Bochs
     Auto,
     /// QEMU with nested KVM
     Kvm,
@@ -183,13 +183,13 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
         Host::boot(dirs, &kit, &config, "boot")
     })?;
     host.load_vmm(&options.vmm_options)?;
-    let start = host.busy_ticks(lab::bochs::IPS)?;
+    let start = host.busy_ticks(engine.tsc_hz())?;
     let clock = Instant::now();
     let spec = in_host(&guest, options, memory_mib);
     step("bhyveload", || {
         host.must(&spec.load_line(), Duration::from_secs(120))
     })?;
-    let loaded = host.busy_ticks(lab::bochs::IPS)?;
+    let loaded = host.busy_ticks(engine.tsc_hz())?;
     host.must(&spec.run_line(), SHORT)?;
 
     let outcome = match watch(&mut host, options, &guest) {
@@ -200,10 +200,11 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     let stats = host.stats(VM, options.vcpus);
     let userland = host.must(&format!("cat {EXIT_STATS} 2>/dev/null || true"), SHORT)?;
     let instructions = if engine.counts_instructions() && options.host_cpus == 1 {
-        let end = host.busy_ticks(lab::bochs::IPS)?;
+        let end = host.busy_ticks(engine.tsc_hz())?;
+        let shift = config.tick_shift;
         Some(Instructions {
-            all: end.saturating_sub(start),
-            bhyveload: loaded.saturating_sub(start),
+            all: end.saturating_sub(start) >> shift,
+            bhyveload: loaded.saturating_sub(start) >> shift,
         })
     } else {
         None

@@ -200,6 +200,7 @@ fn bare(
         engine,
         cpus,
         memory_mib: 1024,
+        tick_shift: engine.tick_shift(),
         kernel,
         initramfs,
         cmdline: format!(

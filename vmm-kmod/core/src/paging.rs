@@ -51,6 +51,19 @@ pub struct Paging {
 }
 
 impl Paging {
+    /// No paging at all.
+    pub const OFF: Paging = Paging {
+        cr0: 0,
+        cr3: 0,
+        cr4: 0,
+        efer: 0,
+        cpl: 0,
+        ac: false,
+        implicit: false,
+        phys_bits: 0,
+        gib_pages: false,
+    };
+
     /// The paging state of a vCPU; costs the reads of five registers.
     pub fn of(cpu: &impl CpuState, phys_bits: u8, gib_pages: bool) -> Self {
         Paging {
@@ -186,6 +199,38 @@ pub fn translate_nofault<M: GuestPhys>(
     access: Access,
 ) -> Result<u64, WalkError> {
     Walk::new(mem, p, gla, access).run()
+}
+
+/// The paging-structure entries that a translation came from.
+#[derive(Clone, Copy, Default)]
+pub struct Trail {
+    steps: [Step; 5],
+    depth: usize,
+}
+
+impl Trail {
+    /// Guest-physical address and contents of each entry, highest level first.
+    pub fn entries(&self) -> impl Iterator<Item = (u64, u64)> {
+        let steps = self.steps.iter().take(self.depth);
+        steps.map(|s| (s.gpa, s.entry))
+    }
+}
+
+/// As [`translate_nofault`] for an instruction fetch under 64-bit paging, and
+/// leaves the entries that were used in `trail`.
+pub fn trace_fetch<M: GuestPhys>(
+    mem: &M,
+    p: &Paging,
+    gla: u64,
+    trail: &mut Trail,
+) -> Result<u64, WalkError> {
+    let mut w = Walk::new(mem, p, gla, Access::EXEC);
+    let gpa = w.run()?;
+    *trail = Trail {
+        steps: w.steps,
+        depth: w.depth,
+    };
+    Ok(gpa)
 }
 
 impl<'a, M: GuestPhys> Walk<'a, M> {

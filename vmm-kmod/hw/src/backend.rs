@@ -18,7 +18,6 @@ use bitflags::bitflags;
 use core::fmt;
 use vmm_core::cpu::{CpuState, Event, Exit};
 use vmm_core::host::{Host, Hpa};
-use vmm_core::inst::Inst;
 
 bitflags! {
     /// Parts of APIC virtualization that the local APIC's owner wants
@@ -226,12 +225,16 @@ pub trait RunCpu: VirtualCpu + Sized {
     fn wants_instruction(&self) -> bool {
         false
     }
-    /// Completes the last exit with its instruction; `None` if that is not one
-    /// that causes such an exit (the guest's code has changed meanwhile), and
-    /// the guest is to be entered again.
-    fn complete(&mut self, exit: Exit, inst: &Inst) -> Option<Exit> {
-        let _ = inst;
-        Some(exit)
+    /// Completes the last exit if `bytes` start with an instruction without
+    /// prefixes or operands that causes such an exit.
+    fn complete_plain(&mut self, exit: Exit, bytes: [u8; 3]) -> bool {
+        let _ = (exit, bytes);
+        false
+    }
+    /// Completes the last exit with the instruction that `bytes` start with.
+    fn complete(&mut self, exit: Exit, bytes: &[u8]) -> Completed {
+        let _ = bytes;
+        Completed::Exit(exit)
     }
 
     /// Whether an interrupt of the host's, sent to this CPU now, is to end the
@@ -255,6 +258,18 @@ pub trait RunCpu: VirtualCpu + Sized {
     fn set_eoi_exit_bitmap(&mut self, bitmap: [u64; 4]);
     /// TPR below which (bits 7:4 compared) a `TprBelowThreshold` exit comes.
     fn set_tpr_threshold(&mut self, threshold: u8);
+}
+
+/// What became of [`RunCpu::complete`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Completed {
+    /// The exit, complete.
+    Exit(Exit),
+    /// Not an instruction that causes such an exit: the guest's code has
+    /// changed meanwhile, and it is to be entered again.
+    Changed,
+    /// Nothing that the decoder knows, or not all of it.
+    Undecoded,
 }
 
 /// What guests can be offered, as far as the CPU decides it.

@@ -76,6 +76,21 @@ impl<H: Host> Fpu<H> {
         self.xcr0
     }
 
+    /// XCR0 as the CPU has it, while the guest's is loaded.
+    pub(crate) fn loaded_xcr0(&self) -> u64 {
+        if self.mask == 0 {
+            return self.xcr0;
+        }
+        // SAFETY: the host has XSAVE on, or `mask` would be 0.
+        unsafe { instr::xgetbv0() }
+    }
+
+    /// Takes over what the guest has made of XCR0 without an exit. The CPU has
+    /// checked it; what the host does not switch stays off.
+    pub(crate) fn take_xcr0(&mut self) {
+        self.xcr0 = self.loaded_xcr0() & (self.mask | 1);
+    }
+
     pub(crate) fn set_xcr0(&mut self, value: u64, loaded: bool) {
         self.xcr0 = value;
         if loaded && self.mask != 0 {

@@ -12,7 +12,7 @@ use vmm_core::inst::{self, Bus, BusError, CodeMode, DecodeError, Hint, Inst, Out
 use vmm_core::lapic::{Effect, Lapic};
 use vmm_core::paging::{self, GuestPhys, Paging, WalkError};
 use vmm_core::stats::Stat;
-use vmm_hw::backend::RunCpu;
+use vmm_hw::backend::{Completed, RunCpu};
 
 use crate::errno;
 use crate::memory::{self, GuestMemory};
@@ -295,13 +295,27 @@ impl<C: RunCpu> Runner<'_, C> {
 
     /// Completes an exit with the instruction that caused it: for CPUs that do
     /// not tell its length or its operands.
+    #[inline]
     pub fn instruction_at_once(&mut self, exit: Exit) -> Found {
+        let walk = self.paging(&self.inner.hw);
+        let at = code_address(&self.inner.hw, self.inner.hw.reg(Reg::Rip));
+        let generation = self.vm.generation.current();
+        if let Some(bytes) = self.inner.code.bytes(&walk, at, generation)
+            && self.inner.hw.complete_plain(exit, bytes)
+        {
+            return Found::Exit(exit);
+        }
+        self.fetch_at_once(exit, &walk, at, generation)
+    }
+
+    #[cold]
+    fn fetch_at_once(&mut self, exit: Exit, walk: &Paging, at: u64, generation: u64) -> Found {
         let Some(mem) = self.vm.mem.try_lock() else {
             return Found::Later;
         };
-        let walk = self.paging(&self.inner.hw);
-        let at = code_address(&self.inner.hw, self.inner.hw.reg(Reg::Rip));
-        let fetched = paging::fetch_instruction(&mem.map.guest_known(), &walk, at);
+        let guest = mem.map.guest_known();
+        let fetched = paging::fetch_instruction(&guest, walk, at);
+        self.inner.code.remember(&guest, walk, at, generation);
         drop(mem);
         self.complete(exit, &fetched)
     }
@@ -322,14 +336,11 @@ impl<C: RunCpu> Runner<'_, C> {
     }
 
     fn complete(&mut self, exit: Exit, fetched: &paging::Fetched) -> Found {
-        let mode = CodeMode::of(&self.inner.hw);
-        match inst::decode(fetched.bytes(), mode) {
-            Ok(inst) => match self.inner.hw.complete(exit, &inst) {
-                Some(exit) => Found::Exit(exit),
-                None => Found::Again,
-            },
-            Err(_) if fetched.stop.is_some() => Found::Later,
-            Err(_) => {
+        match self.inner.hw.complete(exit, fetched.bytes()) {
+            Completed::Exit(exit) => Found::Exit(exit),
+            Completed::Changed => Found::Again,
+            Completed::Undecoded if fetched.stop.is_some() => Found::Later,
+            Completed::Undecoded => {
                 self.inner.exception = Some(Event::UD);
                 self.inner.attention = true;
                 Found::Again

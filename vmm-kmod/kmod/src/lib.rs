@@ -7,6 +7,7 @@
 
 extern crate alloc;
 
+mod code;
 mod cpuset;
 mod doorbells;
 mod emulate;

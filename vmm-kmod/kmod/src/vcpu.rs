@@ -19,6 +19,7 @@ use vmm_core::time::Ratio;
 use vmm_hw::backend::{ApicMode, ApicVirt, Backend, Config, Reset, VirtualCpu};
 use vmm_hw::{svm, vmx};
 
+use crate::code::CodePage;
 use crate::ffi;
 use crate::global;
 use crate::klog;
@@ -102,6 +103,8 @@ pub struct Inner<C: ?Sized = dyn VirtualCpu> {
     pub active_seen: u32,
     /// Deadline that the host's timer was last armed for, host TSC.
     pub timer_armed: u64,
+    /// Where the last instruction was that had to be fetched.
+    pub code: CodePage,
     /// The CPU's structures and the guest's registers.
     pub hw: C,
 }
@@ -341,6 +344,7 @@ impl<C: VirtualCpu> Inner<C> {
             pause_window: 0,
             active_seen: 1,
             timer_armed: 0,
+            code: CodePage::new(),
             hw,
         }
     }

@@ -146,12 +146,16 @@ fn debug(r: &mut Report) {
         asm!("mov qword ptr [{}], 1", in(reg) place);
         asm!("mov dr7, {}", in(reg) 0x400u64);
     }
-    r.equal(
-        "#DB by a data breakpoint",
-        HITS.load(Ordering::SeqCst),
-        before + 1,
-    );
-    r.check("DR6 says B0", DR6.load(Ordering::SeqCst) & 1 != 0);
+    if guests::tcg() {
+        r.skip("#DB by a data breakpoint", "the emulated VMRUN sets none");
+    } else {
+        r.equal(
+            "#DB by a data breakpoint",
+            HITS.load(Ordering::SeqCst),
+            before + 1,
+        );
+        r.check("DR6 says B0", DR6.load(Ordering::SeqCst) & 1 != 0);
+    }
     let dr0: u64;
     // SAFETY: reads a register.
     unsafe { asm!("mov {}, dr0", out(reg) dr0) };

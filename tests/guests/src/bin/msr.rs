@@ -75,6 +75,13 @@ fn system_calls(r: &mut Report) {
     round_trip(r, "GS_BASE", GS_BASE, HIGH);
     round_trip(r, "KERNEL_GS_BASE", KERNEL_GS_BASE, HIGH + 8);
     for msr in [LSTAR, FS_BASE, GS_BASE, KERNEL_GS_BASE, SYSENTER_EIP] {
+        if guests::tcg() {
+            r.skip(
+                "#GP by a non-canonical address",
+                "the emulated CPU does not check it",
+            );
+            break;
+        }
         r.check("#GP by a non-canonical address", write_faults(msr, 1 << 63));
     }
     let before = cpu::rdmsr(GS_BASE);

@@ -325,3 +325,21 @@ fn instruction_across_two_pages() {
     assert_eq!(f.bytes(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0, 0, 0]);
     assert_eq!(f.stop, None);
 }
+
+#[test]
+fn a_traced_fetch_names_every_entry_that_it_used() {
+    let m = four(PTE_P | PTE_W);
+    let mut trail = Trail::default();
+    let gpa = trace_fetch(&m, &LONG, GLA, &mut trail).unwrap();
+    assert_eq!(gpa, translate(&m, &LONG, GLA, Access::EXEC).unwrap());
+    let wanted = [(0x1000, 4), (PDPT, 3), (PD, 2), (PT, 1)];
+    let wanted = wanted.map(|(table, level)| table | index(GLA, level));
+    assert!(trail.entries().map(|(gpa, _)| gpa).eq(wanted));
+    // Each decides: with any of them changed, the translation is another one.
+    for (at, entry) in trail.entries() {
+        m.put(at, 0);
+        assert!(trace_fetch(&m, &LONG, GLA, &mut Trail::default()).is_err());
+        m.put(at, entry);
+    }
+    assert!(trace_fetch(&m, &LONG, GLA, &mut Trail::default()).is_ok());
+}

@@ -3,12 +3,13 @@
 use super::caps::Features;
 use super::vcpu::{NmiState, Vcpu, Wanted};
 use super::vmcb::{clean, code, event, misc1, virq};
+use crate::backend::Completed;
 use crate::instr;
 use vmm_core::cpu::{
     Access, CpuState, CrAccess, DrAccess, Event, Exit, Gpr, IoExit, IoString, Seg,
 };
 use vmm_core::host::{Gpa, Host};
-use vmm_core::inst::{Inst, Op, Operand, Rep};
+use vmm_core::inst::{self, CodeMode, Inst, Op, Operand, Rep};
 
 const RFLAGS_TF: u64 = 1 << 8;
 const DR6_BS: u64 = 1 << 14;
@@ -43,6 +44,20 @@ pub(super) fn io_exit(info: u64, assists: bool) -> IoExit {
         string,
         rep: info & 8 != 0,
         string_info: (string && assists).then_some(IoString { addr_size, seg }),
+    }
+}
+
+/// Length of an instruction without operands or prefixes, which is how nearly
+/// all that exit are written; the decoder does the rest.
+#[inline(always)]
+fn plain_length(exit: Exit, bytes: &[u8]) -> Option<u8> {
+    match (exit, bytes) {
+        (Exit::Cpuid, [0x0f, 0xa2, ..])
+        | (Exit::Rdmsr, [0x0f, 0x32, ..])
+        | (Exit::Wrmsr, [0x0f, 0x30, ..])
+        | (Exit::Pause, [0xf3, 0x90, ..]) => Some(2),
+        (Exit::Hlt, [0xf4, ..]) => Some(1),
+        _ => None,
     }
 }
 
@@ -154,6 +169,9 @@ impl<H: Host> Vcpu<H> {
             code::CR_WRITE..=code::CR_WRITE_LAST => {
                 let cr = (why - code::CR_WRITE) as u8;
                 self.operands(|src| Exit::Cr(CrAccess::Write { cr, src }), mov)
+            }
+            code::CR0_SELECTIVE => {
+                self.operands(|src| Exit::Cr(CrAccess::Write { cr: 0, src }), mov)
             }
             code::DR_READ..=code::DR_READ_LAST => {
                 let dr = (why - code::DR_READ) as u8;
@@ -271,9 +289,32 @@ impl<H: Host> Vcpu<H> {
         self.wanted != Wanted::Nothing
     }
 
-    /// Completes the last exit with the instruction that caused it. `None`:
-    /// another instruction stands there now.
-    pub fn complete(&mut self, exit: Exit, inst: &Inst) -> Option<Exit> {
+    /// Completes the last exit if [`plain_length`] knows its instruction.
+    #[inline(always)]
+    pub fn complete_plain(&mut self, exit: Exit, bytes: &[u8]) -> bool {
+        let Some(len) = plain_length(exit, bytes) else {
+            return false;
+        };
+        self.inst_len = len;
+        self.wanted = Wanted::Nothing;
+        true
+    }
+
+    /// Completes the last exit with the instruction that caused it, which
+    /// `bytes` start with.
+    pub fn complete(&mut self, exit: Exit, bytes: &[u8]) -> Completed {
+        if self.complete_plain(exit, bytes) {
+            return Completed::Exit(exit);
+        }
+        match inst::decode(bytes, CodeMode::of(self)) {
+            Ok(inst) => self
+                .described(exit, &inst)
+                .map_or(Completed::Changed, Completed::Exit),
+            Err(_) => Completed::Undecoded,
+        }
+    }
+
+    fn described(&mut self, exit: Exit, inst: &Inst) -> Option<Exit> {
         let exit = match exit {
             Exit::Cpuid => (inst.op == Op::Cpuid).then_some(exit),
             Exit::Rdmsr => (inst.op == Op::Rdmsr).then_some(exit),
@@ -282,6 +323,7 @@ impl<H: Host> Vcpu<H> {
             Exit::Pause => (inst.op == Op::Pause).then_some(exit),
             Exit::Xsetbv => (inst.op == Op::Xsetbv).then_some(exit),
             Exit::CacheControl => matches!(inst.op, Op::Invd | Op::Wbinvd).then_some(exit),
+            Exit::Cr(_) if inst.op == Op::Lmsw => self.lmsw(inst),
             Exit::Cr(access) if self.wanted == Wanted::Operands => {
                 self.cr_operands(access, inst).map(Exit::Cr)
             }
@@ -307,6 +349,18 @@ impl<H: Host> Vcpu<H> {
         self.inst_len = inst.len;
         self.wanted = Wanted::Nothing;
         Some(exit)
+    }
+
+    /// LMSW of a register. One of memory is left to the CPU: mode switches of
+    /// a guest that does so are not looked at any more, which only matters where
+    /// a CPU does not check what MOV CR0 may not do (QEMU's TCG).
+    fn lmsw(&mut self, inst: &Inst) -> Option<Exit> {
+        if let Operand::Reg(src) = inst.src {
+            let operand = self.gpr(src) as u16;
+            return Some(Exit::Cr(CrAccess::Lmsw(operand)));
+        }
+        self.intercept1(misc1::CR0_SELECTIVE, false);
+        None
     }
 
     fn cr_operands(&self, access: CrAccess, inst: &Inst) -> Option<CrAccess> {
@@ -364,6 +418,17 @@ mod tests {
         };
         assert_eq!((outs.size, outs.string_info), (4, Some(fs)));
         assert_eq!(io_exit(0x0cfc_1144, false).string_info, None);
+    }
+
+    #[test]
+    fn plain_instructions_need_no_decoder_and_others_are_left_to_it() {
+        assert_eq!(plain_length(Exit::Cpuid, &[0x0f, 0xa2]), Some(2));
+        assert_eq!(plain_length(Exit::Hlt, &[0xf4, 0xeb]), Some(1));
+        assert_eq!(plain_length(Exit::Rdmsr, &[0x0f, 0x32, 0x89]), Some(2));
+        // A prefix, another instruction, not all of it.
+        assert_eq!(plain_length(Exit::Cpuid, &[0x66, 0x0f, 0xa2]), None);
+        assert_eq!(plain_length(Exit::Wrmsr, &[0x0f, 0x32]), None);
+        assert_eq!(plain_length(Exit::Cpuid, &[0x0f]), None);
     }
 
     #[test]

@@ -36,7 +36,8 @@ impl<H: Host> Vcpu<H> {
         let Some(host_vmcb) = self.backend.host_vmcb(cpu) else {
             return Err(Error::NoCpu);
         };
-        if cpu != self.cpu {
+        let new_cpu = cpu != self.cpu;
+        if new_cpu {
             // Nothing that another CPU has cached of the VMCB is known here.
             self.cpu = cpu;
             self.clean = 0;
@@ -66,7 +67,7 @@ impl<H: Host> Vcpu<H> {
             if self.tsc_ratio != TSC_RATIO_ONE {
                 wrmsr(msr::TSC_RATIO, self.tsc_ratio);
             }
-            self.fpu.load();
+            self.fpu.load(new_cpu);
             self.host_dr7 = instr::read_dr7();
             if self.host_dr7 & 0xff != 0 {
                 self.host_dr = [
@@ -98,6 +99,7 @@ impl<H: Host> Vcpu<H> {
                 instr::write_dr3(d);
                 instr::write_dr7(self.host_dr7);
             }
+            self.fpu.take_xcr0();
             self.fpu.save();
             if self.tsc_ratio != TSC_RATIO_ONE {
                 wrmsr(msr::TSC_RATIO, TSC_RATIO_ONE);
@@ -216,9 +218,15 @@ impl<H: Host> Vcpu<H> {
         MsrWrite::Done
     }
 
-    /// The guest's XCR0.
+    /// The guest's XCR0. It is the CPU's that counts while the vCPU is loaded:
+    /// QEMU's TCG (7.2) lets XSETBV run in the guest although it is
+    /// intercepted.
     pub fn xcr0(&self) -> u64 {
-        self.fpu.xcr0()
+        if self.loaded {
+            self.fpu.loaded_xcr0()
+        } else {
+            self.fpu.xcr0()
+        }
     }
 
     /// XSETBV of XCR0; false for #GP(0). The caller has checked CPL and

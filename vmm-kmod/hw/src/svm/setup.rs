@@ -22,6 +22,7 @@ const MISC1: u32 = misc1::INTR
     | misc1::NMI
     | misc1::SMI
     | misc1::INIT
+    | misc1::CR0_SELECTIVE
     | misc1::RDPMC
     | misc1::CPUID
     | misc1::RSM

@@ -83,8 +83,7 @@ impl<H: Host> Vcpu<H> {
         self.touch(clean::CRX).state.efer = efer;
     }
 
-    /// The guest's CR0 is the CPU's: nested paging leaves nothing in it that
-    /// would have to be hidden.
+    /// The guest's CR0 is the CPU's: nothing in it has to be hidden.
     fn set_cr0(&mut self, value: u64) {
         let value = value & cr::CR0_DEFINED | cr::CR0_ET;
         let state = &mut self.touch(clean::CRX).state;

@@ -2,14 +2,13 @@
 
 use super::caps::Features;
 use super::vcpu::Vcpu;
-use crate::backend::{ApicMode, ApicVirt, PauseExiting, Reset, RunCpu, VirtualCpu};
+use crate::backend::{ApicMode, ApicVirt, Completed, PauseExiting, Reset, RunCpu, VirtualCpu};
 use crate::cr::Controls;
 use crate::error::Error;
 use crate::msr::MsrWrite;
 use core::fmt;
 use vmm_core::cpu::{Event, Exit};
 use vmm_core::host::Host;
-use vmm_core::inst::Inst;
 
 impl<H: Host> VirtualCpu for Vcpu<H> {
     // A VMCB is in memory, for everybody to read, whenever the guest does not
@@ -119,8 +118,12 @@ impl<H: Host> RunCpu for Vcpu<H> {
     fn wants_instruction(&self) -> bool {
         Vcpu::wants_instruction(self)
     }
-    fn complete(&mut self, exit: Exit, inst: &Inst) -> Option<Exit> {
-        Vcpu::complete(self, exit, inst)
+    #[inline(always)]
+    fn complete_plain(&mut self, exit: Exit, bytes: [u8; 3]) -> bool {
+        Vcpu::complete_plain(self, exit, &bytes)
+    }
+    fn complete(&mut self, exit: Exit, bytes: &[u8]) -> Completed {
+        Vcpu::complete(self, exit, bytes)
     }
     #[inline(always)]
     fn take_immediate_exit(&mut self) -> bool {
