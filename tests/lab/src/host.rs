@@ -157,8 +157,8 @@ pub struct Config {
     pub cpus: u32,
     /// The host's memory in MiB.
     pub memory_mib: u32,
-    /// [`Spec::tick_shift`].
-    pub tick_shift: u32,
+    /// [`Spec::count_instructions`].
+    pub count_instructions: bool,
     /// Added to the host kernel's command line.
     pub cmdline: String,
     /// Files for the host: path in the host (relative to `/`), path here.
@@ -172,7 +172,7 @@ impl Config {
             engine,
             cpus: 1,
             memory_mib: guest_mib + 512,
-            tick_shift: engine.tick_shift(),
+            count_instructions: false,
             cmdline: String::new(),
             files: Vec::new(),
         }
@@ -226,7 +226,7 @@ impl Host {
             engine,
             cpus: config.cpus,
             memory_mib: config.memory_mib + archive_mib,
-            tick_shift: config.tick_shift,
+            count_instructions: config.count_instructions,
             kernel: kit.kernel.image.clone(),
             initramfs,
             cmdline: format!(

@@ -6,12 +6,6 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-/// Ticks of the time-stamp counter in an emulated second, with `-icount`.
-pub const TSC_HZ: u32 = 1_000_000_000;
-/// By default an instruction takes 16 ticks, so that a second of waiting is no
-/// more than 62.5 million of them.
-pub const SHIFT: u32 = 4;
-
 /// Starts QEMU with COM1 and COM2 connected to these loopback ports.
 ///
 /// # Errors
@@ -30,20 +24,10 @@ pub fn spawn(spec: &Spec, dir: &Path, ports: [u16; 2]) -> Result<Child> {
 }
 
 fn common(spec: &Spec, ports: [u16; 2]) -> Command {
-    let icount = format!("shift={}", spec.tick_shift);
     let acceleration: &[&str] = if spec.engine == Engine::Kvm {
         &["-accel", "kvm", "-cpu", "host"]
     } else {
-        // Time is a function of instructions executed, so that no test depends
-        // on how busy this machine is.
-        &[
-            "-accel",
-            "tcg",
-            "-cpu",
-            "EPYC,+svm,+npt",
-            "-icount",
-            &icount,
-        ]
+        &["-accel", "tcg", "-cpu", "EPYC,+svm,+npt"]
     };
     // pdeathsig: an emulator must not outlive us, however we end.
     let mut command = Command::new("setpriv");
@@ -54,6 +38,10 @@ fn common(spec: &Spec, ports: [u16; 2]) -> Command {
         .args(acceleration)
         .args(["-smp", &spec.cpus.to_string()])
         .args(["-m", &spec.memory_mib.to_string()]);
+    if spec.count_instructions && spec.engine == Engine::Qemu {
+        // An instruction takes a nanosecond, and a tick of the TSC.
+        command.args(["-icount", "shift=0"]);
+    }
     for port in ports {
         command.args(["-serial", &format!("tcp:127.0.0.1:{port}")]);
     }

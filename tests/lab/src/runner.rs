@@ -32,7 +32,7 @@ impl Lab {
             engine: self.engine,
             cpus,
             memory_mib: 512,
-            tick_shift: self.engine.tick_shift(),
+            count_instructions: false,
             kernel: image.clone(),
             initramfs: std::fs::read(&self.kit.guest_initrd)?,
             cmdline: format!("{cmdline} {}", self.engine.kernel_parameters()),

@@ -183,13 +183,13 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
         Host::boot(dirs, &kit, &config, "boot")
     })?;
     host.load_vmm(&options.vmm_options)?;
-    let start = host.busy_ticks(engine.tsc_hz())?;
+    let start = host.busy_ticks(lab::bochs::IPS)?;
     let clock = Instant::now();
     let spec = in_host(&guest, options, memory_mib);
     step("bhyveload", || {
         host.must(&spec.load_line(), Duration::from_secs(120))
     })?;
-    let loaded = host.busy_ticks(engine.tsc_hz())?;
+    let loaded = host.busy_ticks(lab::bochs::IPS)?;
     host.must(&spec.run_line(), SHORT)?;
 
     let outcome = match watch(&mut host, options, &guest) {
@@ -200,11 +200,10 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     let stats = host.stats(VM, options.vcpus);
     let userland = host.must(&format!("cat {EXIT_STATS} 2>/dev/null || true"), SHORT)?;
     let instructions = if engine.counts_instructions() && options.host_cpus == 1 {
-        let end = host.busy_ticks(engine.tsc_hz())?;
-        let shift = config.tick_shift;
+        let end = host.busy_ticks(lab::bochs::IPS)?;
         Some(Instructions {
-            all: end.saturating_sub(start) >> shift,
-            bhyveload: loaded.saturating_sub(start) >> shift,
+            all: end.saturating_sub(start),
+            bhyveload: loaded.saturating_sub(start),
         })
     } else {
         None

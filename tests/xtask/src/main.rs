@@ -200,7 +200,7 @@ fn bare(
         engine,
         cpus,
         memory_mib: 1024,
-        tick_shift: engine.tick_shift(),
+        count_instructions: false,
         kernel,
         initramfs,
         cmdline: format!(
