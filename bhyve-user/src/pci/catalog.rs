@@ -108,7 +108,7 @@ pub const EMULATIONS: &[Emulation] = &[
     },
     Emulation {
         name: "virtio-net",
-        help: "[TAP|slirp[,open][,hostfwd=tcp|udp:[ADDRESS]:PORT-[ADDRESS:]PORT]][,mac=ADDRESS] \
+        help: "[TAP|slirp[,open][,hostfwd=tcp|udp:[ADDRESS]:PORT-[ADDRESS:]PORT]][,mac=ADDRESS]\
                [,mtu=BYTES][,queues=N]: a network card, TAP the name of a tap device",
         builder: Builder::Virtio(virtio::net::build),
     },

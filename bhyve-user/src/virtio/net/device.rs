@@ -78,6 +78,8 @@ pub struct Part {
     chain: Chain,
     /// There is no point in receiving before the driver gives more buffers.
     hungry: bool,
+    /// The last look at the port ended before the port did.
+    more: bool,
     /// The port gets packets: the driver uses so many pairs.
     on: bool,
     /// The network has gone.
@@ -146,6 +148,7 @@ pub fn new(mac: Mac, mtu: Option<u16>, ports: Vec<Box<dyn Port>>) -> (Identity, 
         outgoing: vec![0; LARGEST],
         chain: Chain::default(),
         hungry: true,
+        more: false,
         on: pair == 0,
         gone: AtomicBool::new(false),
     };
@@ -511,6 +514,7 @@ impl Part {
         self.held = None;
         self.spare.append(&mut self.chains);
         self.hungry = true;
+        self.more = false;
     }
 }
 
@@ -535,11 +539,13 @@ fn fill(chain: &Chain, memory: &GuestMemory, rest: &mut &[u8]) -> Result<u32, Ma
 impl Device for Part {
     fn turn(&mut self, queue: usize, cx: &mut Cx<'_>) -> Result<Turn, Malformed> {
         match self.role(queue, cx.features) {
-            Some(Role::Receive) => {
-                // New buffers.
-                let more = self.receive(cx)?;
-                Ok(if more { Turn::More } else { Turn::Idle })
+            // New buffers are news only where there were too few; the kernel's
+            // doorbell does not say for which queue it rings.
+            Some(Role::Receive) if self.hungry || self.more => {
+                self.more = self.receive(cx)?;
+                Ok(if self.more { Turn::More } else { Turn::Idle })
             }
+            Some(Role::Receive) => Ok(Turn::Idle),
             Some(Role::Transmit) => self.transmit(queue, cx),
             Some(Role::Control) => self.control(queue, cx),
             None => Ok(Turn::Idle),
