@@ -1,9 +1,9 @@
 //! One file a VM, for bhyve and bhyveload alike.
 //!
-//! [`keys`] is the schema, as data. A file ([`file`], TOML) or a bhyve_config(5)
+//! [`keys`] is the schema, as data. A file ([`mod@file`], TOML) or a bhyve_config(5)
 //! variable ([`variables`]) becomes [`settings::Settings`]; these become words of a
 //! command line ([`settings::Settings::arguments`]), so that a value from a file
-//! and one from the command line are checked by the same code, and [`print`]
+//! and one from the command line are checked by the same code, and [`mod@print`]
 //! writes them as a file again.
 #![forbid(unsafe_code)]
 

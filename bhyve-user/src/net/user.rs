@@ -9,7 +9,7 @@
 //! ```
 //!
 //! TCP is smoltcp's at the guest's side and the host's at the other
-//! ([`tcp`]); UDP and ICMP are translated datagram by datagram ([`udp`]).
+//! (`tcp`); UDP and ICMP are translated datagram by datagram (`udp`).
 //! Everything the guest writes is parsed by smoltcp's checked packet types.
 //! There is no thread of its own: whoever sends and receives moves it on.
 

@@ -1,6 +1,6 @@
 //! The card: its configuration space, and packets both ways. Each pair of
 //! queues is a [`Part`] with a thread and a port of its own; they share the
-//! [`Card`].
+//! `Card`.
 
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
