@@ -13,7 +13,7 @@ use std::thread;
 use vmmapi::GuestMemory;
 
 use super::queue::{Chain, Malformed, Queue};
-use super::wait::{Sleeper, Sources};
+use super::wait::{Ready, Sleeper, Sources};
 use super::{Attempt, Built, Device, Group, Identity, Turn, status};
 use crate::lock;
 use crate::machine::Machine;
@@ -214,6 +214,33 @@ impl Shared {
         built: Built,
         memory: GuestMemory,
     ) -> io::Result<(Identity, Arc<Shared>)> {
+        let (identity, shared) = Shared::assemble(name, built, memory)?;
+        show_rings(&shared.name, shared.counters.clone());
+        for (index, crew) in shared.crews.iter().enumerate() {
+            let (weak, inbox) = (Arc::downgrade(&shared), Arc::clone(&crew.inbox));
+            let name = match index {
+                0 => shared.name.clone(),
+                n => format!("{}/{n}", shared.name),
+            };
+            let thread = thread::Builder::new().name(name);
+            let spawned = thread.spawn(move || {
+                crate::sandbox::join();
+                run(&weak, index, &inbox);
+            })?;
+            crew.inbox.sleeper.set_thread(spawned.thread());
+        }
+        Ok((identity, shared))
+    }
+
+    /// A device without threads, for [`Shared::serve_here`].
+    ///
+    /// # Errors
+    /// The host has no more descriptors.
+    pub fn assemble(
+        name: String,
+        built: Built,
+        memory: GuestMemory,
+    ) -> io::Result<(Identity, Arc<Shared>)> {
         let Built {
             mut identity,
             groups,
@@ -266,23 +293,34 @@ impl Shared {
             name,
             complained: AtomicBool::new(false),
         });
-        show_rings(&shared.name, shared.counters.clone());
-        for (index, crew) in shared.crews.iter().enumerate() {
+        for crew in &shared.crews {
             let waker = Waker(Arc::downgrade(&crew.inbox));
             lock(&crew.work).device.attached(waker);
-            let (weak, inbox) = (Arc::downgrade(&shared), Arc::clone(&crew.inbox));
-            let name = match index {
-                0 => shared.name.clone(),
-                n => format!("{}/{n}", shared.name),
-            };
-            let thread = thread::Builder::new().name(name);
-            let spawned = thread.spawn(move || {
-                crate::sandbox::join();
-                run(&weak, index, &inbox);
-            })?;
-            crew.inbox.sleeper.set_thread(spawned.thread());
         }
         Ok((identity, shared))
+    }
+
+    /// Does on the caller's thread what the groups' threads would do once, had
+    /// they been started: so that a fuzzer's runs repeat.
+    pub fn serve_here(&self) {
+        for crew in &self.crews {
+            self.pass(crew, &crew.inbox, &[], false);
+        }
+    }
+
+    /// One pass of a group's thread; returns what it was notified of.
+    fn pass(&self, crew: &Crew, inbox: &Inbox, ready: &[Ready], late: bool) -> u64 {
+        let notified = inbox.notified.swap(0, Ordering::AcqRel);
+        if notified & !WOKEN != 0 {
+            self.serve(crew, notified);
+        }
+        if notified & WOKEN != 0 || late || !ready.is_empty() {
+            let mut work = lock(&crew.work);
+            if !self.broken.load(Ordering::Acquire) {
+                self.with(crew, &mut work, |device, cx| device.woken(ready, cx));
+            }
+        }
+        notified
     }
 
     /// Makes the function known that interrupts go out by.
@@ -598,16 +636,7 @@ fn run(weak: &Weak<Shared>, index: usize, inbox: &Inbox) {
             return;
         };
         let queues = crew.queues.iter().fold(0, |bits, q| bits | 1 << q);
-        let notified = inbox.notified.swap(0, Ordering::AcqRel);
-        if notified & !WOKEN != 0 {
-            shared.serve(crew, notified);
-        }
-        if notified & WOKEN != 0 || late || !ready.is_empty() {
-            let mut work = lock(&crew.work);
-            if !shared.broken.load(Ordering::Acquire) {
-                shared.with(crew, &mut work, |device, cx| device.woken(&ready, cx));
-            }
-        }
+        let notified = shared.pass(crew, inbox, &ready, late);
         match &inbox.sleeper {
             Sleeper::Park(_) if notified != 0 => {}
             Sleeper::Park(_) => {

@@ -12,6 +12,7 @@ mod files;
 mod kernel;
 mod machine;
 mod net;
+mod virtio;
 
 /// A target: its name, and what it does with an input.
 #[derive(Clone, Copy)]
@@ -107,6 +108,26 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "virtio_net",
         run: net::virtio_net,
+    },
+    Target {
+        name: "virtio_9p",
+        run: virtio::virtio_9p,
+    },
+    Target {
+        name: "virtio_balloon",
+        run: virtio::virtio_balloon,
+    },
+    Target {
+        name: "virtio_blk",
+        run: virtio::virtio_blk,
+    },
+    Target {
+        name: "virtio_console",
+        run: virtio::virtio_console,
+    },
+    Target {
+        name: "virtio_vsock",
+        run: virtio::virtio_vsock,
     },
 ];
 

@@ -509,8 +509,9 @@ impl Share {
 /// Permissions of an entry that is no symbolic link.
 fn change_mode(dir: &Dir, name: &OsStr, mode: Mode) -> Result<()> {
     match fchmodat(&dir.fd, name, mode, FchmodatFlags::NoFollowSymlink) {
-        // Linux does it by way of /proc, which may be out of reach.
-        Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOENT | Errno::EACCES) => {
+        // Linux does it by way of /proc or by a new system call, which may be
+        // out of reach.
+        Err(_) => {
             let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
             let stat = fstatat(&dir.fd, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
             if ![SFlag::S_IFREG, SFlag::S_IFDIR].contains(&format(&stat)) {

@@ -77,6 +77,8 @@ impl Vsock {
             config: options.cid.to_le_bytes().to_vec(),
             ..Identity::default()
         };
+        // A socket for each stream that the guest asks for.
+        crate::sandbox::need(|n| n.unix = true);
         let device = Vsock {
             cid: options.cid,
             path: options.path.clone(),
