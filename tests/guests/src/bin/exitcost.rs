@@ -16,6 +16,7 @@ use guests::{cpu, memory, preload, println};
 
 const ROUNDS: u64 = 1000;
 const IA32_PAT: u32 = 0x277;
+const IA32_APIC_BASE: u32 = 0x1b;
 const IA32_TSC_AUX: u32 = 0xc000_0103;
 const HPET: u64 = 0xfed0_0000;
 const HPET_COUNTER: u64 = HPET + 0xf0;
@@ -158,6 +159,9 @@ extern "C" fn guest_main() -> ! {
     meter.measure("CPUID_1", || bare_cpuid(1));
     meter.measure("RDMSR_PAT", || {
         black_box(cpu::rdmsr(IA32_PAT));
+    });
+    meter.measure("RDMSR_APIC_BASE", || {
+        black_box(cpu::rdmsr(IA32_APIC_BASE));
     });
     let pat = cpu::rdmsr(IA32_PAT);
     meter.measure("WRMSR_PAT", || {
