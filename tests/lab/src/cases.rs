@@ -32,8 +32,12 @@ pub fn all(lab: &Lab) -> Result<Vec<Group>> {
         linux::group(lab),
         lifecycle::group(lab),
         freebsd::group(lab),
-        guests::group(lab),
+        guests::group(lab, lab.engine),
     ];
+    if lab.engine == Engine::Bochs {
+        // The other kind of CPU in every run.
+        groups.push(guests::group(lab, Engine::Qemu));
+    }
     groups.push(virtio::group(lab)?);
     groups.extend(kvm_unit_tests::groups(lab)?);
     Ok(groups)

@@ -9,6 +9,7 @@ use lab::core_src::CoreSource;
 use lab::dirs::Dirs;
 use lab::host::{self, Kit};
 use lab::kmod_freebsd::Headers;
+use lab::machine::Engine;
 use lab::progress::step;
 use lab::runner::{self, Lab, Tally};
 use lab::{apt, core_src, kmod, kmod_freebsd, programs_freebsd, ziglang};
@@ -36,7 +37,12 @@ pub struct Options {
 pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     let mut tally = Tally::default();
     let engine = options.engine.resolve();
-    host::prerequisites(&[engine])?;
+    // Hosts on Bochs come with one on QEMU, for AMD-V.
+    let also = [engine, Engine::Qemu];
+    host::prerequisites(match engine {
+        Engine::Bochs if !options.no_lab => &also,
+        _ => &also[..1],
+    })?;
     if !options.lab && options.only.is_none() {
         checks(dirs, &mut tally)?;
     }

@@ -290,8 +290,10 @@ impl<C: RunCpu> Runner<'_, C> {
                 self.complete_cr(ptes, &new);
             }
             let done = match self.completed.take() {
-                Some(exit) => self.handle(exit),
-                None => None,
+                // Only where it can be: `handle` is part of the inner loop, and
+                // stays so while that is its only caller.
+                Some(exit) if !C::DESCRIBES_EXITS => self.handle(exit),
+                _ => None,
             };
             let todo = match done {
                 Some(todo) => todo,

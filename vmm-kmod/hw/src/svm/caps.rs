@@ -44,9 +44,6 @@ bitflags! {
     }
 }
 
-/// Bits that are those of CPUID 8000_000AH:EDX.
-const EDX: u64 = 0xffff_ffff;
-
 /// Why AMD-V is of no use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Missing {
@@ -105,7 +102,7 @@ impl Capabilities {
             return Err(Missing::Firmware);
         }
         let [_, asids, _, svm] = leaf(0x8000_000a, 0);
-        let mut features = Features::from_bits_truncate(u64::from(svm) & EDX);
+        let mut features = Features::from_bits_truncate(u64::from(svm));
         if !features.contains(Features::NESTED_PAGING) {
             return Err(Missing::NestedPaging);
         }

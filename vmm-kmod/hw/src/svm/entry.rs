@@ -144,7 +144,7 @@ impl<H: Host> Vcpu<H> {
         if self.work != 0 {
             self.entry_work();
         }
-        let clean_bits = replace(&mut self.clean, clean::ALL);
+        let clean_bits = replace(&mut self.clean, self.clean_mask);
         let [rax, ..] = self.regs.gpr;
         let vmcb = self.vmcb_mut();
         vmcb.state.rax = rax;

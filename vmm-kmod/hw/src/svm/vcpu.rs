@@ -56,6 +56,8 @@ pub struct Vcpu<H: Host> {
     pub(super) npt_seen: u64,
     pub(super) work: u32,
     pub(super) clean: u32,
+    /// Clean bits that the CPU has.
+    pub(super) clean_mask: u32,
     pub(super) inst_len: u8,
     pub(super) wanted: Wanted,
     pub(super) nmi: NmiState,
@@ -105,6 +107,11 @@ impl<H: Host> Vcpu<H> {
             npt_seen: 0,
             work: 0,
             clean: 0,
+            clean_mask: if backend.caps.features.contains(Features::CLEAN_BITS) {
+                clean::ALL
+            } else {
+                0
+            },
             inst_len: 0,
             wanted: Wanted::Nothing,
             nmi: NmiState::Open,
