@@ -3,6 +3,7 @@
 mod config;
 mod disk;
 mod freebsd;
+mod freebsd_host;
 pub mod guests;
 mod kvm_unit_tests;
 mod lifecycle;
@@ -32,6 +33,7 @@ pub fn all(lab: &Lab) -> Result<Vec<Group>> {
         linux::group(lab),
         lifecycle::group(lab),
         freebsd::group(lab),
+        freebsd_host::group(lab),
         guests::group(lab, lab.engine),
     ];
     if lab.engine == Engine::Bochs {

@@ -111,7 +111,7 @@ impl Guest {
     /// bhyve's command line, in the background of the host's shell, with its
     /// console on COM2. The counter is read the moment bhyve ends, and the end
     /// announced on COM1.
-    pub fn run_line(&self) -> String {
+    pub fn run_line(&self, host: &Host) -> String {
         let Self {
             vm,
             vcpus,
@@ -119,10 +119,11 @@ impl Guest {
             options,
             ..
         } = self;
+        let (port, clocks) = (host.guest_port(), host.clocks());
         format!(
-            "rm -f /tmp/bhyve.end /tmp/bhyve.idle; (bhyve -A -H -c {vcpus} -m {memory_mib}M -s 0,hostbridge -s 31,lpc \
-             -l com1,stdio {options} {vm} </dev/ttyS1 >/dev/ttyS1 2>/tmp/bhyve.err; status=$?; \
-             tsc >/tmp/bhyve.end; cut -d' ' -f2 /proc/uptime >/tmp/bhyve.idle; echo \"{GUEST_EXIT}$status\") &"
+            "rm -f /tmp/bhyve.end; (bhyve -A -H -c {vcpus} -m {memory_mib}M -s 0,hostbridge -s 31,lpc \
+             -l com1,stdio {options} {vm} <{port} >{port} 2>/tmp/bhyve.err; status=$?; \
+             {clocks} >/tmp/bhyve.end; echo \"{GUEST_EXIT}$status\") &"
         )
     }
 
@@ -132,7 +133,8 @@ impl Guest {
     /// bhyveload fails, or the host has gone.
     pub fn start(&self, host: &mut Host) -> Result<()> {
         host.must(&self.load_line(), Duration::from_secs(120))?;
-        host.must(&self.run_line(), SHORT)?;
+        let line = self.run_line(host);
+        host.must(&line, SHORT)?;
         Ok(())
     }
 

@@ -1,4 +1,5 @@
-//! A Linux host with our module and programs in it, obeying shell lines on COM1.
+//! A Linux or FreeBSD host with our module and programs in it, obeying shell
+//! lines on COM1.
 
 use crate::cpio::Initramfs;
 use crate::dirs::Dirs;
@@ -6,7 +7,7 @@ use crate::host_kernel::{self, HostKernel};
 use crate::machine::{Engine, Machine, Spec};
 use crate::progress::step;
 use crate::stats::{self, Stats};
-use crate::{apt, busybox, kmod, programs};
+use crate::{apt, busybox, freebsd_host, kmod, programs};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -52,6 +53,8 @@ pub struct Kit {
     busybox: PathBuf,
     /// A Linux guest's initramfs: busybox and a shell.
     pub guest_initrd: PathBuf,
+    /// The host is FreeBSD, of this image.
+    pub freebsd: Option<freebsd_host::Image>,
     /// Programs of tests/guests, where [`Self::with_guests`] has built them.
     pub guests: Vec<PathBuf>,
 }
@@ -74,6 +77,26 @@ impl Kit {
             tsc: tsc(dirs)?,
             busybox: busybox::ensure(dirs)?,
             guest_initrd: guest_initrd(dirs)?,
+            freebsd: None,
+            guests: Vec::new(),
+        })
+    }
+
+    /// The same for a FreeBSD host of `image`.
+    ///
+    /// # Errors
+    /// As for [`Self::build`].
+    pub fn build_freebsd(dirs: &Dirs, image: &freebsd_host::Image) -> Result<Self> {
+        prerequisites(&[])?;
+        let (module, programs, tsc) = freebsd_host::build(dirs, image)?;
+        Ok(Self {
+            kernel: host_kernel::ensure(dirs)?,
+            module,
+            programs,
+            tsc,
+            busybox: busybox::ensure(dirs)?,
+            guest_initrd: guest_initrd(dirs)?,
+            freebsd: Some(image.clone()),
             guests: Vec::new(),
         })
     }
@@ -163,6 +186,8 @@ pub struct Config {
     pub cmdline: String,
     /// Files for the host: path in the host (relative to `/`), path here.
     pub files: Vec<(String, PathBuf)>,
+    /// The host is FreeBSD.
+    pub freebsd: Option<freebsd_host::Image>,
 }
 
 impl Config {
@@ -175,6 +200,7 @@ impl Config {
             count_instructions: false,
             cmdline: String::new(),
             files: Vec::new(),
+            freebsd: None,
         }
     }
 
@@ -198,6 +224,7 @@ pub struct Output {
 pub struct Host {
     machine: Machine,
     engine: Engine,
+    freebsd: bool,
     /// A guest's end, announced while another line was waited for.
     guest_exit: Option<i32>,
 }
@@ -209,6 +236,56 @@ impl Host {
     /// # Errors
     /// The emulator or the kernel does not come up.
     pub fn boot(dirs: &Dirs, kit: &Kit, config: &Config, name: &str) -> Result<Self> {
+        let dir = dirs.fresh(name)?;
+        let mut machine = match &kit.freebsd {
+            None => Self::start_linux(kit, config, &dir),
+            Some(image) => Self::start_freebsd(image, kit, config, &dir),
+        }?;
+        machine
+            .com1
+            .expect("@lab-ready\r?\n", BOOT)
+            .context("the host does not come up")?;
+        Ok(Self {
+            machine,
+            engine: config.engine,
+            freebsd: kit.freebsd.is_some(),
+            guest_exit: None,
+        })
+    }
+
+    fn start_freebsd(
+        image: &freebsd_host::Image,
+        kit: &Kit,
+        config: &Config,
+        dir: &Path,
+    ) -> Result<Machine> {
+        let mut files = vec![("lab/vmm.ko".to_owned(), kit.module.clone(), false)];
+        let mut program = |name: &str, path: &Path| {
+            files.push((format!("lab/{name}"), path.to_owned(), true));
+        };
+        for (name, path) in programs::PROGRAMS.iter().zip(&kit.programs) {
+            program(name, path);
+        }
+        program("tsc", &kit.tsc);
+        let mut bytes = 0;
+        for (name, path) in &config.files {
+            bytes += fs::metadata(path)?.len();
+            files.push((name.clone(), path.clone(), false));
+        }
+        // The memory disk and what was copied from it.
+        let files_mib = u32::try_from(bytes >> 20)? * 2;
+        freebsd_host::start(
+            image,
+            config.engine,
+            config.cpus,
+            config.memory_mib + files_mib + 128,
+            &files,
+            &config.cmdline,
+            dir,
+        )
+    }
+
+    fn start_linux(kit: &Kit, config: &Config, dir: &Path) -> Result<Machine> {
         let mut initramfs = Initramfs::new(HOST_INIT, &kit.busybox)?;
         initramfs.file("vmm.ko", &kit.module)?;
         for (name, path) in programs::PROGRAMS.iter().zip(&kit.programs) {
@@ -236,17 +313,7 @@ impl Host {
                 config.cmdline
             ),
         };
-        let dir = dirs.fresh(name)?;
-        let mut machine = Machine::start(&spec, &dir)?;
-        machine
-            .com1
-            .expect("@lab-ready", BOOT)
-            .context("the host does not come up")?;
-        Ok(Self {
-            machine,
-            engine,
-            guest_exit: None,
-        })
+        Machine::start(&spec, dir)
     }
 
     /// Loads vmm.ko with these options, and those that the engine needs.
@@ -255,8 +322,54 @@ impl Host {
     /// It refuses.
     pub fn load_vmm(&mut self, options: &str) -> Result<()> {
         let engine = self.engine.vmm_options();
+        if self.freebsd {
+            let mut line = String::new();
+            for option in engine.split_whitespace().chain(options.split_whitespace()) {
+                let tunable = if option.starts_with("use_apic_vid=") {
+                    format!("vmx.{option}")
+                } else {
+                    option.to_owned()
+                };
+                line.push_str(&format!("kenv hw.vmm.{tunable} && "));
+            }
+            return self
+                .must(&format!("{line}kldload /lab/vmm.ko"), SHORT)
+                .map(drop);
+        }
         self.must(&format!("insmod /vmm.ko {engine} {options}"), SHORT)
             .map(drop)
+    }
+
+    /// Unloads vmm.ko.
+    ///
+    /// # Errors
+    /// It refuses.
+    pub fn unload_vmm(&mut self) -> Result<()> {
+        let line = if self.freebsd {
+            "kldunload vmm"
+        } else {
+            "rmmod vmm"
+        };
+        self.must(line, SHORT).map(drop)
+    }
+
+    /// The serial port that the guest's console goes to, as a path in the host.
+    pub fn guest_port(&self) -> &'static str {
+        if self.freebsd {
+            "/dev/cuau1"
+        } else {
+            "/dev/ttyS1"
+        }
+    }
+
+    /// The shell line that prints the TSC and, on a line of its own, the
+    /// seconds that the host was idle.
+    pub(crate) fn clocks(&self) -> &'static str {
+        if self.freebsd {
+            "tsc"
+        } else {
+            "{ tsc; cut -d' ' -f2 /proc/uptime; }"
+        }
     }
 
     /// The guest's console, COM2.
@@ -359,11 +472,11 @@ impl Host {
     /// # Errors
     /// The host has gone.
     pub fn busy_ticks(&mut self, tsc_hz: u32) -> Result<u64> {
-        let text = self.must(
-            "if [ -e /tmp/bhyve.idle ]; then cat /tmp/bhyve.end /tmp/bhyve.idle; \
-             else tsc; cut -d' ' -f2 /proc/uptime; fi",
-            SHORT,
-        )?;
+        let line = format!(
+            "if [ -e /tmp/bhyve.end ]; then cat /tmp/bhyve.end; else {}; fi",
+            self.clocks()
+        );
+        let text = self.must(&line, SHORT)?;
         let numbers = || {
             let mut words = text.split_whitespace();
             let tsc: u64 = words.next()?.parse().ok()?;
@@ -392,7 +505,10 @@ impl Host {
     /// It has; with its log.
     pub fn no_complaints(&mut self) -> Result<()> {
         let log = self.must("dmesg -c", SHORT)?;
-        const BAD: [&str; 9] = [
+        const BAD: [&str; 12] = [
+            "lock order reversal",
+            "non-sleepable",
+            "panic:",
             "BUG:",
             "WARNING:",
             "Oops",

@@ -15,6 +15,7 @@ pub mod console;
 pub mod core_src;
 pub mod cpio;
 pub mod dirs;
+pub mod freebsd_host;
 pub mod guest;
 pub mod host;
 pub mod host_kernel;

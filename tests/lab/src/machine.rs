@@ -156,6 +156,14 @@ impl Machine {
         })
     }
 
+    /// Starts Bochs with a CD that is there already.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub fn start_bochs(cpus: u32, memory_mib: u32, iso: &Path, dir: &Path) -> Result<Self> {
+        Self::connect(dir, |ports| bochs::spawn(cpus, memory_mib, iso, dir, ports))
+    }
+
     fn connect(dir: &Path, spawn: impl FnOnce([u16; 2]) -> Result<Child>) -> Result<Self> {
         let ports = [Listening::new()?, Listening::new()?];
         let numbers = [ports[0].port(), ports[1].port()];

@@ -181,7 +181,11 @@ fn run_group(lab: &Lab, group: &Group) -> Tally {
                 None => {
                     // A number, so that a failed host's transcripts stay.
                     let name = format!("{}-{number}", group.name);
-                    host.insert(Host::boot(&lab.dirs, &lab.kit, &group.config, &name)?)
+                    let kit = match &group.config.freebsd {
+                        None => &lab.kit,
+                        Some(image) => &Kit::build_freebsd(&lab.dirs, image)?,
+                    };
+                    host.insert(Host::boot(&lab.dirs, kit, &group.config, &name)?)
                 }
             };
             run_case(lab, case, host)
@@ -217,7 +221,7 @@ fn run_case(lab: &Lab, case: &Case, host: &mut Host) -> Result<()> {
         "VMs are left in /dev/vmm: {}",
         nodes.trim()
     );
-    host.must("rmmod vmm", SHORT)?;
+    host.unload_vmm()?;
     host.no_complaints()
 }
 

@@ -1,9 +1,10 @@
 //! `cargo xtask boot`.
 
 use crate::terminal;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Args, ValueEnum};
 use lab::dirs::Dirs;
+use lab::freebsd_host;
 use lab::guest::{self, Load};
 use lab::host::{self, Config, GUEST_EXIT, Host, Kit, SHORT};
 use lab::images::{self, FreeBsd};
@@ -63,7 +64,10 @@ enum GuestName {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum HostName {
+    /// Debian's kernel
     Linux,
+    /// FreeBSD 12.1, where an image directory has a host
+    Freebsd,
 }
 
 /// Options of `cargo xtask boot`.
@@ -109,7 +113,8 @@ pub struct Options {
     /// The host's CPUs
     #[arg(long, default_value_t = 1)]
     host_cpus: u32,
-    /// Added to the host kernel's command line
+    /// Added to the host kernel's command line; for FreeBSD, variables of its
+    /// loader
     #[arg(long, default_value = "")]
     host_cmdline: String,
     /// Options for vmm.ko, as insmod takes them (account=1)
@@ -157,11 +162,16 @@ struct Guest {
 /// Boots a guest.
 pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     let started = Instant::now();
-    let HostName::Linux = options.host;
     let engine = options.engine.resolve();
     let memory_mib = mebibytes(&options.memory)?;
     host::prerequisites(&[engine])?;
-    let kit = Kit::build(dirs)?;
+    let kit = match options.host {
+        HostName::Linux => Kit::build(dirs)?,
+        HostName::Freebsd => {
+            let image = freebsd_host::find(dirs).map_err(|why| anyhow!("--host freebsd: {why}"))?;
+            Kit::build_freebsd(dirs, &image)?
+        }
+    };
     let guest = choose(dirs, options, &kit)?;
 
     let mut config = Config::new(engine, memory_mib);
@@ -190,7 +200,8 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
         host.must(&spec.load_line(), Duration::from_secs(120))
     })?;
     let loaded = host.busy_ticks(lab::bochs::IPS)?;
-    host.must(&spec.run_line(), SHORT)?;
+    let line = spec.run_line(&host);
+    host.must(&line, SHORT)?;
 
     let outcome = match watch(&mut host, options, &guest) {
         Ok(outcome) => outcome,
@@ -221,7 +232,10 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
         let stats = stats.context("no statistics for the report")?;
         Report {
             engine: engine.to_string(),
-            host: kit.kernel.release.clone(),
+            host: match kit.freebsd {
+                None => kit.kernel.release.clone(),
+                Some(_) => "FreeBSD 12.1".to_owned(),
+            },
             guest: guest
                 .kernel
                 .as_ref()

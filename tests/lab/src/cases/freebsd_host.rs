@@ -1,0 +1,92 @@
+//! A FreeBSD 12.1 host: vmm.ko and the programs in every mixture of ours and
+//! FreeBSD's own boot the same guest to the same end.
+
+use crate::freebsd_host;
+use crate::guest::{Guest, Load};
+use crate::host::{Config, Host, SHORT};
+use crate::runner::{Case, Group, Lab};
+use anyhow::Result;
+use std::time::Duration;
+
+/// The small guest of the host's image, for FreeBSD's own bhyveload.
+const STOCK_LOAD: &str =
+    "/usr/sbin/bhyveload -m 256M -h /guest -e bhyvers.poweroff=1 -e bhyvers.clocktest=0 guest";
+
+/// The host and its tests.
+pub fn group(lab: &Lab) -> Group {
+    let mut config = Config::new(lab.engine, 256);
+    type Body = fn(&Lab, &mut Host) -> Result<()>;
+    let names: [(&str, Body); 3] = [
+        ("freebsd-host", ours),
+        ("freebsd-host-stock-bhyve", stock_bhyve),
+        ("freebsd-host-stock-vmm", stock_vmm),
+    ];
+    let why_not = match freebsd_host::find(&lab.dirs) {
+        Err(why) => Some(why),
+        Ok(_) if !lab.engine.counts_instructions() => Some("a FreeBSD host needs Bochs".to_owned()),
+        Ok(image) => {
+            config.freebsd = Some(image);
+            None
+        }
+    };
+    let cases = names.map(|(name, body)| match &why_not {
+        None => Case::new(name, body),
+        Some(why) => Case::skipped(name, why),
+    });
+    Group {
+        name: "freebsd-host".to_owned(),
+        config,
+        cases: cases.into_iter().collect(),
+    }
+}
+
+fn ours(_: &Lab, host: &mut Host) -> Result<()> {
+    let mut guest = guest();
+    guest.vcpus = 2;
+    guest.start(host)?;
+    to_power_off(host, &guest)
+}
+
+/// FreeBSD's own programs on our module.
+fn stock_bhyve(_: &Lab, host: &mut Host) -> Result<()> {
+    host.must(STOCK_LOAD, SHORT)?;
+    let guest = guest();
+    let line = guest.run_line(host).replace("(bhyve ", "(/usr/sbin/bhyve ");
+    host.must(&line, SHORT)?;
+    to_power_off(host, &guest)
+}
+
+/// Our programs on FreeBSD's own module, which has none of our extensions.
+fn stock_vmm(_: &Lab, host: &mut Host) -> Result<()> {
+    host.unload_vmm()?;
+    host.must("kldload /boot/kernel/vmm.ko", SHORT)?;
+    let guest = guest();
+    guest.start(host)?;
+    to_power_off(host, &guest)?;
+    // What follows every test takes our own away.
+    host.unload_vmm()?;
+    host.load_vmm("")
+}
+
+/// The guest of the host's image.
+fn guest() -> Guest {
+    let mut guest = Guest::new(
+        "/guest/boot/kernel/kernel",
+        Load::FreeBsd {
+            mfsroot: Some("/guest/boot/mfsroot".to_owned()),
+            modules: Vec::new(),
+        },
+    );
+    guest.environment = vec![
+        "bhyvers.poweroff=1".to_owned(),
+        "bhyvers.clocktest=0".to_owned(),
+    ];
+    guest
+}
+
+fn to_power_off(host: &mut Host, guest: &Guest) -> Result<()> {
+    let up = format!("GUEST UP ncpu={}", guest.vcpus);
+    host.guest().expect(&up, Duration::from_secs(300))?;
+    guest.expect_exit(host, 1, Duration::from_secs(120))?;
+    guest.destroy(host)
+}
