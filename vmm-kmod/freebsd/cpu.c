@@ -11,15 +11,22 @@
 #include <sys/pcpu.h>
 #include <sys/proc.h>
 #include <sys/smp.h>
+#include <sys/sysctl.h>
 
 #include <machine/cpufunc.h>
 #include <machine/md_var.h>
 #include <machine/pcb.h>
+#include <machine/segments.h>
 #include <machine/smp.h>
 #include <machine/specialreg.h>
 #include <x86/apicvar.h>
 
 #include "shim.h"
+
+SYSCTL_DECL(_hw_vmm);
+static int ipinum = IPI_AST;
+SYSCTL_INT(_hw_vmm, OID_AUTO, ipinum, CTLFLAG_RD, &ipinum, 0,
+    "vector of the IPI that makes a CPU leave its guest");
 
 uint32_t
 vmm_host_cpu(void)
@@ -105,6 +112,14 @@ vmm_host_guest_end(void)
 
 	/* What is in the FPU now is nobody's: the next use traps. */
 	load_cr0(rcr0() | CR0_TS);
+	/*
+	 * VM exits leave TR with the limit of a TSS without I/O permissions
+	 * (SDM Vol. 3C 27.5.2); this thread has some. LTR wants it not busy.
+	 */
+	if (__predict_false(curthread->td_pcb->pcb_tssp != NULL)) {
+		PCPU_GET(tss)->sd_type = SDT_SYSTSS;
+		ltr(GSEL(GPROC0_SEL, SEL_KPL));
+	}
 	enable_intr();
 	critical_exit();
 }

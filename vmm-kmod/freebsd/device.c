@@ -13,6 +13,7 @@
 #include <sys/malloc.h>
 #include <sys/mman.h>
 #include <sys/proc.h>
+#include <sys/queue.h>
 #include <sys/rwlock.h>
 #include <sys/sx.h>
 #include <sys/sysctl.h>
@@ -38,9 +39,12 @@ struct vmmctl_vm {
 #define	VMMCTL_VM_DESTROY	_IOWR('V', 1, struct vmmctl_vm)
 
 struct vmm_node {
+	LIST_ENTRY(vmm_node) link;	/* while vm is there; nodes_lock */
 	void		*vm;	/* NULL once destroyed; nodes_lock */
 	int		segid;
 	struct cdev	*cdev;
+	struct ucred	*owner;
+	char		name[sizeof(((struct vmmctl_vm *)0)->name)];
 };
 
 /* An open file or a mapping of vCPUs' pages; has a reference to the VM. */
@@ -52,6 +56,7 @@ struct vmm_user {
 volatile u_int vmm_users;
 bool vmm_unloading;
 
+static LIST_HEAD(, vmm_node) nodes = LIST_HEAD_INITIALIZER(nodes);
 static struct sx nodes_lock;
 SX_SYSINIT(vmm_nodes_lock, &nodes_lock, "vmm nodes");
 static struct cdev *ctl_dev;
@@ -101,7 +106,9 @@ vmmdev_open(struct cdev *dev, int flags __unused, int fmt __unused,
 	if (error != 0)
 		return (error);
 	sx_xlock(&nodes_lock);
-	if (node != NULL && node->vm != NULL)
+	/* A VM of another jail, other than one inside ours, is not there. */
+	if (node != NULL && node->vm != NULL &&
+	    prison_check(td->td_ucred, node->owner) == 0)
 		u = user_alloc(node->vm, node->segid);
 	sx_xunlock(&nodes_lock);
 	if (u == NULL)
@@ -253,6 +260,8 @@ vmm_host_node_create(const char *name, void *vm, int segid,
 	node = malloc(sizeof(*node), M_VMM, M_WAITOK | M_ZERO);
 	node->vm = vm;
 	node->segid = segid;
+	node->owner = crhold(curthread->td_ucred);
+	strlcpy(node->name, name, sizeof(node->name));
 	make_dev_args_init(&args);
 	args.mda_flags = MAKEDEV_CHECKNAME | MAKEDEV_WAITOK;
 	args.mda_devsw = &vmmdev_cdevsw;
@@ -266,9 +275,13 @@ vmm_host_node_create(const char *name, void *vm, int segid,
 	    segid < 0 ? "vmm" : "vmm.io", name);
 	if (error != 0) {
 		atomic_subtract_int(&vmm_users, 1);
+		crfree(node->owner);
 		free(node, M_VMM);
 		return (error);
 	}
+	sx_xlock(&nodes_lock);
+	LIST_INSERT_HEAD(&nodes, node, link);
+	sx_xunlock(&nodes_lock);
 	*nodep = node;
 	return (0);
 }
@@ -276,8 +289,10 @@ vmm_host_node_create(const char *name, void *vm, int segid,
 static void
 node_gone(void *arg)
 {
+	struct vmm_node *node = arg;
 
-	free(arg, M_VMM);
+	crfree(node->owner);
+	free(node, M_VMM);
 	atomic_subtract_int(&vmm_users, 1);
 }
 
@@ -291,9 +306,27 @@ vmm_host_node_destroy(struct vmm_node *node)
 
 	sx_xlock(&nodes_lock);
 	node->vm = NULL;
+	LIST_REMOVE(node, link);
 	sx_xunlock(&nodes_lock);
 	delist_dev(node->cdev);
 	destroy_dev_sched_cb(node->cdev, node_gone, node);
+}
+
+/* EINVAL, as for a VM that is not there: it belongs to another jail. */
+static int
+check_owner(const struct vmmctl_vm *vm, struct ucred *cred)
+{
+	struct vmm_node *node;
+	int error = 0;
+
+	sx_slock(&nodes_lock);
+	LIST_FOREACH(node, &nodes, link)
+		if (node->segid < 0 &&
+		    strncmp(node->name, vm->name, sizeof(vm->name)) == 0 &&
+		    prison_check(cred, node->owner) != 0)
+			error = EINVAL;
+	sx_sunlock(&nodes_lock);
+	return (error);
 }
 
 static int
@@ -304,6 +337,8 @@ ctl_request(uint32_t cmd, void *data, size_t len, struct ucred *cred)
 	error = vmm_check_jail(cred);
 	if (error == 0 && vmm_unloading)
 		error = ENXIO;
+	if (error == 0 && cmd == VMMCTL_VM_DESTROY && len >= sizeof(struct vmmctl_vm))
+		error = check_owner(data, cred);
 	if (error != 0)
 		return (error);
 	return (vmm_rust_ctl_ioctl(cmd, data, len));

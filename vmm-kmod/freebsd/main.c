@@ -3,6 +3,7 @@
  */
 #include <sys/param.h>
 #include <sys/systm.h>
+#include <sys/eventhandler.h>
 #include <sys/kernel.h>
 #include <sys/lock.h>
 #include <sys/malloc.h>
@@ -19,7 +20,6 @@
 #include <machine/clock.h>
 #include <machine/cpu.h>
 #include <machine/cpufunc.h>
-#include <machine/cputypes.h>
 #include <machine/md_var.h>
 #include <machine/specialreg.h>
 #include <machine/vmparam.h>
@@ -40,13 +40,9 @@ static int no_flush_rsb;
 SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, no_flush_rsb, CTLFLAG_RDTUN, &no_flush_rsb,
     0, "do not fill the return-stack buffer after VM exits");
 
-/* vm-bhyve looks at these; the module does not load without unrestricted guest. */
-static int vmx_initialized;
-SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, initialized, CTLFLAG_RD, &vmx_initialized,
-    0, "VT-x is in use");
-SYSCTL_NODE(_hw_vmm_vmx, OID_AUTO, cap, CTLFLAG_RW, NULL, "what VT-x has");
-SYSCTL_INT(_hw_vmm_vmx_cap, OID_AUTO, unrestricted_guest, CTLFLAG_RD,
-    &vmx_initialized, 0, "guests may be in real mode");
+static int halt_detection = 1;
+SYSCTL_INT(_hw_vmm, OID_AUTO, halt_detection, CTLFLAG_RDTUN, &halt_detection,
+    0, "a guest that is in HLT with interrupts off on all CPUs has halted");
 
 static int account;
 SYSCTL_INT(_hw_vmm, OID_AUTO, account, CTLFLAG_RDTUN, &account, 0,
@@ -71,12 +67,34 @@ cpu_offline(void *arg __unused)
 	vmm_rust_cpu_offline();
 }
 
+/*
+ * The host goes to sleep: what the CPUs keep of VMCSs is written back, VT-x goes
+ * off. No vCPU runs any more, as all processes have been stopped. A CPU that
+ * wakes up calls vmm_resume_p; power_resume is for when sleep has failed.
+ */
+static eventhandler_tag suspend_tag, resume_tag;
+
+static void
+host_suspend(void *arg __unused)
+{
+
+	vmm_host_run_on_all(cpu_offline, NULL);
+}
+
+static void
+host_resume(void *arg __unused)
+{
+
+	/* Does nothing where it is on. */
+	vmm_host_run_on_all(cpu_online, NULL);
+}
+
 /* On every CPU, interrupts off. */
 static void
 cpu_resume(void)
 {
 
-	vmm_rust_cpu_online();
+	cpu_online(NULL);
 }
 
 /* CPUID.0DH.1:EAX, of which bit 0 is XSAVEOPT. */
@@ -105,6 +123,7 @@ vmm_load(void)
 		.account = account != 0,
 		.use_apic_vid = use_apic_vid != 0,
 		.fill_rsb = no_flush_rsb == 0,
+		.no_halt_detection = halt_detection == 0,
 		.thread_tss = 1,
 		/* The only form that this kernel uses, and trusts. */
 		.xsave_forms = xsaveopt(),
@@ -124,7 +143,11 @@ vmm_load(void)
 		return (error);
 	}
 	vmm_resume_p = cpu_resume;
-	vmx_initialized = cpu_vendor_id == CPU_VENDOR_INTEL;
+	suspend_tag = EVENTHANDLER_REGISTER(power_suspend, host_suspend, NULL,
+	    EVENTHANDLER_PRI_LAST);
+	resume_tag = EVENTHANDLER_REGISTER(power_resume, host_resume, NULL,
+	    EVENTHANDLER_PRI_FIRST);
+	vmm_sysctl_init(use_apic_vid != 0);
 	return (0);
 }
 
@@ -137,8 +160,9 @@ vmm_unload(void)
 		vmm_unloading = false;
 		return (EBUSY);
 	}
+	EVENTHANDLER_DEREGISTER(power_suspend, suspend_tag);
+	EVENTHANDLER_DEREGISTER(power_resume, resume_tag);
 	vmm_resume_p = NULL;
-	vmx_initialized = 0;
 	vmm_device_exit();
 	vmm_host_run_on_all(cpu_offline, NULL);
 	vmm_rust_exit();

@@ -10,7 +10,7 @@
 
 MALLOC_DECLARE(M_VMM);
 
-/* VMs, open files and mappings of vCPUs' pages: the module stays while there are any. */
+/* VMs, open files, mappings of vCPUs' pages: the module stays while there are any. */
 extern volatile u_int vmm_users;
 extern bool vmm_unloading;
 
@@ -18,6 +18,8 @@ extern bool vmm_unloading;
 int	vmm_check_jail(struct ucred *cred);
 int	vmm_device_init(void);
 void	vmm_device_exit(void);
+/* After VT-x is on. */
+void	vmm_sysctl_init(bool use_apic_vid);
 /* The memory of a segment, with a reference for the caller. */
 struct vm_object *vmm_memseg_object(struct vmm_memseg *seg);
 /* Whether the calling thread may sleep here. */

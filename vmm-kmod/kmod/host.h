@@ -27,6 +27,7 @@ struct vmm_host_info {
 	uint32_t fill_rsb;        /* fill the return-stack buffer after VM exits */
 	uint32_t thread_tss;      /* threads may have a TSS of their own */
 	uint32_t events;          /* vmm_host_event_get() is of use */
+	uint32_t no_halt_detection; /* all CPUs in HLT, interrupts off, is no end */
 };
 
 /* ---- memory --------------------------------------------------------- */

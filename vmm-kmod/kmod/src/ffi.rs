@@ -17,6 +17,7 @@ pub struct HostInfo {
     pub fill_rsb: u32,
     pub thread_tss: u32,
     pub events: u32,
+    pub no_halt_detection: u32,
 }
 
 macro_rules! opaque {

@@ -30,6 +30,8 @@ pub struct Global {
     pub thread_tss: bool,
     /// The host has events that userland waits for by a descriptor.
     pub events: bool,
+    /// All CPUs in HLT with interrupts off end the VM.
+    pub halt_detection: bool,
     /// Microcode revision.
     pub microcode: u32,
     /// IA32_ARCH_CAPABILITIES of the host; 0 if it has none.

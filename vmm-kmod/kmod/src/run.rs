@@ -542,7 +542,7 @@ impl<C: RunCpu> Runner<'_, C> {
         }
         if !enabled {
             self.vm.halted.set(id);
-            if self.vm.active.subset_of(&self.vm.halted) {
+            if crate::global::get().halt_detection && self.vm.active.subset_of(&self.vm.halted) {
                 // Nobody is left to wake anybody: as FreeBSD's vmm has it,
                 // the machine has halted.
                 let _ = self.vm.suspend(SuspendHow::Halt.raw());

@@ -71,7 +71,8 @@ fn run(_: &Lab, host: &mut Host) -> Result<()> {
 
     // Without its tap bhyve says so, and how to get one.
     host.must(&guest.load_line(), SHORT)?;
-    host.must(&guest.run_line(), SHORT)?;
+    let line = guest.run_line(host);
+    host.must(&line, SHORT)?;
     guest.expect_exit(host, 4, SHORT)?;
     host.must(
         "grep 'tap0' /tmp/bhyve.err | grep -q 'ip tuntap add'",
