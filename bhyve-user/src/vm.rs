@@ -220,6 +220,11 @@ pub fn run(config: Config) -> Result<i32, Error> {
         let rip = bsp.register(RegName::Rip)?;
         bsp.set_register(RegName::Rip, rip)?;
         vmmapi::set_process_title(&vm.config.name);
+        if vm.config.verbose {
+            for what in vm.vm.lacking() {
+                eprintln!("bhyve: vmm.ko lacks an addition of ours: {what}\r");
+            }
+        }
         let told = Arc::downgrade(&vm);
         let vcpus = move || {
             told.upgrade()

@@ -225,6 +225,27 @@ impl Vm {
         self.inner.features & feature != 0
     }
 
+    /// What a `vmm.ko` without our additions does without, for people: empty
+    /// where it has them all.
+    pub fn lacking(&self) -> Vec<&'static str> {
+        [
+            (EXT_F_RUN, "an IN that userland answers takes two calls"),
+            (
+                EXT_F_CONSTANT_PORT,
+                "a port that is polled asks userland each time",
+            ),
+            (EXT_F_RUN_PAGE, "each exit is copied out of the kernel"),
+            (
+                EXT_F_RELEASE,
+                "guest memory that a balloon gives back stays with the VM",
+            ),
+        ]
+        .into_iter()
+        .filter(|(feature, _)| !self.has(*feature))
+        .map(|(_, what)| what)
+        .collect()
+    }
+
     /// Makes the kernel answer one-byte INs from `port` with `value`, or ask
     /// userland again. Does nothing where the kernel piece is FreeBSD's own:
     /// then it always asks.

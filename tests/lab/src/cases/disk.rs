@@ -92,7 +92,8 @@ fn survives(_: &Lab, host: &mut Host) -> Result<()> {
     for wanted in ["* disk0p2: UFS2", "what-was-42", "nullfs.ko"] {
         ensure!(said.contains(wanted), "no {wanted:?} in:\n{said}");
     }
-    host.must(&guest.run_line(), SHORT)?;
+    let line = guest.run_line(host);
+    host.must(&line, SHORT)?;
     is_up(host, 1, 2)?;
     let text = types(host, "cat /root/file; kldstat; mount")?;
     for wanted in ["what-was-42", "nullfs.ko", "/dev/vtbd0p2 on / (ufs, local"] {
