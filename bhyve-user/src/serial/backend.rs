@@ -11,6 +11,7 @@ use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::terminal;
@@ -94,10 +95,12 @@ impl Spec {
                 })
             }
             Spec::Tty(path) => {
+                // A line without carrier, such as an nmdm(4) whose other end
+                // nobody has opened yet, would keep a plain open() waiting.
                 let tty = OpenOptions::new()
                     .read(true)
                     .write(true)
-                    .custom_flags(nix::libc::O_NOCTTY)
+                    .custom_flags(nix::libc::O_NOCTTY | nix::libc::O_NONBLOCK)
                     .open(path)?;
                 if !nix::unistd::isatty(&tty).unwrap_or(false) {
                     return Err(io::Error::new(
@@ -106,6 +109,9 @@ impl Spec {
                     ));
                 }
                 terminal::make_raw(&tty, true)?;
+                // Raw mode has CLOCAL, so carrier matters no more.
+                let flags = OFlag::from_bits_retain(fcntl(&tty, FcntlArg::F_GETFL)?);
+                fcntl(&tty, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
                 Ok(Backend {
                     input: Some(Box::new(tty.try_clone()?)),
                     output: Some(Box::new(tty)),
@@ -305,6 +311,23 @@ mod tests {
         let error = Spec::Tty(path.clone()).open("com1").err().unwrap();
         std::fs::remove_file(path).unwrap();
         assert!(error.to_string().contains("file:PATH"), "{error}");
+    }
+
+    #[test]
+    fn a_terminal_waits_for_input_once_it_is_open() {
+        let pty = nix::pty::openpty(None, None).unwrap();
+        let path = nix::unistd::ttyname(&pty.slave).unwrap();
+        let mut input = Spec::Tty(path).open("com1").unwrap().input.unwrap();
+        let reader = std::thread::spawn(move || {
+            let mut byte = [0];
+            input.read_exact(&mut byte).map(|()| byte[0])
+        });
+        // A reader that did not wait would have failed by the time it is written.
+        std::thread::sleep(Duration::from_millis(50));
+        let mut master = File::from(pty.master);
+        // With its newline: another test may give all terminals their modes back.
+        master.write_all(b"k\n").unwrap();
+        assert_eq!(reader.join().unwrap().unwrap(), b'k');
     }
 
     #[test]
