@@ -117,10 +117,20 @@ fn destroy_running(_: &Lab, host: &mut Host) -> Result<()> {
     })
 }
 
+/// What `bhyvectl list` says of a VM.
+fn listed(host: &mut Host, vm: &str, state: &str) -> Result<()> {
+    let text = host.must("bhyvectl list", SHORT)?;
+    let line = text.lines().find(|l| l.starts_with(vm));
+    let word = line.and_then(|l| l.split_whitespace().nth(1));
+    ensure!(word == Some(state), "{vm} is not {state}: {text}");
+    Ok(())
+}
+
 fn kill_running(_: &Lab, host: &mut Host) -> Result<()> {
     let guest = start(host)?;
     host.must("kill -9 $(pidof bhyve)", SHORT)?;
     guest.expect_exit(host, 128 + 9, SHORT)?;
+    listed(host, "guest", "ended")?;
     guest.destroy(host)?;
     // And the same name is free again.
     host.must("bhyvectl --create --vm=guest", SHORT)?;
@@ -129,6 +139,7 @@ fn kill_running(_: &Lab, host: &mut Host) -> Result<()> {
 
 fn module_busy(_: &Lab, host: &mut Host) -> Result<()> {
     host.must("bhyvectl --create --vm=held", SHORT)?;
+    listed(host, "held", "empty")?;
     let out = host.run("rmmod vmm", SHORT)?;
     ensure!(
         out.status != 0,
