@@ -8,7 +8,7 @@ use landlock::{
 use libc::c_long;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
+    SeccompRule, TargetArch, sock_filter,
 };
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -21,8 +21,10 @@ const LANDLOCK: ABI = ABI::V5;
 
 /// ioctl(2) requests that type into a terminal; libc has them as different types in
 /// different C libraries.
-const TIOCSTI: u64 = 0x5412;
-const TIOCLINUX: u64 = 0x541c;
+const TIOCSTI: u32 = 0x5412;
+const TIOCLINUX: u32 = 0x541c;
+/// The kind of system calls (linux/audit.h): not x32, not 32-bit.
+const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 
 /// The rules for paths, for threads that come under them later.
 static PATHS: OnceLock<RulesetCreated> = OnceLock::new();
@@ -45,10 +47,7 @@ pub fn enter(needs: &Needs, refused: Box<dyn Fn(&str) + Send>) -> Result<Report,
             let _ = PATHS.set(kept);
         }
     }
-    // The second goes last: it allows no third.
-    for filter in [no_clone3()?, filter(needs)?] {
-        seccompiler::apply_filter_all_threads(&filter).map_err(fail)?;
-    }
+    seccompiler::apply_filter_all_threads(&filter(needs)?).map_err(fail)?;
     Ok(report)
 }
 
@@ -120,17 +119,6 @@ fn rule(conditions: Vec<SeccompCondition>) -> Result<SeccompRule, Error> {
     SeccompRule::new(conditions).map_err(fail)
 }
 
-fn compile(
-    rules: Rules,
-    otherwise: SeccompAction,
-    action: SeccompAction,
-) -> Result<BpfProgram, Error> {
-    SeccompFilter::new(rules, otherwise, action, TargetArch::x86_64)
-        .map_err(fail)?
-        .try_into()
-        .map_err(fail)
-}
-
 fn filter(needs: &Needs) -> Result<BpfProgram, Error> {
     let mut allowed: Vec<c_long> = calls::ALWAYS.to_vec();
     if files(needs).next().is_some() {
@@ -139,8 +127,6 @@ fn filter(needs: &Needs) -> Result<BpfProgram, Error> {
     if files(needs).any(|(_, writable)| writable) {
         allowed.extend(calls::WRITE);
     }
-    // Which the other filter has an answer for.
-    allowed.push(libc::SYS_clone3);
     let mut rules: Rules = allowed.into_iter().map(|c| (c, Vec::new())).collect();
     if needs.network || needs.unix {
         rules.extend(calls::SOCKETS.iter().map(|c| (*c, Vec::new())));
@@ -159,14 +145,6 @@ fn filter(needs: &Needs) -> Result<BpfProgram, Error> {
         }
         rules.insert(libc::SYS_socket, kinds);
     }
-    // On any open file, but not to type into the terminal that we run on.
-    rules.insert(
-        libc::SYS_ioctl,
-        vec![rule(vec![
-            where_argument(1, SeccompCmpOp::Ne, TIOCSTI)?,
-            where_argument(1, SeccompCmpOp::Ne, TIOCLINUX)?,
-        ])?],
-    );
     let not_executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         let all = match needs.executable_memory {
@@ -201,16 +179,44 @@ fn filter(needs: &Needs) -> Result<BpfProgram, Error> {
         )?])?);
     }
     rules.insert(libc::SYS_prctl, kinds);
-    compile(rules, SeccompAction::Trap, SeccompAction::Allow)
+    let rules = SeccompFilter::new(
+        rules,
+        SeccompAction::Trap,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    );
+    let rules: BpfProgram = rules.map_err(fail)?.try_into().map_err(fail)?;
+    Ok(first().into_iter().chain(rules).collect())
 }
 
-/// clone3's flags are behind a pointer, where no filter can look. It is told to be
+/// What comes before the rules. ioctl, which runs the guest, is answered at once: the
+/// rules go by number, and every exit to userland would pay for those before it.
+/// clone3's flags are behind a pointer, where no filter can look: it is told to be
 /// unknown, and the C library takes clone.
-fn no_clone3() -> Result<BpfProgram, Error> {
-    let rules = Rules::from([(libc::SYS_clone3, Vec::new())]);
-    compile(
-        rules,
-        SeccompAction::Allow,
-        SeccompAction::Errno(libc::ENOSYS as u32),
-    )
+fn first() -> [sock_filter; 10] {
+    // Classic BPF on struct seccomp_data: nr at 0, arch at 4, args[1] at 24.
+    let instruction = |code: u32, jt, jf, k| sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let load = |at| instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, at);
+    // Skips so many instructions if equal, or if not.
+    let equal = |k, yes, no| instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, yes, no, k);
+    let answer = |k| instruction(libc::BPF_RET | libc::BPF_K, 0, 0, k);
+    [
+        load(4),
+        // Calls of other kinds are the rules' to refuse.
+        equal(AUDIT_ARCH_X86_64, 0, 8),
+        load(0),
+        equal(libc::SYS_ioctl as u32, 2, 0),
+        equal(libc::SYS_clone3 as u32, 0, 5),
+        answer(libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32),
+        // On any open file, but not to type into the terminal that we run on.
+        load(24),
+        equal(TIOCSTI, 2, 0),
+        equal(TIOCLINUX, 1, 0),
+        answer(libc::SECCOMP_RET_ALLOW),
+    ]
 }

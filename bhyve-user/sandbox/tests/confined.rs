@@ -5,7 +5,7 @@
 
 use bhyve_sandbox::{Mode, Needs, enter, join};
 use std::fs::File;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -64,6 +64,8 @@ fn what_is_open_goes_on_and_nothing_new_comes() {
     let mut text = String::new();
     open.read_to_string(&mut text).unwrap();
     assert_eq!(text, "open before");
+    // An ioctl; if it were refused, that would be said below.
+    assert!(!open.is_terminal());
     assert_eq!(std::thread::spawn(|| 6 * 7).join().unwrap(), 42);
     drop(vec![1_u8; 64 << 20]);
     std::thread::sleep(Duration::from_millis(1));
