@@ -6,7 +6,7 @@ use bhyve_config::keys::{Opt, nearest};
 use bhyve_config::variables::Variables;
 use bhyve_config::{Origin, Program, Settings, file, settings};
 
-use crate::config::{Config, PciSlot, Topology};
+use crate::config::{BootRom, Config, PciSlot, Topology};
 use crate::pci::{Bdf, catalog};
 use crate::serial::backend::Spec;
 
@@ -50,7 +50,8 @@ Usage: bhyve [-aACDehHPSuvwWxY]
        -K: keyboard layout of VNC, without effect here
        -k: read variables from a file (bhyve_config(5))
        -l: LPC device: com1, com2 (stdio, pty, /dev/TTY, file:PATH, unix:PATH,
-           tcp=ADDRESS:PORT), pc-testdev; \"-l help\" lists them
+           tcp=ADDRESS:PORT), pc-testdev,
+           bootrom (FIRMWARE[,VARIABLES]); \"-l help\" lists them
        -m: memory size, in MiB without a suffix (256M)
        -o: set a variable of bhyve_config(5), or a key of the --config file
        -p: pin a virtual CPU to a host CPU
@@ -107,7 +108,7 @@ pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Command, UsageErr
         match g.option.as_str() {
             "-h" | "--help" => return Ok(Command::Help(USAGE.into())),
             "-s" if help => return Ok(Command::Print(catalog::help())),
-            "-l" if help => return Ok(Command::Print("com1\ncom2\npc-testdev\n".into())),
+            "-l" if help => return Ok(Command::Print("com1\ncom2\npc-testdev\nbootrom\n".into())),
             _ => {}
         }
     }
@@ -447,6 +448,34 @@ fn pci_slot(value: &str) -> Result<PciSlot, UsageError> {
     })
 }
 
+/// `-l bootrom,FILE[,VARIABLES][,fwcfg=KIND]`.
+fn bootrom(value: &str, conf: &str) -> Result<BootRom, UsageError> {
+    let mut words = conf.split(',');
+    let mut firmware = match words.next() {
+        None | Some("") => return usage(format!("-l {value}: which firmware? bootrom,FILE")),
+        Some(file) => BootRom {
+            rom: file.into(),
+            variables: None,
+            qemu: false,
+        },
+    };
+    for word in words {
+        match word {
+            "fwcfg=bhyve" => firmware.qemu = false,
+            "fwcfg=qemu" => firmware.qemu = true,
+            file if !file.is_empty() && !file.contains('=') && firmware.variables.is_none() => {
+                firmware.variables = Some(file.into());
+            }
+            _ => {
+                return usage(format!(
+                    "-l {value}: \"{word}\"? bootrom,FILE[,VARIABLES][,fwcfg=bhyve|qemu]"
+                ));
+            }
+        }
+    }
+    Ok(firmware)
+}
+
 /// `-l`.
 fn lpc_device(config: &mut Config, value: &str) -> Result<(), UsageError> {
     let (device, conf) = value.split_once(',').unwrap_or((value, ""));
@@ -458,16 +487,13 @@ fn lpc_device(config: &mut Config, value: &str) -> Result<(), UsageError> {
             return Ok(());
         }
         "bootrom" => {
-            // libvirt looks for the first words.
-            return usage(format!(
-                "invalid lpc device configuration '{value}': there is no boot ROM here; \
-                 load the guest's kernel with bhyveload"
-            ));
+            config.bootrom = Some(bootrom(value, conf)?);
+            return Ok(());
         }
         _ => {
             return usage(format!(
                 "invalid lpc device configuration '{value}': no LPC device \"{device}\"; \
-                 there is com1, com2, pc-testdev"
+                 there is com1, com2, pc-testdev, bootrom"
             ));
         }
     };

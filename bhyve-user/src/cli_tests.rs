@@ -95,7 +95,9 @@ fn refusals_name_the_option_and_what_would_do() {
         ("-s 32,lpc vm", "slots go to 31"),
         ("-s 0,lpc -s 0,hostbridge vm", "already occupied"),
         ("-s lpc vm", "-s lpc"),
-        ("-l bootrom,/x vm", "bhyveload"),
+        ("-l bootrom vm", "which firmware"),
+        ("-l bootrom,/x,/vars,/y vm", "\"/y\"?"),
+        ("-l bootrom,/x,fwcfg=none vm", "fwcfg=bhyve|qemu"),
         ("-l com3,stdio vm", "com1, com2"),
         ("-l com1,floppy vm", "file:PATH"),
         ("-l com1,stdio -l com2,stdio vm", "already the other port's"),
@@ -230,6 +232,7 @@ mod round_trip {
             prop::sample::select(vec!["stdio", "pty", "/dev/x", "unix:/s", "tcp=1.2.3.4:5"])
                 .prop_map(|s| format!("-l com2,{s}")),
             Just("-l pc-testdev".to_owned()),
+            Just("-l bootrom,/fw.fd,/vars.fd,fwcfg=qemu".to_owned()),
             Just("--boot".to_owned()),
             Just("--sandbox=log".to_owned()),
             "[a-z/]{1,8}".prop_map(|p| format!("--exit-stats {p}")),
@@ -263,10 +266,25 @@ mod round_trip {
 }
 
 #[test]
+fn firmware_comes_with_its_variables() {
+    let c = run("-l bootrom,/fw.fd,/vars.fd,fwcfg=qemu vm").unwrap();
+    let firmware = c.bootrom.unwrap();
+    assert_eq!(firmware.rom, std::path::Path::new("/fw.fd"));
+    assert_eq!(firmware.variables, Some("/vars.fd".into()));
+    assert!(firmware.qemu);
+    assert_eq!(firmware.to_string(), "/fw.fd,/vars.fd,fwcfg=qemu");
+    let c = run("-l bootrom,/fw.fd vm").unwrap();
+    assert_eq!(c.bootrom.unwrap().variables, None);
+}
+
+#[test]
 fn help_is_not_an_error() {
     // libvirt compares whole lines.
     let list = run("-s help").unwrap_err();
     assert!(list.lines().any(|l| l == "virtio-blk"), "{list}");
-    assert_eq!(run("-l help"), Err("com1\ncom2\npc-testdev\n".into()));
+    assert_eq!(
+        run("-l help"),
+        Err("com1\ncom2\npc-testdev\nbootrom\n".into())
+    );
     assert!(run("-h").unwrap_err().starts_with("Usage: bhyve"));
 }

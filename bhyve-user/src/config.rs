@@ -38,6 +38,31 @@ impl Topology {
     }
 }
 
+/// `-l bootrom,FILE[,VARIABLES][,fwcfg=KIND]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootRom {
+    /// The firmware's image.
+    pub rom: PathBuf,
+    /// The file of its variables.
+    pub variables: Option<PathBuf>,
+    /// It was to have QEMU's interface to its hypervisor.
+    pub qemu: bool,
+}
+
+/// As `-l bootrom,` takes it.
+impl std::fmt::Display for BootRom {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.rom.display())?;
+        if let Some(file) = &self.variables {
+            write!(f, ",{}", file.display())?;
+        }
+        if self.qemu {
+            f.write_str(",fwcfg=qemu")?;
+        }
+        Ok(())
+    }
+}
+
 /// Everything about one run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -53,6 +78,8 @@ pub struct Config {
     pub serial: [Option<Spec>; 2],
     /// `-l pc-testdev`.
     pub testdev: bool,
+    /// `-l bootrom`.
+    pub bootrom: Option<BootRom>,
     /// `-A`.
     pub acpi: bool,
     /// Not `-Y`.
@@ -107,6 +134,7 @@ impl Config {
             slots: Vec::new(),
             serial: [None, None],
             testdev: false,
+            bootrom: None,
             acpi: false,
             mptable: true,
             core_memory: false,
@@ -194,6 +222,9 @@ impl Config {
             if let Some(spec) = spec {
                 put(path, text(spec.to_string()));
             }
+        }
+        if let Some(firmware) = &self.bootrom {
+            put("machine.bootrom", text(firmware.to_string()));
         }
         if let Some(file) = &self.exit_stats {
             put("run.exit_stats", text(file.display().to_string()));

@@ -22,6 +22,7 @@ pub mod bus;
 pub mod cli;
 pub mod config;
 pub mod ending;
+pub mod firmware;
 pub mod i8042;
 pub mod legacy;
 pub mod machine;

@@ -35,7 +35,7 @@ use crate::tables::{self, TooLarge};
 use crate::testdev::{self, TestDev};
 use crate::vcpu::Next;
 use crate::vcpu::msr::{Msrs, Vendor};
-use crate::{boot, lock, sandbox, signals, status, vcpu};
+use crate::{boot, firmware, lock, sandbox, signals, status, vcpu};
 
 /// Why a VM could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +69,9 @@ pub enum Error {
     /// A file that is written at the end.
     #[error("--exit-stats {0}: {1}")]
     ExitStats(String, io::Error),
+    /// See [`firmware::Error`].
+    #[error(transparent)]
+    Firmware(#[from] firmware::Error),
     /// A thread or a signal mask.
     #[error("{0}: {1}")]
     System(&'static str, io::Error),
@@ -323,7 +326,10 @@ pub fn spin_up(vm: &Arc<Vm>, id: i32, rip: u64) -> vmmapi::Result<Next> {
 
 impl Vm {
     fn new(config: Config) -> Result<Arc<Vm>, Error> {
-        let vm = vmmapi::Vm::open(&config.name)?;
+        let vm = match config.bootrom {
+            Some(_) => firmware::open(&config.name)?,
+            None => vmmapi::Vm::open(&config.name)?,
+        };
         let bsp = vm.vcpu(0);
         let cpus = config.topology.cpus();
         if cpus > 1 && bsp.capability(Capability::UnrestrictedGuest).is_err() {
@@ -369,6 +375,9 @@ impl Vm {
                     std::thread::park();
                 }
             })?;
+        }
+        if let Some(rom) = &config.bootrom {
+            firmware::install(&vm, &buses, rom, cpus)?;
         }
         let means = Means {
             vm: &config.name,

@@ -221,7 +221,7 @@ pub const KEYS: &[Key] = &[
         Text,
         (Prefixed("-l", "bootrom,"), No, "lpc.bootrom"),
         "",
-        "Firmware image. There is no firmware yet, and bhyve says so: kernels are loaded by bhyveload.",
+        "Firmware image, a ROM that ends at 4 GiB and is started in place of what bhyveload loads.",
     ),
     key(
         "serial.com1",

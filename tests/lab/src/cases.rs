@@ -2,6 +2,7 @@
 
 mod config;
 mod disk;
+mod firmware;
 mod freebsd;
 mod freebsd_host;
 pub mod guests;

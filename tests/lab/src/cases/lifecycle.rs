@@ -1,6 +1,6 @@
 //! VMs come and go, in good order and in bad.
 
-use super::linux;
+use super::{firmware, linux};
 use crate::host::{Config, Host, SHORT};
 use crate::runner::{Case, Group, Lab, eventually};
 use anyhow::{Context, Result, ensure};
@@ -22,6 +22,7 @@ pub fn group(lab: &Lab) -> Group {
         cases: vec![
             Case::new("module-load-unload", module_load_unload),
             Case::new("create-destroy-1000", create_destroy),
+            firmware::case(),
             Case::new("destroy-loaded-vm", destroy_loaded),
             Case::new("destroy-running-vm", destroy_running),
             Case::new("kill-9-running-vm", kill_running),
