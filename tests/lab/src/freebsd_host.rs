@@ -163,7 +163,7 @@ fn iso(image: &Image, pack: &[u8], environment: &str, dir: &Path) -> Result<Path
     // For a stock vmm.ko: Bochs has these as our own module needs them too
     // (see Engine::vmm_options), and no need of the other.
     set("hw.vmm.vmx.use_apic_vid", "0");
-    set("hw.vmm.vmx.l1d_flush", "0");
+    set("hw.vmm.l1d_flush", "0");
     for pair in environment.split_whitespace() {
         if let Some((name, value)) = pair.split_once('=') {
             set(name, value);
