@@ -24,7 +24,7 @@
 #include "shim.h"
 
 SYSCTL_DECL(_hw_vmm);
-static int ipinum = IPI_AST;
+static int ipinum = IPI_BITMAP_VECTOR;
 SYSCTL_INT(_hw_vmm, OID_AUTO, ipinum, CTLFLAG_RD, &ipinum, 0,
     "vector of the IPI that makes a CPU leave its guest");
 
