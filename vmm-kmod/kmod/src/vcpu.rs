@@ -157,6 +157,14 @@ pub struct Vcpu {
 impl Vcpu {
     /// A vCPU in power-on state.
     pub fn new(vm: &Vm, id: u32) -> Result<Box<Vcpu>, NoMemory> {
+        // One after the other: the table and the vCPU each need much of a
+        // kernel's stack while they are made.
+        let cpuid = cpuid_table(vm, id)?;
+        Self::with_cpuid(vm, id, cpuid)
+    }
+
+    #[inline(never)]
+    fn with_cpuid(vm: &Vm, id: u32, cpuid: Box<CpuidTable>) -> Result<Box<Vcpu>, NoMemory> {
         let g = global::get();
         let mailbox = sync::try_box(Mailbox::new(id))?;
         let to_mailbox = MailboxRef(ptr::from_ref::<Mailbox>(&mailbox));
@@ -164,7 +172,6 @@ impl Vcpu {
         let page: Box<LapicPage> = unsafe { sync::try_box_zeroed()? };
         let page_pa = global::virt_to_phys(ptr::from_ref::<LapicPage>(&page) as usize);
         let lapic_hz = lapic_timer_hz(g.tsc_hz);
-        let cpuid = cpuid_table(vm, id)?;
         let config = LapicConfig {
             to_apic: Ratio::new(lapic_hz, g.tsc_hz),
             from_apic: Ratio::new(g.tsc_hz, lapic_hz),
