@@ -20,10 +20,24 @@ use anyhow::Result;
 pub fn unfit(engine: Engine) -> &'static [(&'static str, &'static str)] {
     match engine {
         Engine::Kvm | Engine::Bochs => &[],
-        Engine::Qemu => &[(
-            "freebsd-1-vcpu",
-            "the TSC is not invariant there, and FreeBSD keeps time by HPET, which the test does not take",
-        )],
+        Engine::Qemu => &[
+            (
+                "freebsd-1-vcpu",
+                "the TSC is not invariant there, and FreeBSD keeps time by HPET, which the test does not take",
+            ),
+            (
+                "kvm-unit-tests-idt_test",
+                "the emulated CPU does not set RFLAGS.RF for faults",
+            ),
+            (
+                "kvm-unit-tests-emulator",
+                "the emulated CPU lacks checks of MOV SS and of canonical addresses",
+            ),
+            (
+                "kvm-unit-tests-msr",
+                "the emulated CPU does not check that FS_BASE is canonical",
+            ),
+        ],
     }
 }
 
