@@ -1,5 +1,6 @@
 //! Disk images as the tools of this machine make them, and what becomes of them
 //! when they are damaged.
+#![forbid(unsafe_code)]
 
 mod hostile;
 mod iso;

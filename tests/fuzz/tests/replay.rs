@@ -1,5 +1,6 @@
 //! Every committed input of every target, and mutations of them: what a fuzzer
 //! once found stays found, and a target that breaks at once is seen without one.
+#![forbid(unsafe_code)]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,6 @@
 //! A guest may do anything to its devices at any time: they neither panic
 //! nor ask for a timer that is already due once it has been served.
+#![forbid(unsafe_code)]
 
 use std::sync::atomic::AtomicU32;
 
