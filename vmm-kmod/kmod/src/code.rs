@@ -67,13 +67,7 @@ impl CodePage {
 
     /// Remembers the page around `gla`, if it is one of 64-bit paging.
     #[cold]
-    pub fn remember(
-        &mut self,
-        mem: &GuestMemory<'_>,
-        state: &Paging,
-        gla: u64,
-        generation: u64,
-    ) {
+    pub fn remember(&mut self, mem: &GuestMemory<'_>, state: &Paging, gla: u64, generation: u64) {
         self.generation = 0;
         if !state.long() {
             return;

@@ -154,11 +154,7 @@ pub unsafe extern "C" fn vmm_rust_cpu_online() -> c_int {
     match unsafe { g.backend.cpu_on(set_vmxe) } {
         Ok(()) => 0,
         Err(e) => {
-            klog!(
-                Error,
-                "CPU {}: {e}",
-                os::Os::cpu()
-            );
+            klog!(Error, "CPU {}: {e}", os::Os::cpu());
             if e.in_use() {
                 errno::EBUSY
             } else {

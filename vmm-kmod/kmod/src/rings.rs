@@ -131,7 +131,10 @@ impl OutRings {
     #[inline]
     pub fn push(&self, port: u16, byte: u8) -> bool {
         let key = ON | u32::from(port);
-        let at = self.ports.iter().position(|p| p.load(Ordering::Acquire) == key);
+        let at = self
+            .ports
+            .iter()
+            .position(|p| p.load(Ordering::Acquire) == key);
         at.and_then(|n| self.ring(n)).is_some_and(|r| r.push(byte))
     }
 

@@ -98,9 +98,7 @@ impl<C: VirtualCpu + ?Sized> Inner<C> {
             Capability::PauseExit => self.pause_exit,
             Capability::UnrestrictedGuest => true,
             Capability::EnableInvpcid => self.invpcid,
-            Capability::Rdtscp | Capability::Rdpid => {
-                self.hw.has_rdtscp()
-            }
+            Capability::Rdtscp | Capability::Rdpid => self.hw.has_rdtscp(),
             _ => return Err(errno::ENOENT),
         };
         Ok(i32::from(on))
