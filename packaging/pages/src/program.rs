@@ -338,7 +338,7 @@ pub fn bhyveload() -> Program {
 /// All three.
 ///
 /// # Errors
-/// See [`bhyve`] and [`bhyvectl`].
+/// See [`mod@bhyve`] and [`bhyvectl`].
 pub fn all() -> Result<[Program; 3], BadHelp> {
     Ok([bhyve()?, bhyvectl()?, bhyveload()])
 }

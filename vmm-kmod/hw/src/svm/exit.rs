@@ -289,7 +289,7 @@ impl<H: Host> Vcpu<H> {
         self.wanted != Wanted::Nothing
     }
 
-    /// Completes the last exit if [`plain_length`] knows its instruction.
+    /// Completes the last exit if `plain_length` knows its instruction.
     #[inline(always)]
     pub fn complete_plain(&mut self, exit: Exit, bytes: &[u8]) -> bool {
         let Some(len) = plain_length(exit, bytes) else {
