@@ -468,6 +468,15 @@ impl GuestMemory {
         self.write_bytes(gpa, value.as_bytes())
     }
 
+    /// Guest-physical address, address in this process and bytes of each part.
+    #[cfg(all(feature = "kvm", target_os = "linux"))]
+    pub(crate) fn host_ranges(&self) -> impl Iterator<Item = (u64, usize, u64)> {
+        [(0, self.low), (HIGHMEM_BASE, self.high)]
+            .into_iter()
+            .filter(|(_, len)| *len > 0)
+            .map(|(gpa, len)| (gpa, self.map.base as usize + gpa as usize, len))
+    }
+
     /// Memory without a VM, for tests of code that uses guest memory.
     ///
     /// # Errors

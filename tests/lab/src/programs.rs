@@ -14,6 +14,16 @@ pub const PROGRAMS: [&str; 3] = ["bhyve", "bhyvectl", "bhyveload"];
 /// # Errors
 /// The compiler fails.
 pub fn build(dirs: &Dirs) -> Result<Vec<PathBuf>> {
+    let out = static_programs(dirs, "", &PROGRAMS)?;
+    Ok(PROGRAMS.iter().map(|p| out.join(p)).collect())
+}
+
+/// Builds static programs, of the package `package` or of any, and returns the
+/// directory that they are in.
+///
+/// # Errors
+/// The compiler fails.
+pub fn static_programs(dirs: &Dirs, package: &str, programs: &[&str]) -> Result<PathBuf> {
     let musl = "x86_64-unknown-linux-musl";
     let gnu = "x86_64-unknown-linux-gnu";
     // rustup's musl target makes smaller programs; glibc does where it is not to be had.
@@ -26,10 +36,12 @@ pub fn build(dirs: &Dirs) -> Result<Vec<PathBuf>> {
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .current_dir(&dirs.root);
-    for program in PROGRAMS {
+    if !package.is_empty() {
+        cargo.args(["--package", package]);
+    }
+    for program in programs {
         cargo.args(["--bin", program]);
     }
     output(&mut cargo)?;
-    let out = dirs.target.join("static").join(target).join("release");
-    Ok(PROGRAMS.iter().map(|p| out.join(p)).collect())
+    Ok(dirs.target.join("static").join(target).join("release"))
 }

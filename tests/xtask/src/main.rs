@@ -2,6 +2,7 @@
 //! bhyveload and bhyve; `cargo xtask test` tests everything.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod boot;
 mod check;
 mod deb;
@@ -40,6 +41,8 @@ enum Verb {
     Boot(Box<boot::Options>),
     /// Check and test everything
     Test(check::Options),
+    /// Measure vmm.ko and bhyve against KVM and the bare machine
+    Bench(bench::Options),
     /// Run a fuzz target for some time
     Fuzz(fuzz::Options),
     /// Build vmm.ko, for Debian's cloud kernel unless told otherwise, and print its path
@@ -113,6 +116,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         Verb::Boot(options) => boot::run(&dirs, &options),
         Verb::Test(options) => check::run(&dirs, &options),
+        Verb::Bench(options) => bench::run(&dirs, &options),
         Verb::Fuzz(options) => fuzz::run(&dirs, &options),
         Verb::Kmod {
             host: KmodHost::Freebsd,
