@@ -137,6 +137,7 @@ pub const WRITE: &[c_long] = &[
     SYS_truncate,
     SYS_fchmod,
     SYS_fchmodat,
+    SYS_fchmodat2,
     SYS_fchown,
     SYS_fchownat,
     SYS_utimensat,

@@ -10,6 +10,7 @@ mod kvm_unit_tests;
 mod lifecycle;
 mod linux;
 mod net;
+mod share;
 mod virtio;
 
 use crate::machine::Engine;
@@ -59,6 +60,7 @@ pub fn all(lab: &Lab) -> Result<Vec<Group>> {
         groups.push(guests::group(lab, Engine::Qemu));
     }
     groups.push(virtio::group(lab)?);
+    groups.push(share::group(lab)?);
     groups.extend(kvm_unit_tests::groups(lab)?);
     Ok(groups)
 }

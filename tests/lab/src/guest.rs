@@ -1,7 +1,8 @@
 //! A guest in a host: the command lines that load and run it, and its end.
 
+use crate::console::Console;
 use crate::host::{GUEST_EXIT, Host, LEAN, SHORT};
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use std::time::Duration;
 
 /// What bhyveload is to load; paths are the host's.
@@ -172,6 +173,25 @@ impl Guest {
         host.must(&format!("bhyvectl --destroy --vm={}", self.vm), SHORT)
             .map(drop)
     }
+}
+
+/// Waits for the shell of a Linux guest, at most `limit`. What is typed while
+/// it starts is lost now and then: a guest with interrupts off keeps the host
+/// from its serial port, whose FIFO has 16 bytes.
+///
+/// # Errors
+/// It does not come, or does not answer.
+pub fn shell(console: &mut Console, limit: Duration) -> Result<()> {
+    const ANSWER: Duration = Duration::from_secs(5);
+    console.expect("guest# ", limit)?;
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(200));
+        console.send(b"\r")?;
+        if console.try_expect("guest# ", ANSWER)?.is_some() {
+            return Ok(());
+        }
+    }
+    bail!("the guest's shell does not answer:\n{}", console.tail())
 }
 
 /// A Linux guest's command line where nothing else is asked.

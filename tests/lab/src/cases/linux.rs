@@ -2,7 +2,7 @@
 
 use super::config;
 use crate::console::Console;
-use crate::guest::{Guest, Load, linux_cmdline};
+use crate::guest::{Guest, Load, linux_cmdline, shell};
 use crate::host::{Config, Host, SHORT};
 use crate::runner::{Case, Group, Lab, Shared};
 use anyhow::{Context, Result, ensure};
@@ -99,7 +99,7 @@ fn boot(lab: &Lab, host: &mut Host, v: Variant, bare: &Shared<BTreeSet<String>>)
         "the guest's clocksource is {}, not tsc",
         up.group(2)
     );
-    console.expect("guest# ", COMMAND)?;
+    shell(console, COMMAND)?;
     memory(console, guest.memory_mib)?;
     if v.vcpus > 1 {
         both_cpus(console)?;
@@ -242,6 +242,6 @@ fn complaints(console: &mut Console) -> Result<BTreeSet<String>> {
 fn on_bare(lab: &Lab) -> Result<BTreeSet<String>> {
     let mut machine = lab.bare("linux-bare", 1, &linux_cmdline())?;
     machine.com1.expect("guest userland: ", UP)?;
-    machine.com1.expect("guest# ", COMMAND)?;
+    shell(&mut machine.com1, COMMAND)?;
     complaints(&mut machine.com1)
 }

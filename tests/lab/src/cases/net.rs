@@ -2,7 +2,7 @@
 //! network; ping and files whose checksums both ends know, each way.
 
 use super::virtio::{base, kill, types};
-use crate::guest::{Guest, Load, linux_cmdline};
+use crate::guest::{Guest, Load, linux_cmdline, shell};
 use crate::host::{Config, Host, SHORT};
 use crate::runner::{Case, Lab};
 use anyhow::{Context, Result, ensure};
@@ -86,7 +86,7 @@ fn run(_: &Lab, host: &mut Host) -> Result<()> {
         SHORT,
     )?;
     guest.start(host)?;
-    host.guest().expect("guest# ", UP)?;
+    shell(host.guest(), UP)?;
     for module in super::virtio::BUS.iter().chain(&MODULES) {
         types(host, &format!("insmod /{}", base(Path::new(module))?))?;
     }

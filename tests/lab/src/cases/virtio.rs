@@ -2,7 +2,7 @@
 //! write, and the host's entropy.
 
 use crate::console::Found;
-use crate::guest::{Guest, Load, linux_cmdline};
+use crate::guest::{Guest, Load, linux_cmdline, shell};
 use crate::host::{self, Config, Host, SHORT};
 use crate::images;
 use crate::runner::{Case, Group, Lab};
@@ -125,7 +125,7 @@ fn linux(_: &Lab, host: &mut Host) -> Result<()> {
     let mut guest = Guest::new("/guest/linux", load);
     guest.options = format!("{DEVICES},serial=LAB-DISK -s 5,nvme,/tmp/nvme,ser=LAB-NVME");
     guest.start(host)?;
-    host.guest().expect("guest# ", UP)?;
+    shell(host.guest(), UP)?;
     for module in MODULES {
         types(host, &format!("insmod /{}", base(Path::new(module))?))?;
     }
