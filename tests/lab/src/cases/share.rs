@@ -1,4 +1,5 @@
-//! A folder that host and guest share by virtio. The guest is Debian's kernel of the usual flavour, for the cloud's has no 9P.
+//! A folder that host and guest share by virtio. The guest is Debian's kernel of
+//! the usual flavour, for the cloud's has no 9P.
 
 use crate::apt;
 use crate::dirs::Dirs;
@@ -31,11 +32,21 @@ const MODULES: [&str; 10] = [
 /// The host and its tests.
 ///
 /// # Errors
-/// The guest's kernel cannot be had, or its initramfs not be made.
+/// The guest's initramfs cannot be made.
 pub fn group(lab: &Lab) -> Result<Group> {
     let name = "virtio-share";
     let mut config = Config::new(lab.engine, 256);
-    let (image, modules) = kernel(&lab.dirs, &lab.kit.kernel.release)?;
+    let (image, modules) = match kernel(&lab.dirs, &lab.kit.kernel.release) {
+        Ok(found) => found,
+        Err(e) => {
+            let why = format!("Debian's usual kernel cannot be had: {e:#}");
+            return Ok(Group {
+                name: name.to_owned(),
+                config,
+                cases: vec![Case::skipped(name, &why)],
+            });
+        }
+    };
     let modules: Vec<(String, PathBuf)> = MODULES
         .iter()
         .map(|m| Ok((base(m)?, modules.join(m))))
@@ -63,7 +74,13 @@ fn kernel(dirs: &Dirs, host: &str) -> Result<(PathBuf, PathBuf)> {
     if !image.is_file() {
         step("Debian's usual kernel, for a guest", || {
             std::fs::create_dir_all(&root)?;
-            apt::extract(&[], &[&format!("linux-image-{release}")], &root)
+            let package = format!("linux-image-{release}");
+            if apt::extract(&[], &[&package], &root).is_err() {
+                // No package lists yet, or the mirror has moved on since.
+                apt::update()?;
+                apt::extract(&[], &[&package], &root)?;
+            }
+            Ok(())
         })?;
     }
     Ok((image, root.join(format!("lib/modules/{release}/kernel"))))
