@@ -28,7 +28,7 @@ pub struct Tools {
 pub fn build(dirs: &Dirs) -> Result<Tools> {
     step("the benchmark's programs", || {
         let out =
-            lab::programs::static_programs(dirs, "bench-tools", &["kvm-monitor", "first-exit"])?;
+            lab::programs::static_programs(dirs, &["bench-tools"], &["kvm-monitor", "first-exit"])?;
         let dir = dirs.fresh("meter")?;
         let meter = dir.join("meter");
         output(

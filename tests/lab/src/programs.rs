@@ -9,21 +9,25 @@ use std::process::Command;
 /// The programs that go into the host.
 pub const PROGRAMS: [&str; 3] = ["bhyve", "bhyvectl", "bhyveload"];
 
+/// The packages that they are in. To name them keeps out what others of the
+/// workspace want of the same libraries.
+pub const PACKAGES: [&str; 2] = ["bhyve", "bhyveload"];
+
 /// Builds [`PROGRAMS`] and returns their paths in that order.
 ///
 /// # Errors
 /// The compiler fails.
 pub fn build(dirs: &Dirs) -> Result<Vec<PathBuf>> {
-    let out = static_programs(dirs, "", &PROGRAMS)?;
+    let out = static_programs(dirs, &PACKAGES, &PROGRAMS)?;
     Ok(PROGRAMS.iter().map(|p| out.join(p)).collect())
 }
 
-/// Builds static programs, of the package `package` or of any, and returns the
-/// directory that they are in.
+/// Builds static programs of these packages, and returns the directory that
+/// they are in.
 ///
 /// # Errors
 /// The compiler fails.
-pub fn static_programs(dirs: &Dirs, package: &str, programs: &[&str]) -> Result<PathBuf> {
+pub fn static_programs(dirs: &Dirs, packages: &[&str], programs: &[&str]) -> Result<PathBuf> {
     let musl = "x86_64-unknown-linux-musl";
     let gnu = "x86_64-unknown-linux-gnu";
     // rustup's musl target makes smaller programs; glibc does where it is not to be had.
@@ -36,7 +40,7 @@ pub fn static_programs(dirs: &Dirs, package: &str, programs: &[&str]) -> Result<
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .current_dir(&dirs.root);
-    if !package.is_empty() {
+    for package in packages {
         cargo.args(["--package", package]);
     }
     for program in programs {

@@ -8,7 +8,7 @@
 use crate::command::output;
 use crate::core_src::CoreSource;
 use crate::dirs::Dirs;
-use crate::programs::PROGRAMS;
+use crate::programs::{self, PROGRAMS};
 use crate::{apt, core_src, ziglang};
 use anyhow::{Context, Result, ensure};
 use std::fs;
@@ -72,6 +72,9 @@ fn build_as(dirs: &Dirs, sysroot: Option<&Path>, profile: &str) -> Result<Vec<Pa
     }
     if let CoreSource::Directory(library) = &source {
         cargo.env("__CARGO_TESTS_ONLY_SRC_ROOT", library);
+    }
+    for package in programs::PACKAGES {
+        cargo.args(["--package", package]);
     }
     for program in PROGRAMS {
         cargo.args(["--bin", program]);
