@@ -4,8 +4,8 @@
 //! [`options`] is the command line; [`request`] what the guest wrote for a
 //! disk, [`atapi`] for a drive; [`identify`] what they say of themselves;
 //! [`media`] does the commands; [`port`] is a port with its thread; [`device`]
-//! the adapter's registers. The host's side is virtio-blk's
-//! [`crate::virtio::blk::backend`].
+//! the adapter's registers. The host's side is
+//! [`crate::disk`].
 
 pub mod atapi;
 pub mod device;

@@ -3,7 +3,7 @@
 //! [`options`] is the command line, [`request`] what the guest writes into its
 //! queues, [`identify`] what the controller says of itself, [`queue`] the rings,
 //! [`controller`] the commands, [`device`] the registers. The host's side is
-//! virtio-blk's [`crate::virtio::blk::backend`].
+//! [`crate::disk`].
 
 pub mod controller;
 pub mod device;

@@ -381,6 +381,7 @@ impl Vm {
         }
         let means = Means {
             vm: &config.name,
+            cpus,
             machine: &machine,
             memory: &memory,
             virtio_msi: config.virtio_msi,

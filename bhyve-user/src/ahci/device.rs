@@ -14,6 +14,7 @@ use crate::pci::bar::BarKind;
 use crate::pci::catalog::Plan;
 use crate::pci::config::PROG_IF;
 use crate::pci::function::{Blueprint, PciFunction};
+use crate::status::show_rings;
 
 /// AHCI's BAR (§2.1.11).
 const BAR: usize = 5;
@@ -90,8 +91,10 @@ impl Ahci {
     /// The host has no more threads.
     pub fn plan(name: &str, media: Vec<Media>, memory: &GuestMemory) -> io::Result<Plan> {
         let ports = media.into_iter().map(|m| Port::new(m, memory.clone()));
+        let ports: Vec<Arc<Port>> = ports.collect();
+        show_rings(name, ports.iter().map(|p| p.counter()).collect());
         let shared = Arc::new(Shared {
-            ports: ports.collect(),
+            ports,
             ghc: AtomicU32::new(GHC_AE),
             is: AtomicU32::new(0),
             function: OnceLock::new(),

@@ -1,19 +1,8 @@
-use std::fs;
-use std::path::PathBuf;
-use std::sync::atomic::AtomicU32 as Counter;
-use std::time::{Duration, Instant};
-
 use super::*;
-use crate::bus::Buses;
-use crate::machine::Machine;
-use crate::machine::fake::{Event, Fake};
-use crate::pci::Bdf;
-use crate::pci::bar::Windows;
-use crate::pci::function::Wiring;
-use crate::pci::intx::Router;
+use crate::disk::backend::Backend;
+use crate::disk::rig::{self, DISK, wait};
+use crate::machine::fake::Event;
 
-static NEXT: Counter = Counter::new(0);
-const DISK: usize = 1 << 20;
 const LIST: u64 = 0x1000;
 const FIS: u64 = 0x2000;
 const TABLE: u64 = 0x3000;
@@ -31,53 +20,29 @@ const P_SCTL: u64 = 0x12c;
 const P_SACT: u64 = 0x134;
 const P_CI: u64 = 0x138;
 
-struct Rig {
-    image: PathBuf,
-    fake: Arc<Fake>,
-    memory: GuestMemory,
-    buses: Arc<Buses>,
-    bar: u64,
-    _f: Arc<PciFunction>,
+struct Rig(rig::Rig);
+
+impl std::ops::Deref for Rig {
+    type Target = rig::Rig;
+    fn deref(&self) -> &rig::Rig {
+        &self.0
+    }
 }
 
 fn rig(prefix: &str, options: &str) -> Rig {
-    let n = NEXT.fetch_add(1, Ordering::Relaxed);
-    let image = std::env::temp_dir().join(format!("bhyve-ahci-{}-{n}", std::process::id()));
-    let content: Vec<u8> = (0..DISK as u32).map(|i| (i / 512 * 5 + i) as u8).collect();
-    fs::write(&image, content).unwrap();
-    let fake = Fake::new();
-    let machine: Arc<dyn Machine> = fake.clone();
-    let buses = Arc::new(Buses::default());
-    let router = Arc::new(Router::new(machine.clone(), 24));
-    let route = router.allocate().unwrap();
-    let memory = GuestMemory::anonymous(4 << 20).unwrap();
-    let conf = format!("{prefix}{}{options}", image.display());
-    let (plan, device) = crate::ahci::build(&conf, None, "ahci", &memory).unwrap();
-    let wiring = Wiring {
-        buses: &buses,
-        machine: &machine,
-        router: &router,
-        windows: &mut Windows::new(0xc000_0000),
-        intx: Some((0, route)),
-    };
-    let at = Bdf {
-        bus: 0,
-        slot: 3,
-        func: 0,
-    };
-    let f = PciFunction::new(at, plan, device, wiring).unwrap();
-    assert_eq!(f.config_read(8, 4) >> 8, 0x01_0601);
-    f.config_write(4, 2, 6);
-    let bar = u64::from(f.config_read(0x24, 4) & !0xf);
-    fake.take();
-    let r = Rig {
-        image,
-        fake,
-        memory,
-        buses,
-        bar,
-        _f: f,
-    };
+    rig_with(prefix, options, |_| ())
+}
+
+/// With its disk changed before it runs.
+fn rig_with(prefix: &str, options: &str, change: impl FnOnce(&mut Backend)) -> Rig {
+    let r = rig::Rig::new(0x24, |path, memory| {
+        let conf = format!("{prefix}{}{options}", path.display());
+        let drives = crate::ahci::options::parse(&conf, None).unwrap();
+        let mut media = Media::open(&drives[0], 0).unwrap();
+        change(media.backend());
+        Ahci::plan("ahci", vec![media], memory).unwrap()
+    });
+    assert_eq!(r.f.config_read(8, 4) >> 8, 0x01_0601);
     r.write(P_CLB, LIST as u32);
     r.write(P_FB, FIS as u32);
     r.write(P_CMD, 1 << 4 | 1 << 1);
@@ -86,30 +51,10 @@ fn rig(prefix: &str, options: &str) -> Rig {
     r.write(P_IE, u32::MAX);
     r.write(IS, u32::MAX);
     r.write(GHC, GHC_IE);
-    r
-}
-
-impl Drop for Rig {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.image);
-    }
+    Rig(r)
 }
 
 impl Rig {
-    fn write(&self, offset: u64, value: u32) {
-        let at = self.bar + offset;
-        let d = self.buses.mmio.get(at, 4).unwrap();
-        d.mmio_write(at, 4, value.into());
-    }
-    fn read(&self, offset: u64) -> u32 {
-        let at = self.bar + offset;
-        self.buses.mmio.get(at, 4).unwrap().mmio_read(at, 4) as u32
-    }
-    fn bytes(&self, at: u64, len: usize) -> Vec<u8> {
-        let mut b = vec![0; len];
-        self.memory.read_bytes(at, &mut b).unwrap();
-        b
-    }
     /// Fills slot 2: command, LBA, count, features, ATAPI command, buffers.
     fn slot(&self, c: [u8; 2], lba: u64, n: [u16; 2], cdb: &[u8], list: &[(u64, u32)]) {
         let flags = 5 | u32::from(!cdb.is_empty()) << 5 | (list.len() as u32) << 16;
@@ -147,11 +92,7 @@ impl Rig {
     fn go(&self) -> u32 {
         self.write(P_IS, u32::MAX);
         self.write(P_CI, 4);
-        let until = Instant::now() + Duration::from_secs(10);
-        while self.read(P_IS) == 0 {
-            assert!(Instant::now() < until, "no end");
-            thread::yield_now();
-        }
+        wait("the command's end", || self.read(P_IS) != 0);
         self.read(P_TFD)
     }
     fn dma(&self, command: u8, lba: u64, count: u16, list: &[(u64, u32)]) -> u32 {
@@ -185,7 +126,7 @@ fn a_disk_says_what_it_is() {
 #[test]
 fn blocks_are_read_and_written() {
     let r = rig("hd:", "");
-    let before = fs::read(&r.image).unwrap();
+    let before = r.image.content();
     let list = [(DATA, 1024), (DATA + 0x2000, 3072)];
     assert_eq!(r.dma(0x25, 16, 8, &list), 0x50);
     assert_eq!(r.bytes(DATA, 1024), before[8192..9216]);
@@ -199,7 +140,7 @@ fn blocks_are_read_and_written() {
     assert_eq!((r.read(P_CI), r.read(P_SACT)), (0, 0));
     assert_eq!(r.bytes(FIS + 0x58, 8), [0xa1, 0x40, 0x50, 0, 4, 0, 0, 0]);
     assert_eq!(r.dma(0xea, 0, 0, &[]), 0x50);
-    let after = fs::read(&r.image).unwrap();
+    let after = r.image.content();
     assert_eq!(after[2048..2560], [0x77; 512]);
     assert_eq!(after[..2048], before[..2048]);
     assert_eq!(after[2560..], before[2560..]);
@@ -255,7 +196,7 @@ fn a_cd_is_read_by_packets() {
     let last = (DISK as u32 / 2048 - 1).to_be_bytes();
     assert_eq!(r.bytes(DATA, 4), last);
     assert_eq!(packet(&[0x28, 0, 0, 0, 0, 3, 0, 0, 2], 4096) & 1, 0);
-    let image = fs::read(&r.image).unwrap();
+    let image = r.image.content();
     assert_eq!(r.bytes(DATA, 4096), image[3 * 2048..5 * 2048]);
     // Beyond its end: illegal request, and the sense says which.
     assert_eq!(
@@ -275,15 +216,12 @@ fn an_interrupt_is_told_once_and_its_line_falls() {
     let r = rig("hd:", "");
     r.fake.take();
     r.dma(0x25, 0, 1, &[(DATA, 512)]);
-    let until = Instant::now() + Duration::from_secs(10);
-    let mut up = false;
-    while !up {
-        assert!(Instant::now() < until, "no interrupt");
+    wait("an interrupt", || {
         let events = r.fake.take();
-        up = events
+        events
             .iter()
-            .any(|e| matches!(e, Event::Assert(_) | Event::IsaAssert(..)));
-    }
+            .any(|e| matches!(e, Event::Assert(_) | Event::IsaAssert(..)))
+    });
     assert_eq!(r.read(IS), 1);
     r.write(P_IS, u32::MAX);
     r.write(IS, 1);
@@ -325,4 +263,57 @@ fn hostile_registers_and_resets() {
     r.write(P_IE, u32::MAX);
     assert_eq!(r.dma(0xec, 0, 0, &[(DATA, 512)]), 0x50);
     assert_eq!(r.dma(0x35, 0, 1, &[(DATA, 512)]) & 1, 1, "read-only");
+}
+
+/// What the host cannot do, the task file says.
+#[test]
+fn the_hosts_errors_become_the_guests() {
+    let one = [(DATA, 512)];
+    let r = rig_with("hd:", "", |disk| disk.replace_file(rig::full()));
+    assert_eq!(r.dma(0x25, 0, 1, &one), 0x50, "reads go on");
+    for command in [0x35, 0x3d] {
+        assert_eq!(r.dma(command, 0, 1, &one), 0x0451, "{command:#x}: aborted");
+        r.restart();
+    }
+    let r = rig_with("hd:", "", |disk| disk.replace_file(rig::broken()));
+    assert_eq!(r.dma(0x25, 0, 1, &one), 0x4051, "uncorrectable");
+    r.restart();
+    assert_eq!(r.dma(0x35, 0, 1, &one), 0x0451);
+    r.restart();
+    assert_eq!(r.dma(0xea, 0, 0, &[]), 0x0451, "the cache was not flushed");
+    r.restart();
+    // Queued.
+    r.slot([0x61, 0x40], 0, [2 << 3, 1], &[], &one);
+    r.write(P_SACT, 4);
+    assert_eq!(r.go() & 1, 1);
+    assert_eq!(r.read(P_SACT), 4, "not done");
+    let r = rig_with("cd:", "", |disk| disk.replace_file(rig::broken()));
+    let read = [0x28, 0, 0, 0, 0, 3, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0];
+    r.slot([0xa0, 0], 0, [0, 1], &read, &[(DATA, 4096)]);
+    // The first command hears of the reset.
+    r.go();
+    r.restart();
+    r.slot([0xa0, 0], 0, [0, 1], &read, &[(DATA, 4096)]);
+    assert_eq!(r.go() & 0xf001, 0x3001, "a medium error");
+}
+
+#[test]
+fn a_port_is_counted_for_those_who_look() {
+    let r = rig::Rig::new(0x24, |path, memory| {
+        let conf = format!("cd:{0},hd:{0}", path.display());
+        crate::ahci::build(&conf, None, "ahci counted", memory).unwrap()
+    });
+    let r = Rig(r);
+    let second = PORT_SIZE;
+    r.write(P_CLB + second, LIST as u32);
+    r.write(P_FB + second, FIS as u32);
+    r.write(P_CMD + second, 1 << 4 | 1 << 1 | 1);
+    r.write(P_IS + second, u32::MAX);
+    r.slot([0x25, 0x40], 0, [3, 0], &[], &[(DATA, 1536)]);
+    r.write(P_CI + second, 4);
+    wait("the command's end", || r.read(P_IS + second) != 0);
+    let rings = crate::status::rings();
+    let mine = rings.iter().filter(|r| r.device == "ahci counted");
+    let mine: Vec<_> = mine.map(|r| (r.queue, r.requests, r.bytes)).collect();
+    assert_eq!(mine, [(1, 1, 1536)]);
 }

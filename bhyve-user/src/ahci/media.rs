@@ -8,7 +8,7 @@ use super::atapi::{self, CDB, Scsi, Sense};
 use super::identify::{self, Facts};
 use super::options::{CD_SECTOR, Drive, Kind};
 use super::request::{Ata, Disk, Fis, RANGE, Way, cut, error};
-use crate::virtio::blk::backend::{Backend, Error};
+use crate::disk::backend::{Backend, Error};
 use crate::virtio::queue::{Buffer, total};
 
 /// The status register: ready, and what a disk adds (ATA8-ACS §6.2).
@@ -84,7 +84,7 @@ impl Media {
             serial: options
                 .serial
                 .clone()
-                .unwrap_or_else(|| crate::virtio::blk::device::serial_of(path)),
+                .unwrap_or_else(|| crate::disk::serial_of(path)),
             revision: drive.revision.clone().unwrap_or_else(|| "001".into()),
             model: drive.model.clone().unwrap_or_else(|| {
                 let kind = if cd { "DVD ROM" } else { "SATA DISK" };
@@ -113,6 +113,12 @@ impl Media {
             sense: Sense::NONE,
             log: None,
         })
+    }
+
+    /// Its disk.
+    #[cfg(test)]
+    pub fn backend(&mut self) -> &mut Backend {
+        &mut self.backend
     }
 
     /// A disk or a drive.

@@ -2,7 +2,7 @@
 //! `ahci,hd:PATH[,OPTIONS],cd:PATH,…`, `ahci-hd,PATH[,OPTIONS]`,
 //! `ahci-cd,PATH[,OPTIONS]`.
 
-use crate::virtio::blk::options as blk;
+use crate::disk::options as disk_options;
 
 /// Ports of an adapter.
 pub const PORTS: usize = 32;
@@ -24,7 +24,7 @@ pub struct Drive {
     /// What it is.
     pub kind: Kind,
     /// Its image.
-    pub disk: blk::Options,
+    pub disk: disk_options::Options,
     /// `model=`, at most 40 characters.
     pub model: Option<String>,
     /// `rev=`, at most 8 characters.
@@ -67,7 +67,7 @@ fn drive(kind: Kind, parts: &[&str]) -> Result<Drive, String> {
     let mut disk = Vec::new();
     let mut d = Drive {
         kind,
-        disk: blk::Options::default(),
+        disk: disk_options::Options::default(),
         model: None,
         revision: None,
         rotation: None,

@@ -16,6 +16,7 @@ use super::media::{ERR, Ending, Media, READY};
 use super::options::Kind;
 use super::request::{ACMD, CFIS, Fis, HEADER, Header, MOST_BUFFERS, PRDT, Way, buffer};
 use crate::lock;
+use crate::status::RingCounter;
 use crate::virtio::queue::Buffer;
 
 /// Register offsets within a port (AHCI 1.3.1 §3.3).
@@ -100,6 +101,7 @@ pub struct Port {
     memory: GuestMemory,
     /// Grows with everything that stops the port.
     epoch: AtomicU32,
+    counter: Arc<RingCounter>,
     thread: OnceLock<Thread>,
 }
 
@@ -116,10 +118,16 @@ impl Port {
             kind,
             memory,
             epoch: AtomicU32::new(0),
+            counter: Arc::default(),
             thread: OnceLock::new(),
         };
         port.reset();
         Arc::new(port)
+    }
+
+    /// Commands done and bytes moved by them.
+    pub fn counter(&self) -> Arc<RingCounter> {
+        Arc::clone(&self.counter)
     }
 
     /// Makes its thread known.
@@ -360,7 +368,10 @@ impl Port {
             return false;
         }
         match done {
-            Some((fis, ending)) => self.end(&mut r, slot, clb, &fis, &ending),
+            Some((fis, ending)) => {
+                self.counter.count(ending.moved.into());
+                self.end(&mut r, slot, clb, &fis, &ending);
+            }
             None => {
                 // Memory that is not there, or no command.
                 r.is |= IS_HBF;

@@ -2,6 +2,7 @@
 //! disk's reads and writes.
 
 use std::io;
+use std::sync::Arc;
 
 use vmmapi::GuestMemory;
 
@@ -9,7 +10,8 @@ use super::identify::{self, Facts};
 use super::options::{MOST_QUEUES, Options};
 use super::queue::{Completion, Submission};
 use super::request::{self, Command, Io, Namespace, PAGE, Status};
-use crate::virtio::blk::backend::{Backend, Error};
+use crate::disk::backend::{Backend, Error};
+use crate::status::RingCounter;
 use crate::virtio::queue::Buffer;
 
 /// Features that are only remembered (NVMe 1.4 §5.21.1): arbitration to
@@ -69,7 +71,10 @@ pub trait Doorbells {
 /// The controller behind its registers.
 pub struct Controller {
     memory: GuestMemory,
-    backend: Backend,
+    /// Its disk.
+    pub(super) backend: Backend,
+    /// One a queue, the admin queue's first.
+    pub(super) counters: Vec<Arc<RingCounter>>,
     facts: Facts,
     /// I/O queue pairs that the driver may have.
     pub queues: u16,
@@ -81,6 +86,8 @@ pub struct Controller {
     events: usize,
     features: [u32; FEATURES],
     buffers: Vec<Buffer>,
+    /// Bytes that the command at hand has moved from or to the disk.
+    moved: u64,
 }
 
 impl Controller {
@@ -95,7 +102,7 @@ impl Controller {
         let backend = Backend::open(&disk)?;
         let serial = match &disk.serial {
             Some(serial) => serial.clone(),
-            None => crate::virtio::blk::device::serial_of(disk.path.as_os_str().as_encoded_bytes()),
+            None => crate::disk::serial_of(disk.path.as_os_str().as_encoded_bytes()),
         };
         // Unique where the serial number is.
         let eui64 = options.eui64.unwrap_or_else(|| {
@@ -118,6 +125,7 @@ impl Controller {
         let mut controller = Controller {
             memory,
             backend,
+            counters: (0..=options.queues).map(|_| Arc::default()).collect(),
             facts,
             queues: options.queues.min(MOST_QUEUES),
             entries: options.entries,
@@ -126,6 +134,7 @@ impl Controller {
             events: 0,
             features: [0; FEATURES],
             buffers: Vec::new(),
+            moved: 0,
         };
         controller.reset();
         Ok(controller)
@@ -208,6 +217,7 @@ impl Controller {
             Err(_) => return Turn::Fatal,
         };
         let head = sq.head;
+        self.moved = 0;
         let answer = if queue == 0 {
             self.admin(&command, doorbells)
         } else {
@@ -216,6 +226,9 @@ impl Controller {
         let Answer::Done(status, result) = answer else {
             return Turn::Taken;
         };
+        if let Some(counter) = self.counters.get(usize::from(queue)) {
+            counter.count(self.moved);
+        }
         let Some(Some(cq)) = self.cqs.get_mut(usize::from(cq_id)) else {
             return Turn::Taken;
         };
@@ -454,13 +467,17 @@ impl Controller {
                 self.buffers(c, len)?;
                 self.backend
                     .read(&self.memory, &self.buffers, offset)
-                    .map_err(|e| failed(&e, false))
+                    .map_err(|e| failed(&e, false))?;
+                self.moved = len;
+                Ok(())
             }
             Io::Write { offset, len, fua } => {
                 self.buffers(c, len)?;
                 self.backend
                     .write(&self.memory, &self.buffers, offset, fua)
-                    .map_err(|e| failed(&e, true))
+                    .map_err(|e| failed(&e, true))?;
+                self.moved = len;
+                Ok(())
             }
             Io::WriteZeroes {
                 offset,

@@ -14,6 +14,7 @@ use crate::pci::bar::BarKind;
 use crate::pci::catalog::Plan;
 use crate::pci::config::{PROG_IF, SUBSYSTEM, SUBSYSTEM_VENDOR};
 use crate::pci::function::{Blueprint, PciFunction};
+use crate::status::show_rings;
 
 const BAR: usize = 0;
 const BAR_MSIX: usize = 4;
@@ -235,6 +236,7 @@ impl Nvme {
     /// The host has no more threads.
     pub fn plan(name: String, controller: Controller) -> io::Result<Plan> {
         let (queues, entries) = (controller.queues, controller.entries);
+        show_rings(&name, controller.counters.clone());
         let bells = || (0..=queues).map(|_| AtomicU32::new(0)).collect();
         let shared = Arc::new(Shared {
             controller: Mutex::new(controller),

@@ -1,22 +1,9 @@
-use std::fs;
-use std::path::PathBuf;
-use std::sync::atomic::AtomicU32 as Counter;
-use std::time::{Duration, Instant};
-
-use vmmapi::GuestMemory;
-
 use super::*;
-use crate::bus::Buses;
-use crate::machine::Machine;
-use crate::machine::fake::{Event, Fake};
+use crate::disk::backend::Backend;
+use crate::disk::rig::{self, DISK, wait};
+use crate::machine::fake::Event;
 use crate::nvme::request::Status;
-use crate::pci::Bdf;
-use crate::pci::bar::Windows;
-use crate::pci::function::Wiring;
-use crate::pci::intx::Router;
 
-static NEXT: Counter = Counter::new(0);
-const DISK: usize = 1 << 20;
 /// Where things are in the guest.
 const ADMIN_SQ: u64 = 0x1_0000;
 const ADMIN_CQ: u64 = 0x1_1000;
@@ -26,62 +13,36 @@ const DATA: u64 = 0x2_0000;
 const LIST: u64 = 0x1_4000;
 
 struct Rig {
-    image: PathBuf,
-    f: Arc<PciFunction>,
-    fake: Arc<Fake>,
-    memory: GuestMemory,
-    buses: Arc<Buses>,
-    bar: u64,
+    at: rig::Rig,
     tails: [u32; 2],
     heads: [u32; 2],
     phases: [bool; 2],
 }
 
-fn rig(options: &str) -> Rig {
-    let n = NEXT.fetch_add(1, Ordering::Relaxed);
-    let image = std::env::temp_dir().join(format!("bhyve-nvme-{}-{n}", std::process::id()));
-    let content: Vec<u8> = (0..DISK as u32).map(|i| (i / 512 * 3 + i) as u8).collect();
-    fs::write(&image, content).unwrap();
-    let fake = Fake::new();
-    let machine: Arc<dyn Machine> = fake.clone();
-    let buses = Arc::new(Buses::default());
-    let router = Arc::new(Router::new(machine.clone(), 24));
-    let route = router.allocate().unwrap();
-    let memory = GuestMemory::anonymous(4 << 20).unwrap();
-    let conf = format!("{}{options}", image.display());
-    let (plan, device) = crate::nvme::build(&conf, "nvme".into(), memory.clone()).unwrap();
-    let wiring = Wiring {
-        buses: &buses,
-        machine: &machine,
-        router: &router,
-        windows: &mut Windows::new(0xc000_0000),
-        intx: Some((0, route)),
-    };
-    let at = Bdf {
-        bus: 0,
-        slot: 3,
-        func: 0,
-    };
-    let f = PciFunction::new(at, plan, device, wiring).unwrap();
-    f.config_write(4, 2, 6);
-    let bar = u64::from(f.config_read(0x10, 4) & !0xf) | u64::from(f.config_read(0x14, 4)) << 32;
-    fake.take();
-    Rig {
-        image,
-        f,
-        fake,
-        memory,
-        buses,
-        bar,
-        tails: [0; 2],
-        heads: [0; 2],
-        phases: [true; 2],
+impl std::ops::Deref for Rig {
+    type Target = rig::Rig;
+    fn deref(&self) -> &rig::Rig {
+        &self.at
     }
 }
 
-impl Drop for Rig {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.image);
+fn rig(options: &str) -> Rig {
+    rig_with(options, |_| ())
+}
+
+/// With its disk changed before it runs.
+fn rig_with(options: &str, change: impl FnOnce(&mut Backend)) -> Rig {
+    let at = rig::Rig::new(0x10, |path, memory| {
+        let options = format!("{}{options}", path.display()).parse().unwrap();
+        let mut controller = Controller::open(&options, memory.clone()).unwrap();
+        change(&mut controller.backend);
+        Nvme::plan("nvme".into(), controller).unwrap()
+    });
+    Rig {
+        at,
+        tails: [0; 2],
+        heads: [0; 2],
+        phases: [true; 2],
     }
 }
 
@@ -99,18 +60,6 @@ fn entry(opcode: u8, id: u16, nsid: u32, prp: [u64; 2], dw: [u32; 3]) -> [u32; 1
 }
 
 impl Rig {
-    fn write(&self, offset: u64, value: u32) {
-        let at = self.bar + offset;
-        self.buses
-            .mmio
-            .get(at, 4)
-            .unwrap()
-            .mmio_write(at, 4, value.into());
-    }
-    fn read(&self, offset: u64) -> u32 {
-        let at = self.bar + offset;
-        self.buses.mmio.get(at, 4).unwrap().mmio_read(at, 4) as u32
-    }
     fn enable(&mut self) {
         self.write(AQA, 7 | 7 << 16);
         self.write(ASQ, ADMIN_SQ as u32);
@@ -137,37 +86,25 @@ impl Rig {
         self.write(DOORBELLS + 8 * queue as u64, self.tails[queue]);
     }
     /// Waits for its completion: status without phase, dword 0.
-    fn complete(&mut self, queue: usize) -> Option<(u16, u32)> {
+    fn complete(&mut self, queue: usize) -> (u16, u32) {
         let base = [ADMIN_CQ, IO_CQ][queue];
         let at = base + u64::from(self.heads[queue]) * 16;
-        let until = Instant::now() + Duration::from_secs(10);
-        loop {
+        wait("a completion", || {
             let last: u64 = self.memory.read(at + 8).unwrap();
-            let field = (last >> 48) as u16;
-            if (field & 1 != 0) == self.phases[queue] {
-                let first: u64 = self.memory.read(at).unwrap();
-                self.heads[queue] += 1;
-                if self.heads[queue] == 8 {
-                    self.heads[queue] = 0;
-                    self.phases[queue] = !self.phases[queue];
-                }
-                self.write(DOORBELLS + 8 * queue as u64 + 4, self.heads[queue]);
-                return Some((field & !1, first as u32));
-            }
-            if Instant::now() > until {
-                return None;
-            }
-            thread::yield_now();
+            ((last >> 48) & 1 != 0) == self.phases[queue]
+        });
+        let [first, last]: [u64; 2] = self.memory.read(at).unwrap();
+        self.heads[queue] += 1;
+        if self.heads[queue] == 8 {
+            self.heads[queue] = 0;
+            self.phases[queue] = !self.phases[queue];
         }
+        self.write(DOORBELLS + 8 * queue as u64 + 4, self.heads[queue]);
+        ((last >> 48) as u16 & !1, first as u32)
     }
     fn command(&mut self, queue: usize, e: [u32; 16]) -> (u16, u32) {
         self.submit(queue, e);
-        self.complete(queue).expect("a completion")
-    }
-    fn bytes(&self, at: u64, len: usize) -> Vec<u8> {
-        let mut b = vec![0; len];
-        self.memory.read_bytes(at, &mut b).unwrap();
-        b
+        self.complete(queue)
     }
 }
 
@@ -205,7 +142,7 @@ fn blocks_are_read_and_written() {
     let mut r = rig("");
     r.enable();
     r.io_queues();
-    let before = fs::read(&r.image).unwrap();
+    let before = r.image.content();
     // Three pages by a list, from block 8 on.
     r.memory.write(LIST, &(DATA + 0x4000)).unwrap();
     r.memory.write(LIST + 8, &(DATA + 0x2000)).unwrap();
@@ -218,14 +155,14 @@ fn blocks_are_read_and_written() {
     r.memory.fill(DATA + 512, 1024, 0x5a).unwrap();
     let write = entry(1, 6, 1, [DATA + 512, 0], [2, 0, 1 | 1 << 30]);
     assert_eq!(r.command(1, write).0, 0);
-    let after = fs::read(&r.image).unwrap();
+    let after = r.image.content();
     assert_eq!(after[1024..2048], [0x5a; 1024]);
     assert_eq!(after[..1024], before[..1024]);
     assert_eq!(after[2048..], before[2048..]);
     let zeroes = entry(8, 7, 1, [0; 2], [2, 0, 0]);
     assert_eq!(r.command(1, zeroes).0, 0);
     assert_eq!(r.command(1, entry(0, 8, 1, [0; 2], [0; 3])).0, 0);
-    let after = fs::read(&r.image).unwrap();
+    let after = r.image.content();
     assert_eq!(after[1024..1536], [0; 512]);
     assert_eq!(after[1536..2048], [0x5a; 512]);
     // Around the ring's end several times over.
@@ -294,12 +231,12 @@ fn a_read_only_disk_stays_as_it_is() {
     let mut r = rig(",ro");
     r.enable();
     r.io_queues();
-    let before = fs::read(&r.image).unwrap();
+    let before = r.image.content();
     for opcode in [1, 8, 9] {
         let e = entry(opcode, 1, 1, [DATA, 0], [0, 4, 0]);
         assert_eq!(r.command(1, e).0, Status::READ_ONLY.field());
     }
-    assert_eq!(fs::read(&r.image).unwrap(), before);
+    assert_eq!(r.image.content(), before);
 }
 
 #[test]
@@ -313,13 +250,9 @@ fn the_line_is_up_until_the_completion_was_read() {
         Event::Deassert(_) | Event::IsaDeassert(..) => !up,
         _ => false,
     };
-    let until = Instant::now() + Duration::from_secs(10);
-    while !r.fake.take().iter().any(|e| is(e, true)) {
-        assert!(Instant::now() < until, "no interrupt");
-        thread::yield_now();
-    }
+    wait("an interrupt", || r.fake.take().iter().any(|e| is(e, true)));
     // The head's doorbell lowers it.
-    assert!(r.complete(0).is_some());
+    r.complete(0);
     assert!(r.fake.take().iter().any(|e| is(e, false)));
 }
 
@@ -359,9 +292,53 @@ fn hostile_registers_end_in_a_fatal_status_that_a_reset_ends() {
     assert_eq!(r.command(0, entry(6, 9, 0, [DATA, 0], [1, 0, 0])).0, 0);
     // Shutdown is told.
     r.write(CC, CC_EN | 1 << 14);
-    let until = Instant::now() + Duration::from_secs(10);
-    while r.read(CSTS) & CSTS_SHST != CSTS_SHUT_DOWN {
-        assert!(Instant::now() < until);
-        thread::yield_now();
-    }
+    wait("the shutdown's end", || {
+        r.read(CSTS) & CSTS_SHST == CSTS_SHUT_DOWN
+    });
+}
+
+/// What the host cannot do, the command says; what a flush has lost stays lost.
+#[test]
+fn the_hosts_errors_become_the_guests() {
+    let ok = Status::OK.field();
+    let read = entry(2, 1, 1, [DATA, 0], [0, 0, 0]);
+    let write = entry(1, 2, 1, [DATA, 0], [0, 0, 0]);
+    let durable = entry(1, 3, 1, [DATA, 0], [0, 0, 1 << 30]);
+    let flush = entry(0, 4, 1, [0; 2], [0; 3]);
+    let mut r = rig_with("", |disk| disk.replace_file(rig::full()));
+    r.enable();
+    r.io_queues();
+    assert_eq!(r.command(1, read).0, ok);
+    assert_eq!(r.command(1, write).0, Status::CAPACITY.field());
+    assert_eq!(r.command(1, durable).0, Status::CAPACITY.field());
+    let mut r = rig_with("", |disk| disk.replace_file(rig::broken()));
+    r.enable();
+    r.io_queues();
+    assert_eq!(r.command(1, read).0, Status::READ_ERROR.field());
+    assert_eq!(r.command(1, write).0, Status::WRITE_FAULT.field());
+    assert_eq!(r.command(1, flush).0, Status::WRITE_FAULT.field());
+    assert_eq!(r.image.content(), rig::pattern(DISK));
+}
+
+#[test]
+fn queues_are_counted_for_those_who_look() {
+    let at = rig::Rig::new(0x10, |path, memory| {
+        let conf = path.display().to_string();
+        crate::nvme::build(&conf, "nvme counted".into(), memory.clone()).unwrap()
+    });
+    let mut r = Rig {
+        at,
+        tails: [0; 2],
+        heads: [0; 2],
+        phases: [true; 2],
+    };
+    r.enable();
+    r.io_queues();
+    // Seven blocks read, one written; queue 0 has had two commands.
+    r.command(1, entry(2, 1, 1, [DATA, 0], [0, 0, 6]));
+    r.command(1, entry(1, 2, 1, [DATA, 0], [9, 0, 0]));
+    let rings = crate::status::rings();
+    let mine = rings.iter().filter(|r| r.device == "nvme counted");
+    let mine: Vec<_> = mine.map(|r| (r.queue, r.requests, r.bytes)).collect();
+    assert_eq!(mine, [(0, 2, 0), (1, 2, 8 * 512)]);
 }

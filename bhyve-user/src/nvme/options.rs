@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use crate::virtio::blk::options as blk;
+use crate::disk::options as disk_options;
 
 /// Entries of a queue if nothing else is asked.
 const QUEUE: u16 = 2048;
@@ -15,7 +15,7 @@ pub const MOST_QUEUES: u16 = 16;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// The namespace's disk; `sectsz=` is its sector size, `ser=` its serial.
-    pub disk: blk::Options,
+    pub disk: disk_options::Options,
     /// `maxq=`: I/O queue pairs.
     pub queues: u16,
     /// `qsz=`: most entries of a queue.
@@ -30,7 +30,7 @@ impl FromStr for Options {
     fn from_str(text: &str) -> Result<Options, String> {
         let mut disk = Vec::new();
         let mut o = Options {
-            disk: blk::Options::default(),
+            disk: disk_options::Options::default(),
             queues: QUEUES,
             entries: QUEUE,
             eui64: None,

@@ -18,6 +18,8 @@ use crate::virtio::{self, Built};
 pub struct Means<'a> {
     /// The VM's name.
     pub vm: &'a str,
+    /// How many vCPUs it has.
+    pub cpus: u32,
     /// The VM.
     pub machine: &'a Arc<dyn Machine>,
     /// Guest memory.
@@ -71,9 +73,9 @@ pub const EMULATIONS: &[Emulation] = &[
     },
     Emulation {
         name: "virtio-blk",
-        help: "PATH[,ro][,sync][,nocache][,nodelete][,serial=ID][,sectorsize=LOGICAL[/PHYSICAL]]: \
-               a disk, PATH a raw file or a block device",
-        builder: Builder::Virtio(|slot, _| virtio::blk::build(&slot.conf)),
+        help: "PATH[,ro][,sync][,nocache][,nodelete][,serial=ID][,sectorsize=LOGICAL[/PHYSICAL]]\
+               [,queues=N]: a disk, PATH a raw file or a block device; a queue for each vCPU",
+        builder: Builder::Virtio(|slot, means| virtio::blk::build(&slot.conf, means.cpus)),
     },
     Emulation {
         name: "ahci",

@@ -324,6 +324,7 @@ mod tests {
         let buses = Arc::new(Buses::default());
         let means = Means {
             vm: "vm",
+            cpus: 1,
             machine: &machine,
             memory: &GuestMemory::anonymous(1 << 20).unwrap(),
             virtio_msi: false,

@@ -33,6 +33,7 @@ fn pci() -> Arc<PciRoot> {
         &router,
         &Means {
             vm: "vm",
+            cpus: 1,
             machine: &machine,
             memory: &vmmapi::GuestMemory::anonymous(1 << 20).unwrap(),
             virtio_msi: false,

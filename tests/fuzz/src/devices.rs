@@ -102,6 +102,7 @@ pub fn pci_config(data: &[u8]) {
     ];
     let means = Means {
         vm: "fuzz",
+        cpus: 1,
         machine: &machine,
         memory: &memory,
         virtio_msi: data.first().is_some_and(|b| b & 1 != 0),

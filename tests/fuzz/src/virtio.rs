@@ -180,7 +180,7 @@ pub fn virtio_blk(data: &[u8]) {
     };
     let path = folder.at("disk");
     if fs::write(&path, [0x5a; 65536]).is_ok()
-        && let Ok(built) = blk::build(&path)
+        && let Ok(built) = blk::build(&path, 2)
     {
         drive(built, &memory, data);
         let len = fs::metadata(&path).map_or(0, |m| m.len());

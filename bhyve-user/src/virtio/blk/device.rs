@@ -4,10 +4,10 @@ use std::io;
 
 use vmmapi::GuestMemory;
 
-use super::SECTOR;
-use super::backend::{Backend, Error};
-use super::options::Options;
+use super::options::{MOST_QUEUES, Options};
 use super::request::{Disk, HEADER, ID, MOST_SECTORS, Refused, Request, SEGMENT};
+use crate::disk::backend::{Backend, Error};
+use crate::disk::{SECTOR, serial_of};
 use crate::virtio::queue::{Chain, Malformed, take_front, take_last, total};
 use crate::virtio::{Attempt, Cx, Device, Identity};
 
@@ -17,6 +17,7 @@ const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
 const F_TOPOLOGY: u64 = 1 << 10;
+const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
@@ -25,7 +26,7 @@ const S_OK: u8 = 0;
 const S_IOERR: u8 = 1;
 const S_UNSUPP: u8 = 2;
 
-/// Entries of the queue, and segments of a request beside header and status.
+/// Entries of a queue, and segments of a request beside header and status.
 const QUEUE: u16 = 128;
 const SEG_MAX: u32 = QUEUE as u32 - 2;
 
@@ -33,29 +34,16 @@ const SEG_MAX: u32 = QUEUE as u32 - 2;
 /// copying.
 const MOST_AT_ONCE: u64 = 64 << 10;
 
-/// A disk.
+/// One queue of a disk.
 pub struct Blk {
     backend: Backend,
     serial: [u8; ID as usize],
 }
 
-/// A serial number that is the same each time for the same path, in the shape
-/// that bhyve gives it. FNV-1a, of which 48 bits are used.
-pub fn serial_of(path: &[u8]) -> String {
-    let hash = path.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, &b| {
-        (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
-    });
-    format!(
-        "BHYVE-{:04X}-{:04X}-{:04X}",
-        hash >> 48,
-        hash >> 32 & 0xffff,
-        hash >> 16 & 0xffff
-    )
-}
-
 /// The configuration structure (§5.2.4).
-fn config(backend: &Backend, options: &Options) -> Vec<u8> {
+fn config(backend: &Backend, options: &Options, queues: u16) -> Vec<u8> {
     let (logical, physical) = options
+        .disk
         .sector_size
         .unwrap_or((SECTOR as u32, SECTOR as u32));
     let exponent = physical.trailing_zeros() - logical.trailing_zeros();
@@ -74,8 +62,9 @@ fn config(backend: &Backend, options: &Options) -> Vec<u8> {
     c.extend([exponent as u8, 0]);
     c.extend(least.to_le_bytes());
     put(&mut c, 0);
-    // Writeback and num_queues, not offered.
-    put(&mut c, 0);
+    // Writeback, not offered.
+    c.extend([0, 0]);
+    c.extend(queues.to_le_bytes());
     put(&mut c, MOST_SECTORS);
     put(&mut c, 1);
     put(&mut c, (logical / SECTOR as u32).max(1));
@@ -87,12 +76,14 @@ fn config(backend: &Backend, options: &Options) -> Vec<u8> {
 }
 
 impl Blk {
-    /// Opens the disk.
+    /// Opens the disk: its queues, at least one.
     ///
     /// # Errors
     /// [`Error`].
-    pub fn open(options: &Options) -> Result<(Identity, Blk), Error> {
-        let backend = Backend::open(options)?;
+    pub fn open(options: &Options, cpus: u32) -> Result<(Identity, Vec<Blk>), Error> {
+        let backend = Backend::open(&options.disk)?;
+        let one_each = u16::try_from(cpus).unwrap_or(MOST_QUEUES);
+        let queues = options.queues.unwrap_or(one_each).clamp(1, MOST_QUEUES);
         let mut features = F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH;
         if backend.read_only() {
             features |= F_RO;
@@ -102,9 +93,13 @@ impl Blk {
         if backend.can_discard() {
             features |= F_DISCARD;
         }
-        let name = match &options.serial {
+        if queues > 1 {
+            features |= F_MQ;
+        }
+        let disk = &options.disk;
+        let name = match &disk.serial {
             Some(name) => name.clone(),
-            None => serial_of(options.path.as_os_str().as_encoded_bytes()),
+            None => serial_of(disk.path.as_os_str().as_encoded_bytes()),
         };
         let mut serial = [0; ID as usize];
         for (to, from) in serial.iter_mut().zip(name.bytes()) {
@@ -115,11 +110,15 @@ impl Blk {
             // Mass storage, SCSI, as in bhyve.
             class: (1, 0),
             features,
-            queues: vec![QUEUE],
-            config: config(&backend, options),
+            queues: vec![QUEUE; queues.into()],
+            config: config(&backend, options, queues),
             writable: 0..0,
         };
-        Ok((identity, Blk { backend, serial }))
+        let more = (1..queues).map(|_| backend.share());
+        let mut backends: Vec<Backend> = more.collect();
+        backends.push(backend);
+        let parts = backends.into_iter().map(|backend| Blk { backend, serial });
+        Ok((identity, parts.collect()))
     }
 
     /// Does what a request asks; returns the bytes written to the guest.

@@ -1,31 +1,10 @@
 use super::*;
+use crate::disk::rig::{self, Image, pattern};
+use crate::virtio::blk::build;
 use crate::virtio::queue::Buffer;
+use crate::virtio::testbed::Bed;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
-
-static NEXT: AtomicU32 = AtomicU32::new(0);
-
-/// A disk image that goes away with the test.
-struct Image(PathBuf);
-impl Image {
-    fn new(content: &[u8]) -> Image {
-        let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("bhyve-blk-{}-{n}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        fs::write(&path, content).unwrap();
-        Image(path)
-    }
-}
-impl Drop for Image {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len as u32).map(|i| (i * 7 + i / 512) as u8).collect()
-}
+use std::path::Path;
 
 struct Rig {
     blk: Blk,
@@ -36,9 +15,9 @@ struct Rig {
 
 fn open(path: &Path, options: &str) -> Result<Rig, Error> {
     let options: Options = format!("{}{options}", path.display()).parse().unwrap();
-    let (identity, blk) = Blk::open(&options)?;
+    let (identity, mut blks) = Blk::open(&options, 1)?;
     Ok(Rig {
-        blk,
+        blk: blks.remove(0),
         features: identity.features,
         identity,
         memory: GuestMemory::anonymous(1 << 20).unwrap(),
@@ -100,7 +79,7 @@ fn reads_and_writes_reach_the_file() {
         r.memory.fill(DATA, 1024, 0xa5).unwrap();
         assert_eq!(r.request(1, 126, 1024, 0), (0, 1));
         assert_eq!(r.request(4, 0, 0, 0), (0, 1));
-        let now = fs::read(&image.0).unwrap();
+        let now = image.content();
         assert_eq!(now[..63 << 10], content[..63 << 10]);
         assert_eq!(now[63 << 10..], [0xa5; 1024]);
     }
@@ -138,12 +117,12 @@ fn what_cannot_be_done_is_an_error_and_changes_nothing() {
     assert_eq!(r.request(1, 7, 1024, 0).0, S_IOERR);
     assert_eq!(r.request(0, 0, 0, 100).0, S_IOERR);
     assert_eq!(r.request(99, 0, 0, 512).0, S_UNSUPP);
-    assert_eq!(fs::read(&image.0).unwrap(), content);
+    assert_eq!(image.content(), content);
     let mut r = open(&image.0, ",ro").unwrap();
     assert_ne!(r.identity.features & F_RO, 0);
     assert_eq!(r.request(1, 0, 512, 0).0, S_IOERR);
     assert_eq!(r.request(0, 0, 0, 512).0, S_OK);
-    assert_eq!(fs::read(&image.0).unwrap(), content);
+    assert_eq!(image.content(), content);
 }
 
 #[test]
@@ -157,15 +136,82 @@ fn the_hosts_errors_become_the_guests() {
     assert_eq!(r.request(0, 0, 0, 4096).0, S_OK);
 }
 
-/// A device that is full: every write is ENOSPC.
 #[test]
-fn a_full_host_is_an_io_error() {
+fn a_full_or_broken_host_is_an_io_error() {
     let image = Image::new(&pattern(4096));
     let mut r = open(&image.0, "").unwrap();
-    r.blk
-        .backend
-        .replace_file(fs::File::options().write(true).open("/dev/full").unwrap());
+    r.blk.backend.replace_file(rig::full());
+    assert_eq!(r.request(0, 0, 0, 512).0, S_OK);
     assert_eq!(r.request(1, 0, 512, 0).0, S_IOERR);
+    assert_eq!(r.segment(13, 0, 1, 0), S_IOERR);
+    r.blk.backend.replace_file(rig::broken());
+    assert_eq!(r.request(0, 0, 0, 512).0, S_IOERR);
+    assert_eq!(r.request(1, 0, 512, 0).0, S_IOERR);
+    assert_eq!(r.request(4, 0, 0, 0).0, S_IOERR);
+    // The next flush would be told that all is well, and it is not.
+    let again = fs::File::options().write(true).open(&image.0).unwrap();
+    r.blk.backend.replace_file(again);
+    assert_eq!(r.request(1, 0, 512, 0).0, S_OK);
+    assert_eq!(r.request(4, 0, 0, 0).0, S_IOERR);
+    assert!(r.blk.backend.share().flush().is_err());
+}
+
+/// A driver that does not know of flushes takes what is acknowledged for
+/// durable: where it cannot be made so, the write fails.
+#[test]
+fn without_flushes_a_write_is_durable_or_fails() {
+    let image = Image::new(&pattern(4096));
+    let mut r = open(&image.0, "").unwrap();
+    // Writes are taken, and none can be made durable.
+    r.blk.backend.replace_file(rig::fleeting());
+    assert_eq!(r.request(1, 0, 512, 0).0, S_OK);
+    r.features &= !F_FLUSH;
+    assert_eq!(r.request(1, 0, 512, 0).0, S_IOERR);
+}
+
+#[test]
+fn each_vcpu_has_a_queue_of_the_one_disk() {
+    let content = pattern(64 << 10);
+    let image = Image::new(&content);
+    let conf = image.0.display().to_string();
+    let queues = |conf: &str, cpus| {
+        let built = build(conf, cpus).unwrap();
+        let told = u16::from_le_bytes([built.identity.config[34], built.identity.config[35]]);
+        assert_eq!(built.groups.len(), built.identity.queues.len());
+        let many = built.identity.features & F_MQ != 0;
+        (built.identity.queues.len(), told, many)
+    };
+    assert_eq!(queues(&conf, 1), (1, 1, false));
+    assert_eq!(queues(&conf, 3), (3, 3, true));
+    assert_eq!(queues(&conf, 400), (16, 16, true));
+    assert_eq!(queues(&format!("{conf},queues=2"), 1), (2, 2, true));
+    assert_eq!(queues(&format!("{conf},queues=1"), 8), (1, 1, false));
+
+    for options in ["", ",sync", ",ro"] {
+        let built = build(&format!("{conf}{options}"), 2).unwrap();
+        let memory = GuestMemory::anonymous(16 << 20).unwrap();
+        let mut bed = Bed::new(built, memory, u64::MAX);
+        let header =
+            |kind: u32, sector: u64| (u128::from(kind) | u128::from(sector) << 64).to_le_bytes();
+        // What one queue writes the other flushes and reads.
+        let write = bed.exchange(1, &[&header(1, 5), &[0x3c; 512]], &[1]);
+        assert_eq!(write, [if options == ",ro" { S_IOERR } else { S_OK }]);
+        assert_eq!(bed.exchange(0, &[&header(4, 0)], &[1]), [S_OK]);
+        let back = bed.exchange(0, &[&header(0, 5)], &[512, 1]);
+        assert_eq!(back[..512], image.content()[5 * 512..6 * 512]);
+        assert_eq!(back[512], S_OK);
+        // Both at once.
+        let reads: Vec<_> = (0..32)
+            .map(|n| (n % 2, bed.offer(n % 2, &[&header(0, n as u64)], &[512, 1])))
+            .collect();
+        for (n, (queue, offer)) in reads.iter().enumerate() {
+            let (head, len) = bed.used(*queue);
+            assert_eq!((head, len), (offer.head, 513));
+            let at = n * 512;
+            assert_eq!(bed.bytes(offer, 512), image.content()[at..at + 512]);
+        }
+    }
+    assert_eq!(image.content()[2560..3072], [0x3c; 512]);
 }
 
 #[test]
@@ -176,17 +222,17 @@ fn discard_and_write_zeroes() {
     assert_eq!(r.segment(13, 1, 2, 0), S_OK);
     let mut want = content.clone();
     want[512..1536].fill(0);
-    assert_eq!(fs::read(&image.0).unwrap(), want);
+    assert_eq!(image.content(), want);
     assert_eq!(r.segment(13, 16, 16, 1), S_OK, "may unmap");
     want[8192..16384].fill(0);
-    assert_eq!(fs::read(&image.0).unwrap(), want);
+    assert_eq!(image.content(), want);
     if r.features & F_DISCARD != 0 {
         assert_eq!(r.segment(11, 64, 64, 0), S_OK);
         want[32768..].fill(0);
-        assert_eq!(fs::read(&image.0).unwrap(), want);
+        assert_eq!(image.content(), want);
     }
     assert_eq!(r.segment(13, 127, 2, 0), S_IOERR);
-    assert_eq!(fs::read(&image.0).unwrap(), want);
+    assert_eq!(image.content(), want);
     let r = open(&image.0, ",nodelete").unwrap();
     assert_eq!(r.features & F_DISCARD, 0);
 }
@@ -278,7 +324,7 @@ fn a_vcpu_reads_what_the_host_has_in_memory_and_does_nothing_else() {
     ] {
         assert_eq!(attempt(kind, sector, out, len).0, None, "request {kind}");
     }
-    assert_eq!(fs::read(&image.0).unwrap(), content);
+    assert_eq!(image.content(), content);
     let r = open(&image.0, ",nocache").unwrap();
     assert!(!r.blk.at_once());
 }

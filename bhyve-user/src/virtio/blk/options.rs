@@ -1,76 +1,40 @@
-//! The part of `-s N,virtio-blk,` behind the comma, as bhyve(8) has it.
+//! The part of `-s N,virtio-blk,` behind the comma.
 
-use std::path::PathBuf;
 use std::str::FromStr;
+
+use crate::disk::options as disk_options;
+
+/// Most request queues.
+pub const MOST_QUEUES: u16 = 16;
 
 /// A disk, as asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
-    /// The file or device.
-    pub path: PathBuf,
-    /// `nocache`: past the host's cache (O_DIRECT).
-    pub nocache: bool,
-    /// `sync` or `direct`: a write is on the disk when it is acknowledged.
-    pub sync: bool,
-    /// `ro`.
-    pub read_only: bool,
-    /// `nodelete`: no discard.
-    pub no_delete: bool,
-    /// `sectorsize=LOGICAL[/PHYSICAL]`, bytes.
-    pub sector_size: Option<(u32, u32)>,
-    /// `serial=`, at most 20 characters.
-    pub serial: Option<String>,
-}
-
-/// `LOGICAL[/PHYSICAL]`: powers of two from 512 to 64 KiB.
-fn sector_size(text: &str) -> Option<(u32, u32)> {
-    let (logical, physical) = text.split_once('/').unwrap_or((text, text));
-    let (logical, physical) = (logical.parse().ok()?, physical.parse().ok()?);
-    let fits = |n: u32| n.is_power_of_two() && (512..=65536).contains(&n);
-    (fits(logical) && fits(physical) && physical >= logical).then_some((logical, physical))
+    /// What every disk has.
+    pub disk: disk_options::Options,
+    /// `queues=`: request queues; else one for each vCPU, as far as
+    /// [`MOST_QUEUES`].
+    pub queues: Option<u16>,
 }
 
 impl FromStr for Options {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Options, String> {
-        let mut parts = text.split(',');
-        let path = parts.next().unwrap_or_default();
-        if path.is_empty() {
-            return Err("which disk? Its path comes first".into());
-        }
-        let mut o = Options {
-            path: path.into(),
-            ..Options::default()
-        };
-        for part in parts {
-            match part.split_once('=').unwrap_or((part, "")) {
-                ("nocache", "") => o.nocache = true,
-                ("sync" | "direct", "") => o.sync = true,
-                ("ro", "") => o.read_only = true,
-                ("nodelete", "") => o.no_delete = true,
-                ("sectorsize", sizes) => {
-                    o.sector_size = Some(sector_size(sizes).ok_or_else(|| {
-                        format!(
-                            "{part}: LOGICAL or LOGICAL/PHYSICAL, powers of two from 512 to 65536"
-                        )
-                    })?);
+        let (mut disk, mut queues) = (Vec::new(), None);
+        for part in text.split(',') {
+            match part.split_once('=') {
+                Some(("queues", n)) => {
+                    let n = n.parse().ok().filter(|n| (1..=MOST_QUEUES).contains(n));
+                    queues = Some(n.ok_or_else(|| format!("{part}: 1 to {MOST_QUEUES}"))?);
                 }
-                ("serial" | "ser", id) if !id.is_empty() && id.len() <= 20 && id.is_ascii() => {
-                    o.serial = Some(id.into());
-                }
-                ("serial" | "ser", _) => {
-                    return Err(format!("{part}: 1 to 20 ASCII characters"));
-                }
-                _ => {
-                    return Err(format!(
-                        "no option \"{part}\"; there is nocache, direct, sync, ro, nodelete, \
-                         sectorsize=, serial="
-                    ));
-                }
+                _ => disk.push(part),
             }
         }
-        Ok(o)
+        Ok(Options {
+            disk: disk_options::Options::parse(&disk.join(","), ", queues=")?,
+            queues,
+        })
     }
 }
 
@@ -79,38 +43,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_options_of_bhyve() {
-        let o: Options = "/a,nocache,direct,ro,nodelete,sectorsize=512/4096,serial=X1"
-            .parse()
-            .unwrap();
-        let want = Options {
-            path: "/a".into(),
-            nocache: true,
-            sync: true,
-            read_only: true,
-            no_delete: true,
-            sector_size: Some((512, 4096)),
-            serial: Some("X1".into()),
-        };
-        assert_eq!(o, want);
-        let plain: Options = "img".parse().unwrap();
-        assert!(!plain.sync && !plain.nocache && !plain.read_only);
-    }
-
-    #[test]
-    fn what_makes_no_sense_is_refused() {
-        for bad in [
-            "",
-            ",ro",
-            "a,rw",
-            "a,ro=1",
-            "a,sectorsize=",
-            "a,sectorsize=100",
-            "a,sectorsize=4096/512",
-            "a,serial=",
-            "a,serial=123456789012345678901",
-        ] {
+    fn queues_are_counted_and_the_rest_is_every_disks() {
+        let o: Options = "/a,queues=4,ro".parse().unwrap();
+        assert_eq!(o.queues, Some(4));
+        assert!(o.disk.read_only);
+        assert_eq!("/a".parse::<Options>().unwrap().queues, None);
+        for bad in ["/a,queues=0", "/a,queues=17", "/a,queues=", "/a,queues"] {
             assert!(bad.parse::<Options>().is_err(), "{bad}");
         }
+        let e = "/a,rw".parse::<Options>().unwrap_err();
+        assert!(e.contains("serial=, queues="), "{e}");
     }
 }

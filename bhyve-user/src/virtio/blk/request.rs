@@ -1,7 +1,7 @@
 //! What the guest wrote: one block request, parsed and checked against the
 //! disk, without touching the disk (virtio 1.2 §5.2.6).
 
-use super::SECTOR;
+use crate::disk::SECTOR;
 
 /// Bytes of a request's header.
 pub const HEADER: usize = 16;

@@ -166,6 +166,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     buses.ports.claim(com1.base, 8, Arc::new(serial.clone()))?;
     let means = Means {
         vm: "kvm",
+        cpus: 1,
         machine: &machine,
         memory: &memory,
         virtio_msi: false,

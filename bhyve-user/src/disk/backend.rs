@@ -3,6 +3,8 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::libc;
 use vmmapi::GuestMemory;
@@ -45,6 +47,7 @@ pub enum Error {
 }
 
 /// How to read what the host has in memory, and nothing else.
+#[derive(Clone, Copy)]
 enum AtOnce {
     /// Not at all.
     Never,
@@ -59,9 +62,12 @@ enum AtOnce {
     },
 }
 
-/// An open disk.
+/// An open disk, for one thread: [`Backend::share`] makes another.
 pub struct Backend {
-    file: File,
+    file: Arc<File>,
+    /// A flush has failed: what was written before is lost, and the host says so
+    /// once only.
+    lost: Arc<AtomicBool>,
     size: u64,
     read_only: bool,
     /// Every write is durable by itself.
@@ -125,7 +131,8 @@ impl Backend {
             }
         };
         Ok(Backend {
-            file,
+            file: Arc::new(file),
+            lost: Arc::default(),
             at_once,
             size,
             read_only: options.read_only,
@@ -135,10 +142,22 @@ impl Backend {
         })
     }
 
+    /// The same disk for another thread: a flush of one makes durable what any
+    /// of them has written.
+    #[must_use]
+    pub fn share(&self) -> Backend {
+        Backend {
+            file: Arc::clone(&self.file),
+            lost: Arc::clone(&self.lost),
+            bounce: self.bounce.as_ref().map(|b| vec![0; b.len()]),
+            ..*self
+        }
+    }
+
     /// Puts another file in the disk's place.
     #[cfg(test)]
     pub fn replace_file(&mut self, file: File) {
-        self.file = file;
+        self.file = Arc::new(file);
     }
 
     /// Bytes.
@@ -269,12 +288,18 @@ impl Backend {
     /// Makes all writes so far durable.
     ///
     /// # Errors
-    /// What the host says.
+    /// What the host says; and for ever after, for a host that could not write
+    /// its cache back has forgotten about it when it is asked again.
     pub fn flush(&self) -> io::Result<()> {
         if self.read_only {
             return Ok(());
         }
-        self.file.sync_data()
+        if self.lost.load(Ordering::Acquire) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.file
+            .sync_data()
+            .inspect_err(|_| self.lost.store(true, Ordering::Release))
     }
 
     /// Gives space back; what is read there later is anything.
