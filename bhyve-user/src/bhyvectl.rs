@@ -7,6 +7,7 @@
 mod fields;
 mod look;
 mod options;
+mod passthru;
 mod show;
 mod view;
 
@@ -46,6 +47,9 @@ pub fn main(args: &[String]) -> ExitCode {
 }
 
 fn run(args: &[String], out: &mut impl Write) -> Result<(), Failure> {
+    if let Some(done) = passthru::run(args, out) {
+        return done;
+    }
     if let Some(done) = view::run(args, out) {
         return done;
     }

@@ -59,7 +59,7 @@ Usage: bhyve [-aACDehHPSuvwWxY]
        -s: PCI slot; \"-s help\" lists the emulations. A disk is
            virtio-blk,PATH[,ro][,sync][,nocache][,nodelete][,serial=ID]
            [,sectorsize=LOGICAL[/PHYSICAL]], PATH a raw file or a block device
-       -S: wire guest memory
+       -S: wire guest memory, which passthru needs
        -u: RTC keeps UTC
        -U: UUID
        -v: say at the end what the guest was left for

@@ -60,6 +60,10 @@ pub trait Machine: Send + Sync {
     fn msi(&self, address: u64, data: u64);
     /// Stops the VM; a VM that is stopping already stays on its way.
     fn suspend(&self, how: Suspend);
+    /// The kernel's VM, which is given host devices; `None` where there is none.
+    fn kernel(&self) -> Option<vmmapi::Vm> {
+        None
+    }
     /// Whether [`Machine::release_memory`] does anything.
     fn can_release_memory(&self) -> bool {
         false

@@ -10,6 +10,8 @@ pub mod function;
 pub mod intx;
 pub mod lpc;
 pub mod msi;
+pub mod passthru;
+mod rom;
 pub mod root;
 
 /// Bus, slot and function.
@@ -58,6 +60,11 @@ pub trait PciDevice: Send + Sync {
         size: u8,
         value: u64,
     );
+    /// A read of configuration space that somebody else than `config` answers.
+    /// Called with the function locked.
+    fn config_read(&self, _config: &config::Config, _offset: u16, _size: u8) -> Option<u32> {
+        None
+    }
     /// A write to configuration space that is the device's own business; true
     /// if it was dealt with.
     fn config_write(

@@ -23,6 +23,7 @@ use crate::ending::{ERROR, Ending, Failed, POWERED_OFF};
 use crate::i8042::I8042;
 use crate::legacy::Legacy;
 use crate::machine::{Machine, OutRing, Suspend};
+use crate::pci::Bdf;
 use crate::pci::bar::Windows;
 use crate::pci::intx::Router;
 use crate::pci::root::{Means, PciError, PciRoot};
@@ -51,6 +52,12 @@ pub enum Error {
     /// PCI.
     #[error(transparent)]
     Pci(#[from] PciError),
+    /// A host device, but memory that may go.
+    #[error(
+        "-s {0},passthru: a device reaches guest memory at any time, so all of it has to stay where \
+         it is: give -S (memory.wired) to bhyve, and to bhyveload too"
+    )]
+    NotWired(Bdf),
     /// Two devices want the same ports or memory.
     #[error("device: {0}")]
     Bus(#[from] BusError),
@@ -138,6 +145,9 @@ impl Machine for Kernel {
     fn msi(&self, address: u64, data: u64) {
         // The guest chose the address: a wrong one goes nowhere.
         self.vm.post_msi(address, data);
+    }
+    fn kernel(&self) -> Option<vmmapi::Vm> {
+        Some(self.vm.clone())
     }
     fn can_release_memory(&self) -> bool {
         self.vm.has(vmmapi::abi::layout::EXT_F_RELEASE)
@@ -326,6 +336,10 @@ pub fn spin_up(vm: &Arc<Vm>, id: i32, rip: u64) -> vmmapi::Result<Next> {
 
 impl Vm {
     fn new(config: Config) -> Result<Arc<Vm>, Error> {
+        let passed = config.slots.iter().find(|s| s.emulation == "passthru");
+        if let Some(slot) = passed.filter(|_| !config.wired) {
+            return Err(Error::NotWired(slot.at));
+        }
         let vm = match config.bootrom {
             Some(_) => firmware::open(&config.name)?,
             None => vmmapi::Vm::open(&config.name)?,

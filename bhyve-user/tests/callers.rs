@@ -76,6 +76,9 @@ fn split(words: &[String]) -> (Vec<String>, Vec<String>) {
 /// Reads a device's options, without making the device.
 fn options(emulation: &str, conf: &str) -> Result<(), String> {
     match emulation {
+        "passthru" => conf
+            .parse::<bhyve::pci::passthru::request::Options>()
+            .map(drop),
         "nvme" => conf.parse::<bhyve::nvme::options::Options>().map(drop),
         "virtio-9p" => conf.parse::<virtio::p9::Options>().map(drop),
         "virtio-blk" => conf.parse::<virtio::blk::options::Options>().map(drop),

@@ -96,6 +96,9 @@ pub fn from_conf(emulation: &str, conf: &str) -> Options {
                     _ => options.push((name.into(), OptionValue::Text(vec![value.into()]))),
                 };
             }
+            None if i == 0 && emulation == "passthru" && part.starts_with("ppt") => {
+                options.push(("pptdev".into(), OptionValue::Text(vec![part.into()])));
+            }
             None if i == 0 => options.push((
                 first_key(emulation).into(),
                 OptionValue::Text(vec![part.into()]),
@@ -174,6 +177,20 @@ mod tests {
         }
     }
 
+    /// `slot` is a device's own place in a file, so a function is given by `path`.
+    #[test]
+    fn a_passed_function_has_a_table() {
+        for (conf, keys) in [
+            ("5/0/1,rom=/a.rom", ["path", "rom"]),
+            ("ppt2,rom=x", ["pptdev", "rom"]),
+        ] {
+            let options = from_conf("passthru", conf);
+            let names: Vec<&str> = options.iter().map(|(n, _)| n.as_str()).collect();
+            assert_eq!(names, keys);
+            assert_eq!(to_conf("passthru", &options).as_deref(), Ok(conf));
+        }
+    }
+
     #[test]
     fn a_comma_and_two_ways_at_once_are_refused() {
         let comma = vec![("path".to_owned(), text("/a,b"))];
@@ -189,7 +206,7 @@ mod tests {
         #[test]
         fn any_string_survives(
             emulation in prop::sample::select(vec!["virtio-blk", "virtio-net", "virtio-9p", "passthru", "x"]),
-            conf in "([a-z/:]{0,6}(=[a-z0-9/=]{0,5})?,?){0,5}",
+            conf in "([0-9a-z/:]{0,6}(=[a-z0-9/=]{0,5})?,?){0,5}",
         ) {
             let options = from_conf(emulation, &conf);
             prop_assert_eq!(to_conf(emulation, &options), Ok(conf));

@@ -17,11 +17,14 @@ pub const USAGE: &str = "\
 bhyvectl list [--json]
 bhyvectl stats [--vm <vmname>] [--json]
 bhyvectl top [--vm <vmname>] [--interval <seconds>] [--rounds <number>] [--json]
+bhyvectl passthru list [--json]
 
 list says of every VM how it is doing, stats what was counted, and top shows
 what happens each second: exits by reason and vCPU, what goes through the rings
 of devices, memory that is there. On a terminal it is left with q; elsewhere it
-writes round after round. With --json each answer is one line.
+writes round after round. passthru list shows the host's PCI functions, which of
+them a VM can be given, and what would have to be done for the others. With
+--json each answer is one line.
 ";
 
 /// A command line of one of these.

@@ -137,6 +137,13 @@ pub const EMULATIONS: &[Emulation] = &[
         help: "the host's entropy",
         builder: Builder::Virtio(|slot, _| virtio::rnd::build(&slot.conf)),
     },
+    Emulation {
+        name: "passthru",
+        help: "BUS/SLOT/FUNCTION[,rom=FILE]: a function of the host's PCI bus, which also may be \
+               called pci0:BUS:SLOT:FUNCTION, pptN, or as Linux does; -S is needed, and \
+               \"bhyvectl passthru list\" says what else",
+        builder: Builder::Pci(super::passthru::build),
+    },
 ];
 
 fn ahci(only: Option<Kind>, slot: &PciSlot, means: &Means<'_>) -> Result<Plan, String> {

@@ -17,22 +17,28 @@ pub const BAR0: u16 = 0x10;
 pub const BARS: usize = 6;
 pub const SUBSYSTEM_VENDOR: u16 = 0x2c;
 pub const SUBSYSTEM: u16 = 0x2e;
+pub const ROM: u16 = 0x30;
 pub const CAP_POINTER: u16 = 0x34;
 pub const INT_LINE: u16 = 0x3c;
 pub const INT_PIN: u16 = 0x3d;
 
-/// Command register: decode ports, decode memory, master the bus, mask INTx.
+/// Command register: decode ports, decode memory, master the bus, answer parity
+/// errors, report system errors, mask INTx.
 pub const CMD_IO: u16 = 0x0001;
 pub const CMD_MEMORY: u16 = 0x0002;
 pub const CMD_MASTER: u16 = 0x0004;
+pub const CMD_PARITY: u16 = 0x0040;
+pub const CMD_SERR: u16 = 0x0100;
 pub const CMD_INTX_OFF: u16 = 0x0400;
 
 /// Status register: there is a capability list.
 pub const STATUS_CAPS: u16 = 0x0010;
 
 /// Capability identifiers.
+pub const CAP_PM: u8 = 0x01;
 pub const CAP_MSI: u8 = 0x05;
 pub const CAP_VENDOR: u8 = 0x09;
+pub const CAP_SSVID: u8 = 0x0d;
 pub const CAP_PCIE: u8 = 0x10;
 pub const CAP_MSIX: u8 = 0x11;
 

@@ -7,6 +7,7 @@ use super::bar::{Bar, BarKind, Windows};
 use super::config::{self, BAR0, BARS, COMMAND, Config};
 use super::intx::{Route, Router};
 use super::msi::{self, MsixTable};
+use super::rom::Rom;
 use super::{Bdf, PciDevice};
 use crate::bus::{BusError, Buses, MmioDevice, PortDevice, PortSlot, ones};
 use crate::lock;
@@ -18,6 +19,9 @@ pub struct Blueprint {
     /// Configuration space: identity and capabilities.
     pub config: Config,
     bars: Vec<(usize, BarKind, u64)>,
+    /// Whether memory BARs say that they are prefetchable, where that is known.
+    prefetchable: [Option<bool>; BARS],
+    rom: Vec<u8>,
     msi: Option<u16>,
     msix: Option<(u16, usize, MsixTable)>,
     window: Option<u16>,
@@ -29,6 +33,16 @@ impl Blueprint {
     /// Asks for a BAR.
     pub fn bar(&mut self, index: usize, kind: BarKind, size: u64) {
         self.bars.push((index, kind, size));
+    }
+    /// Has a memory BAR say whether it is prefetchable; otherwise its size decides.
+    pub fn prefetchable(&mut self, index: usize, is: bool) {
+        if let Some(known) = self.prefetchable.get_mut(index) {
+            *known = Some(is);
+        }
+    }
+    /// Gives it an expansion ROM.
+    pub fn rom(&mut self, image: Vec<u8>) {
+        self.rom = image;
     }
     /// Adds a way to the BARs through configuration space, as virtio has it
     /// (virtio 1.2 §4.1.4.9): BAR, offset and length are written, then data is
@@ -59,6 +73,9 @@ const WINDOW_OFFSET: u16 = 8;
 const WINDOW_LENGTH: u16 = 12;
 const WINDOW_DATA: u16 = 16;
 const WINDOW_END: u16 = 20;
+
+/// In a memory BAR.
+const PREFETCHABLE: u32 = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Line {
@@ -120,6 +137,7 @@ pub struct PciFunction {
     handlers: Mutex<Vec<Handler>>,
     /// The capability that [`Blueprint::window`] made.
     window: Option<u16>,
+    rom: Option<Rom>,
     route: Option<Route>,
     router: Arc<Router>,
     /// The buses own the function, not the other way round.
@@ -177,7 +195,12 @@ impl PciFunction {
         let mut bars = [Slot::Empty; BARS];
         for &(index, kind, size) in &plan.bars {
             let full = FunctionError::NoRoom(index, size);
-            let bar = wiring.windows.allocate(kind, size).ok_or(full.clone())?;
+            let mut bar = wiring.windows.allocate(kind, size).ok_or(full.clone())?;
+            if let Some(Some(is)) = plan.prefetchable.get(index)
+                && kind != BarKind::Io
+            {
+                bar.flags = bar.flags & !PREFETCHABLE | if *is { PREFETCHABLE } else { 0 };
+            }
             let register = BAR0 + 4 * index as u16;
             config.set32(register, bar.low());
             if kind == BarKind::Mem64 {
@@ -186,6 +209,10 @@ impl PciFunction {
             }
             *bars.get_mut(index).ok_or(full)? = Slot::Bar { bar, mapped: false };
         }
+        let rom = match plan.rom.as_slice() {
+            [] => None,
+            image => Some(Rom::new(image, &mut config, wiring.windows)?),
+        };
         if let Some((pin, route)) = wiring.intx {
             config.set8(config::INT_PIN, pin + 1);
             config.set8(config::INT_LINE, wiring.router.isa(route));
@@ -203,6 +230,7 @@ impl PciFunction {
             state: Mutex::new(state),
             handlers: Mutex::default(),
             window: plan.window,
+            rom,
             route: wiring.intx.map(|(_, r)| r),
             router: Arc::clone(wiring.router),
             buses: Arc::downgrade(wiring.buses),
@@ -250,7 +278,11 @@ impl PciFunction {
             return (value & ones(size.min(length))) as u32;
         }
         match offset {
-            0..=0xff => lock(&self.state).config.get(offset, size),
+            0..=0xff => {
+                let state = lock(&self.state);
+                let device = self.device.config_read(&state.config, offset, size);
+                device.unwrap_or_else(|| state.config.get(offset, size))
+            }
             // No extended capabilities: a header of zeroes.
             0x100..=0x103 => 0,
             _ => ones(size) as u32,
@@ -281,6 +313,16 @@ impl PciFunction {
             }
             return;
         }
+        if (config::ROM..config::ROM + 4).contains(&offset) {
+            if size == 4
+                && let Some(rom) = &self.rom
+                && let Some(buses) = self.buses.upgrade()
+            {
+                let decodes = state.decodes(BarKind::Mem32);
+                rom.write(&mut state.config, value, decodes, &buses);
+            }
+            return;
+        }
         if let Some((id, cap)) = state.config.capability_at(offset) {
             if msi::config_write(&mut state.config, id, cap, offset, size, value) {
                 self.interrupts_changed(state);
@@ -299,6 +341,9 @@ impl PciFunction {
         }
         if offset < COMMAND + 2 && offset + u16::from(size) > COMMAND {
             self.update_mappings(state);
+            if let (Some(rom), Some(buses)) = (&self.rom, self.buses.upgrade()) {
+                rom.update(&state.config, state.decodes(BarKind::Mem32), &buses);
+            }
             self.update_line(state);
         }
     }
@@ -453,6 +498,9 @@ impl PciFunction {
         let mut state = lock(&self.state);
         for index in 0..BARS {
             self.unmap(&mut state, index);
+        }
+        if let (Some(rom), Some(buses)) = (&self.rom, self.buses.upgrade()) {
+            rom.update(&state.config, false, &buses);
         }
         lock(&self.handlers).clear();
     }

@@ -21,13 +21,14 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Only the modules `affinity`, [`confine`], `kvm`, `sys`, `title`, [`poll`], [`tap`] and [`memory`]
-//! contain `unsafe`: the system calls, and the mapping of pages shared with the kernel and of guest memory. No
-//! reference into guest memory is ever handed out, because the guest changes it at will.
+//! Only the modules `affinity`, [`confine`], [`host_pci`], `kvm`, `sys`, `title`, [`poll`], [`tap`] and [`memory`]
+//! contain `unsafe`: the system calls, and the mapping of pages shared with the kernel, of devices' registers and of guest
+//! memory. No reference into guest memory is ever handed out, because the guest changes it at will.
 
 mod affinity;
 pub mod confine;
 mod error;
+pub mod host_pci;
 #[cfg(all(feature = "kvm", target_os = "linux"))]
 pub mod kvm;
 pub mod memory;

@@ -3,6 +3,7 @@
 
 use super::Vm;
 use crate::error::Result;
+use crate::host_pci::PciAddress;
 use vmm_abi::layout::*;
 use vmm_abi::names::IntrTrigger;
 use vmm_abi::request::*;
@@ -178,6 +179,92 @@ impl Vm {
     /// What the kernel says.
     pub fn unbind_pptdev(&self, bus: i32, slot: i32, func: i32) -> Result<()> {
         self.request(VM_UNBIND_PPTDEV, &mut VmPptdev { bus, slot, func })
+    }
+
+    /// Shows the guest part of a memory BAR of a function that it was given:
+    /// `len` bytes of the host's memory at `hpa`, whole pages.
+    ///
+    /// # Errors
+    /// EINVAL for what lies in no BAR of the function, or over other memory of
+    /// the guest's; ENOSPC when there are too many.
+    pub fn map_pptdev_mmio(&self, at: PciAddress, gpa: u64, hpa: u64, len: u64) -> Result<()> {
+        self.request(VM_MAP_PPTDEV_MMIO, &mut mmio(at, gpa, hpa, len))
+    }
+
+    /// Takes it away again (FreeBSD 13 and later).
+    ///
+    /// # Errors
+    /// ENOENT where nothing was mapped just so; ENOTTY from a FreeBSD 12 kernel.
+    pub fn unmap_pptdev_mmio(&self, at: PciAddress, gpa: u64, hpa: u64, len: u64) -> Result<()> {
+        self.request(VM_UNMAP_PPTDEV_MMIO, &mut mmio(at, gpa, hpa, len))
+    }
+
+    /// Has the function's MSI arrive as `count` messages, the first of them `data`
+    /// to `address`; none with 0.
+    ///
+    /// # Errors
+    /// EINVAL for more than it can have.
+    pub fn pptdev_msi(&self, at: PciAddress, address: u64, data: u64, count: u32) -> Result<()> {
+        let (bus, slot, func) = at.numbers();
+        let mut arg = VmPptdevMsi {
+            bus,
+            slot,
+            func,
+            numvec: i32::try_from(count).unwrap_or(i32::MAX),
+            msg: data,
+            addr: address,
+            ..VmPptdevMsi::default()
+        };
+        self.request(VM_PPTDEV_MSI, &mut arg)
+    }
+
+    /// Sets an entry of the function's MSI-X table. `control` is the entry's last
+    /// word: bit 0 masks it.
+    ///
+    /// # Errors
+    /// EINVAL for an entry that it lacks, ENOSPC where the host has too few vectors.
+    pub fn pptdev_msix(
+        &self,
+        at: PciAddress,
+        index: u16,
+        address: u64,
+        data: u64,
+        control: u32,
+    ) -> Result<()> {
+        let (bus, slot, func) = at.numbers();
+        let mut arg = VmPptdevMsix {
+            bus,
+            slot,
+            func,
+            idx: index.into(),
+            msg: data,
+            vector_control: control,
+            addr: address,
+            ..VmPptdevMsix::default()
+        };
+        self.request(VM_PPTDEV_MSIX, &mut arg)
+    }
+
+    /// Switches the function's MSI-X off (FreeBSD 13 and later).
+    ///
+    /// # Errors
+    /// ENOTTY from a FreeBSD 12 kernel.
+    pub fn pptdev_disable_msix(&self, at: PciAddress) -> Result<()> {
+        let (bus, slot, func) = at.numbers();
+        self.request(VM_PPTDEV_DISABLE_MSIX, &mut VmPptdev { bus, slot, func })
+    }
+}
+
+fn mmio(at: PciAddress, gpa: u64, hpa: u64, len: u64) -> VmPptdevMmio {
+    let (bus, slot, func) = at.numbers();
+    VmPptdevMmio {
+        bus,
+        slot,
+        func,
+        gpa,
+        hpa,
+        len,
+        ..VmPptdevMmio::default()
     }
 }
 

@@ -1,0 +1,80 @@
+//! sysfs tells; so do the commands.
+
+use std::fs;
+use std::path::Path;
+
+use super::{Function, Survey, has_messages};
+use crate::pci::passthru::request::parse_linux;
+
+pub(super) fn host() -> Result<Survey, String> {
+    survey(Path::new("/sys"))
+}
+
+/// The functions of a tree like `/sys`. Those of other segments than the first are
+/// left out: bhyve(8) has no words for them.
+pub(super) fn survey(sys: &Path) -> Result<Survey, String> {
+    let devices = sys.join("bus/pci/devices");
+    let fail = |e| format!("{}: {e}", devices.display());
+    let mut functions = Vec::new();
+    for entry in fs::read_dir(&devices).map_err(fail)? {
+        let entry = entry.map_err(fail)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(at) = parse_linux(&name) else {
+            continue;
+        };
+        let folder = entry.path();
+        let number = |file: &str| {
+            let text = fs::read_to_string(folder.join(file)).unwrap_or_default();
+            u32::from_str_radix(text.trim().trim_start_matches("0x"), 16).unwrap_or(0)
+        };
+        // Without privilege these are 64 bytes.
+        let config = fs::read(folder.join("config")).unwrap_or_default();
+        let link = |file: &str| {
+            let target = fs::read_link(folder.join(file)).ok()?;
+            Some(target.file_name()?.to_string_lossy().into_owned())
+        };
+        functions.push(Function {
+            at,
+            id: (number("vendor") as u16, number("device") as u16),
+            class: number("class"),
+            header: config.get(0x0e).map_or(0, |h| h & 0x7f),
+            driver: link("driver"),
+            group: link("iommu_group").and_then(|g| g.parse().ok()),
+            messages: has_messages(&config),
+            reset: Some(folder.join("reset").exists()),
+            name,
+        });
+    }
+    functions.sort_by_key(|f| f.at);
+    let mut groups = fs::read_dir(sys.join("kernel/iommu_groups"))
+        .into_iter()
+        .flatten();
+    Ok(Survey {
+        functions,
+        ppt: sys.join("bus/pci/drivers/ppt").exists(),
+        iommu: Some(groups.next().is_some()),
+    })
+}
+
+pub(super) fn iommu_commands() -> Vec<String> {
+    vec![
+        "switch VT-d (Intel) or the IOMMU (AMD) on in the firmware's setup, and with an Intel CPU \
+         add intel_iommu=on to the kernel's command line"
+            .into(),
+    ]
+}
+
+pub(super) fn vmm_commands() -> Vec<String> {
+    vec!["modprobe vmm".into()]
+}
+
+pub(super) fn ppt_commands(f: &Function) -> Vec<String> {
+    let name = &f.name;
+    let folder = format!("/sys/bus/pci/devices/{name}");
+    let mut all = vec![format!("echo ppt > {folder}/driver_override")];
+    if f.driver.is_some() {
+        all.push(format!("echo {name} > {folder}/driver/unbind"));
+    }
+    all.push(format!("echo {name} > /sys/bus/pci/drivers_probe"));
+    all
+}

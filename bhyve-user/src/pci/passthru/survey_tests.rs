@@ -1,0 +1,168 @@
+use super::*;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+/// Configuration space with these capabilities, one behind the other.
+fn config(header: u8, capabilities: &[u8]) -> [u8; 256] {
+    let mut c = [0; 256];
+    c[0x0e] = header;
+    let mut at = 0x40;
+    if !capabilities.is_empty() {
+        (c[0x06], c[0x34]) = (0x10, at as u8);
+    }
+    for (i, id) in capabilities.iter().enumerate() {
+        let next = if i + 1 < capabilities.len() {
+            at + 0x20
+        } else {
+            0
+        };
+        (c[at], c[at + 1]) = (*id, next as u8);
+        at += 0x20;
+    }
+    c
+}
+
+struct Tree(tempfile::TempDir);
+
+impl Tree {
+    fn new() -> Tree {
+        let tree = Tree(tempfile::tempdir().unwrap());
+        fs::create_dir_all(tree.path("bus/pci/devices")).unwrap();
+        fs::create_dir_all(tree.path("bus/pci/drivers/ppt")).unwrap();
+        fs::create_dir_all(tree.path("kernel/iommu_groups")).unwrap();
+        tree
+    }
+    fn path(&self, p: &str) -> std::path::PathBuf {
+        self.0.path().join(p)
+    }
+    /// A function with its class, driver and group.
+    fn add(&self, name: &str, class: u32, config: &[u8], driver: &str, group: Option<u32>) {
+        let folder = self.path("bus/pci/devices").join(name);
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("vendor"), "0x8086\n").unwrap();
+        fs::write(folder.join("device"), "0x10d3\n").unwrap();
+        fs::write(folder.join("class"), format!("0x{class:06x}\n")).unwrap();
+        fs::write(folder.join("config"), config).unwrap();
+        if !driver.is_empty() {
+            let of = self.path("bus/pci/drivers").join(driver);
+            fs::create_dir_all(&of).unwrap();
+            symlink(of, folder.join("driver")).unwrap();
+        }
+        if let Some(group) = group {
+            let of = self.path("kernel/iommu_groups").join(group.to_string());
+            fs::create_dir_all(&of).unwrap();
+            symlink(of, folder.join("iommu_group")).unwrap();
+        }
+    }
+    fn survey(&self) -> Survey {
+        super::platform::survey(self.0.path() as &Path).unwrap()
+    }
+}
+
+fn kinds(s: &Survey, name: &str) -> Vec<&'static str> {
+    let f = s.functions.iter().find(|f| f.name == name).unwrap();
+    s.obstacles(f).iter().map(|o| o.kind).collect()
+}
+
+#[test]
+fn a_tree_tells_what_can_be_passed_and_what_is_in_the_way() {
+    let t = Tree::new();
+    let msix = config(0, &[0x01, 0x05, 0x11]);
+    t.add("0000:00:00.0", 0x06_0000, &config(0, &[]), "", Some(0));
+    t.add(
+        "0000:00:1c.0",
+        0x06_0400,
+        &config(1, &[0x05]),
+        "pcieport",
+        Some(1),
+    );
+    t.add("0000:05:00.0", 0x02_0000, &msix, "ppt", Some(2));
+    t.add("0000:06:00.0", 0x02_0000, &msix, "e1000e", Some(3));
+    t.add("0000:07:00.0", 0x01_0802, &msix, "", Some(4));
+    t.add(
+        "0000:08:00.0",
+        0x03_0000,
+        &config(0, &[0x01]),
+        "ppt",
+        Some(5),
+    );
+    t.add("0000:09:00.0", 0x03_0000, &msix, "ppt", Some(6));
+    t.add("0000:09:00.1", 0x04_0300, &msix, "snd_hda_intel", Some(6));
+    t.add("0000:09:00.2", 0x0c_0330, &msix, "", Some(6));
+    t.add("0000:0a:00.0", 0x02_0000, &msix, "ppt", None);
+    t.add("0001:00:00.0", 0x02_0000, &msix, "ppt", Some(7));
+    let s = t.survey();
+    assert!(s.functions.iter().all(|f| !f.name.starts_with("0001")));
+    assert_eq!(s.functions.len(), 10);
+    assert_eq!(kinds(&s, "0000:05:00.0"), [] as [&str; 0]);
+    assert_eq!(s.refusal(s.functions[2].at), None);
+    assert_eq!(kinds(&s, "0000:00:00.0"), ["bridge"]);
+    assert_eq!(kinds(&s, "0000:00:1c.0"), ["bridge"]);
+    assert_eq!(kinds(&s, "0000:06:00.0"), ["driver"]);
+    assert_eq!(kinds(&s, "0000:07:00.0"), ["driver"]);
+    assert_eq!(kinds(&s, "0000:08:00.0"), ["no-msi"]);
+    assert_eq!(
+        kinds(&s, "0000:09:00.0"),
+        ["group"],
+        "a driverless mate is none"
+    );
+    assert_eq!(kinds(&s, "0000:0a:00.0"), ["no-iommu"]);
+    // The second of ppt's, in the order of places.
+    assert_eq!(s.unit(1), Some(s.functions[5].at));
+    assert_eq!(s.unit(4), None);
+}
+
+#[test]
+fn the_refusal_says_what_to_type() {
+    let t = Tree::new();
+    let msix = config(0, &[0x11]);
+    t.add("0000:06:00.0", 0x02_0000, &msix, "e1000e", Some(3));
+    t.add("0000:06:00.1", 0x02_0000, &msix, "ixgbe", Some(3));
+    let s = t.survey();
+    let text = s.refusal(s.functions[0].at).unwrap();
+    assert_eq!(
+        text,
+        "0000:06:00.0 (6/0/0) cannot be passed:
+  it is held by the host's driver e1000e, not by ppt:
+    echo ppt > /sys/bus/pci/devices/0000:06:00.0/driver_override
+    echo 0000:06:00.0 > /sys/bus/pci/devices/0000:06:00.0/driver/unbind
+    echo 0000:06:00.0 > /sys/bus/pci/drivers_probe
+  it shares IOMMU group 3 with 0000:06:00.1 (ixgbe): what is in a group can reach each other, so \
+no part of it may stay with a driver of the host's:
+    echo ppt > /sys/bus/pci/devices/0000:06:00.1/driver_override
+    echo 0000:06:00.1 > /sys/bus/pci/devices/0000:06:00.1/driver/unbind
+    echo 0000:06:00.1 > /sys/bus/pci/drivers_probe"
+    );
+    let nobody = PciAddress {
+        bus: 99,
+        slot: 0,
+        func: 0,
+    };
+    assert!(
+        s.refusal(nobody)
+            .unwrap()
+            .contains("no PCI function 99/0/0")
+    );
+}
+
+#[test]
+fn without_iommu_or_module_everything_says_so() {
+    let t = Tree::new();
+    t.add("0000:06:00.0", 0x02_0000, &config(0, &[0x05]), "", None);
+    fs::remove_dir(t.path("bus/pci/drivers/ppt")).unwrap();
+    assert_eq!(
+        kinds(&t.survey(), "0000:06:00.0"),
+        ["no-iommu", "vmm", "driver"]
+    );
+}
+
+#[test]
+fn what_cannot_be_read_is_not_held_against_it() {
+    let t = Tree::new();
+    let short = &config(0, &[])[..64];
+    t.add("0000:06:00.0", 0x02_0000, short, "ppt", Some(1));
+    let s = t.survey();
+    assert_eq!(s.functions[0].messages, None, "not root");
+    assert_eq!(kinds(&s, "0000:06:00.0"), [] as [&str; 0]);
+}
