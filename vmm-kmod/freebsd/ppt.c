@@ -1,7 +1,6 @@
 /*
- * ppt: takes PCI functions for passing them through. It keeps the host's drivers
- * off those that the tunables pptdevs, pptdevs2 and pptdevs3 name, as
- * "bus/slot/func" with blanks between.
+ * ppt: takes PCI functions for passing them through: those that the tunables
+ * pptdevs, pptdevs2 and pptdevs3 name, and those that devctl(8) gives it.
  */
 #include <sys/param.h>
 #include <sys/systm.h>
@@ -10,7 +9,10 @@
 #include <sys/lock.h>
 #include <sys/malloc.h>
 #include <sys/module.h>
+#include <sys/rman.h>
 #include <sys/sysctl.h>
+
+#include <machine/resource.h>
 
 #include <dev/pci/pcireg.h>
 #include <dev/pci/pcivar.h>
@@ -24,82 +26,104 @@ static int devices;
 SYSCTL_INT(_hw_vmm_ppt, OID_AUTO, devices, CTLFLAG_RD, &devices, 0,
     "functions that can be passed through");
 
+/* Whether the function sends MSI-X, its table and its pending bits. */
 struct ppt_softc {
-	device_t	dev;
-	void		*vm;	/* whose it is, NULL: nobody's */
+	int		rid[2];
+	struct resource	*res[2];
 };
-
-/* Whether a list of "bus/slot/func" has this one. */
-static bool
-listed(const char *list, int bus, int slot, int func)
-{
-	const char *s;
-	char *end;
-	long is[3];
-	int i;
-
-	for (s = list; *s != '\0'; s = end) {
-		for (i = 0; i < 3; i++) {
-			is[i] = strtol(s, &end, 10);
-			/* The rest of a malformed list names nothing. */
-			if (end == s || (i < 2 && *end != '/'))
-				return (false);
-			s = end + (i < 2);
-		}
-		if (is[0] == bus && is[1] == slot && is[2] == func)
-			return (true);
-		while (*end == ' ')
-			end++;
-	}
-	return (false);
-}
 
 static int
 ppt_probe(device_t dev)
 {
-	static const char *const tunables[] = { "pptdevs", "pptdevs2",
-	    "pptdevs3" };
-	char *list;
-	u_int i;
-	bool found = false;
 
-	/* Not bridges. */
-	if (pci_get_domain(dev) != 0 || (pci_read_config(dev, PCIR_HDRTYPE, 1) &
-	    PCIM_HDRTYPE) != PCIM_HDRTYPE_NORMAL)
-		return (ENXIO);
-	for (i = 0; i < nitems(tunables) && !found; i++) {
-		list = kern_getenv(tunables[i]);
-		if (list == NULL)
-			continue;
-		found = listed(list, pci_get_bus(dev), pci_get_slot(dev),
-		    pci_get_function(dev));
-		freeenv(list);
-	}
-	if (!found)
+	if (pci_get_domain(dev) != 0)
 		return (ENXIO);
 	device_set_desc(dev, "PCI passthrough");
-	return (BUS_PROBE_SPECIFIC);
+	/* Others only where the administrator names this driver. */
+	return (vmm_rust_ppt_wanted(pci_get_rid(dev)) ? BUS_PROBE_SPECIFIC :
+	    BUS_PROBE_NOWILDCARD);
 }
 
 static int
 ppt_attach(device_t dev)
 {
-	struct ppt_softc *sc = device_get_softc(dev);
+	int error = vmm_rust_ppt_add(dev, NULL, NULL, 0, pci_get_rid(dev));
 
-	sc->dev = dev;
-	devices++;
-	return (0);
+	if (error == 0)
+		devices++;
+	return (error);
 }
 
 static int
 ppt_detach(device_t dev)
 {
-	struct ppt_softc *sc = device_get_softc(dev);
 
-	if (sc->vm != NULL)
+	if (vmm_rust_ppt_busy(dev))
 		return (EBUSY);
+	vmm_rust_ppt_remove(dev);
 	devices--;
 	return (0);
+}
+
+/* For vmm-kmod/kmod/src/ppt/freebsd.rs, what is a method or inline here. */
+uint32_t
+vmm_host_ppt_config(device_t dev, int at)
+{
+
+	return (pci_read_config(dev, at, 4));
+}
+
+void
+vmm_host_ppt_stop(device_t dev)
+{
+
+	pci_write_config(dev, PCIR_COMMAND, (pci_read_config(dev, PCIR_COMMAND,
+	    2) & ~PCIM_CMD_BUSMASTEREN) | PCIM_CMD_INTxDIS, 2);
+}
+
+int
+vmm_host_ppt_vectors(device_t dev, int msix)
+{
+
+	return (msix ? pci_msix_count(dev) : pci_msi_count(dev));
+}
+
+void
+vmm_host_ppt_free(device_t dev)
+{
+	struct ppt_softc *sc = device_get_softc(dev);
+	int i;
+
+	pci_release_msi(dev);
+	for (i = 0; i < 2; i++) {
+		if (sc->res[i] != NULL)
+			bus_release_resource(dev, SYS_RES_MEMORY, sc->rid[i],
+			    sc->res[i]);
+		sc->res[i] = NULL;
+	}
+}
+
+int
+vmm_host_ppt_alloc(device_t dev, int n, int msix)
+{
+	struct ppt_softc *sc = device_get_softc(dev);
+	int error, i, got = n;
+
+	if (msix) {
+		/* The bus wants to see their BARs in use. */
+		sc->rid[0] = pci_msix_table_bar(dev);
+		sc->rid[1] = pci_msix_pba_bar(dev);
+		for (i = 0; i < 1 + (sc->rid[0] != sc->rid[1]); i++)
+			sc->res[i] = bus_alloc_resource_any(dev, SYS_RES_MEMORY,
+			    &sc->rid[i], RF_ACTIVE);
+		error = pci_alloc_msix(dev, &got);
+	} else {
+		error = pci_alloc_msi(dev, &got);
+	}
+	if (error == 0 && got == n)
+		return (0);
+	vmm_host_ppt_free(dev);
+	return (error != 0 ? error : ENOSPC);
 }
 
 static device_method_t ppt_methods[] = {

@@ -157,6 +157,16 @@ int vmm_rust_vm_page(void *vm, int segid, uint64_t off, uint64_t *pa);
 /* Whether [off, off+len) can be mapped. */
 int vmm_rust_vm_mmap_ok(void *vm, int segid, uint64_t off, uint64_t len);
 
+/* The host has put a PCI function into ppt's hands: its device, as the host's
+ * bus knows it (device) and as its driver model does (generic), its BARs
+ * (resources, each stride bytes) and its requester ID. Or takes it back. */
+int vmm_rust_ppt_add(void *device, void *generic, const void *resources,
+    size_t stride, unsigned int rid);
+void vmm_rust_ppt_remove(void *device);
+/* Whether a tunable names the function, and whether a VM has it. */
+int vmm_rust_ppt_wanted(unsigned int rid);
+int vmm_rust_ppt_busy(void *device);
+
 /* From this offset on a VM's node has pages that are no guest memory; they are
  * mapped by vmm_rust_vm_mmap_ok and vmm_rust_vm_page. */
 #define VMM_EXT_PAGES	(1ULL << 52)

@@ -2,6 +2,7 @@
 #include <linux/cpu.h>
 #include <linux/cpuhotplug.h>
 #include <linux/module.h>
+#include <linux/pci.h>
 #include <linux/printk.h>
 #include <linux/slab.h>
 #include <linux/syscore_ops.h>
@@ -98,9 +99,13 @@ static int __init vmm_init(void)
 		goto fail;
 	hotplug_state = error;
 	register_syscore_ops(&sleep_ops);
-	error = vmm_device_init();
-	if (error == 0)
-		return 0;
+	error = pci_register_driver(&vmm_ppt_driver);
+	if (error == 0) {
+		error = vmm_device_init();
+		if (error == 0)
+			return 0;
+		pci_unregister_driver(&vmm_ppt_driver);
+	}
 	unregister_syscore_ops(&sleep_ops);
 	cpuhp_remove_state(hotplug_state);
 fail:
@@ -110,6 +115,7 @@ fail:
 
 static void __exit vmm_exit(void)
 {
+	pci_unregister_driver(&vmm_ppt_driver);
 	vmm_device_exit();
 	unregister_syscore_ops(&sleep_ops);
 	cpuhp_remove_state(hotplug_state);

@@ -6,5 +6,11 @@
 
 int vmm_device_init(void);
 void vmm_device_exit(void);
+/* What vmm-kmod/kmod/src/ppt/linux.rs calls, besides the kernel itself. */
+extern struct pci_driver vmm_ppt_driver;
+struct device;
+struct iommu_group;
+int vmm_host_interrupts_safe(struct device *dev, struct iommu_group *group);
+struct iommu_domain *vmm_host_domain(struct device *dev);
 
 #endif

@@ -12,7 +12,7 @@ use lab::console::Console;
 use lab::dirs::Dirs;
 use lab::guest::{Guest, Load, linux_cmdline};
 use lab::host::{self, Kit, LEAN, SHORT};
-use lab::machine::{Engine, Machine, Spec};
+use lab::machine::{Engine, Machine, Pci, Spec};
 use lab::progress::step;
 
 use crate::compile;
@@ -344,6 +344,7 @@ pub fn bare(
             engine,
             cpus: 1,
             count_instructions: false,
+            pci: Pci::default(),
             memory_mib: GUEST_MIB + archive_mib,
             kernel: kit.kernel.image.clone(),
             initramfs,

@@ -4,7 +4,7 @@
 use crate::cpio::Initramfs;
 use crate::dirs::Dirs;
 use crate::host_kernel::{self, HostKernel};
-use crate::machine::{Engine, Machine, Spec};
+use crate::machine::{Engine, Machine, Pci, Spec};
 use crate::progress::step;
 use crate::stats::{self, Stats};
 use crate::{apt, busybox, freebsd_host, kmod, programs};
@@ -182,6 +182,8 @@ pub struct Config {
     pub memory_mib: u32,
     /// [`Spec::count_instructions`].
     pub count_instructions: bool,
+    /// PCI devices of a QEMU.
+    pub pci: Pci,
     /// Added to the host kernel's command line.
     pub cmdline: String,
     /// Files for the host: path in the host (relative to `/`), path here.
@@ -198,6 +200,7 @@ impl Config {
             cpus: 1,
             memory_mib: guest_mib + 512,
             count_instructions: false,
+            pci: Pci::default(),
             cmdline: String::new(),
             files: Vec::new(),
             freebsd: None,
@@ -304,6 +307,7 @@ impl Host {
             cpus: config.cpus,
             memory_mib: config.memory_mib + archive_mib,
             count_instructions: config.count_instructions,
+            pci: config.pci.clone(),
             kernel: kit.kernel.image.clone(),
             initramfs,
             cmdline: format!(

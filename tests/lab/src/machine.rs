@@ -111,6 +111,30 @@ fn kvm_offers_virtualization() -> bool {
         })
 }
 
+/// What remaps the DMA of QEMU's devices.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Iommu {
+    /// Nothing does.
+    #[default]
+    None,
+    /// VT-d, with or without interrupt remapping.
+    Intel {
+        /// The table for interrupts too.
+        interrupts: bool,
+    },
+    /// AMD-Vi. Debian's cloud kernel has no driver for it.
+    Amd,
+}
+
+/// PCI devices for a QEMU.
+#[derive(Debug, Clone, Default)]
+pub struct Pci {
+    /// What remaps their DMA.
+    pub iommu: Iommu,
+    /// Arguments as they stand: `-device`, `edu,addr=5.0`.
+    pub arguments: Vec<String>,
+}
+
 /// A machine to start.
 #[derive(Debug, Clone)]
 pub struct Spec {
@@ -123,6 +147,8 @@ pub struct Spec {
     /// Make the time-stamp counter count instructions, in QEMU too. Whoever
     /// reads it often is slow there.
     pub count_instructions: bool,
+    /// PCI devices besides QEMU's own.
+    pub pci: Pci,
     /// bzImage.
     pub kernel: PathBuf,
     /// Initramfs, uncompressed.

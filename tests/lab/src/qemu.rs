@@ -1,6 +1,6 @@
 //! QEMU: with TCG for AMD-V, with KVM where that offers VT-x.
 
-use crate::machine::{Engine, Spec};
+use crate::machine::{Engine, Iommu, Spec};
 use anyhow::{Context, Result};
 use std::fs::{self, File};
 use std::path::Path;
@@ -42,6 +42,17 @@ fn common(spec: &Spec, ports: [u16; 2]) -> Command {
         // An instruction takes a nanosecond, and a tick of the TSC.
         command.args(["-icount", "shift=0"]);
     }
+    // It has to be there before the devices that it is for.
+    let iommu = match spec.pci.iommu {
+        Iommu::None => None,
+        Iommu::Intel { interrupts: true } => Some("intel-iommu,intremap=on"),
+        Iommu::Intel { interrupts: false } => Some("intel-iommu,intremap=off"),
+        Iommu::Amd => Some("amd-iommu,intremap=on"),
+    };
+    if let Some(iommu) = iommu {
+        command.args(["-device", iommu]);
+    }
+    command.args(&spec.pci.arguments);
     for port in ports {
         command.args(["-serial", &format!("tcp:127.0.0.1:{port}")]);
     }

@@ -4,7 +4,7 @@ use crate::cases;
 use crate::dirs::Dirs;
 use crate::host::{Config, Host, Kit, SHORT};
 use crate::host_kernel::HostKernel;
-use crate::machine::{Engine, Machine, Spec};
+use crate::machine::{Engine, Machine, Pci, Spec};
 use anyhow::{Result, ensure};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,6 +33,7 @@ impl Lab {
             cpus,
             memory_mib: 512,
             count_instructions: false,
+            pci: Pci::default(),
             kernel: image.clone(),
             initramfs: std::fs::read(&self.kit.guest_initrd)?,
             cmdline: format!("{cmdline} {}", self.engine.kernel_parameters()),

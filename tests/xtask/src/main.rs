@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use lab::dirs::Dirs;
 use lab::kmod_freebsd::Headers;
-use lab::machine::{Engine, Machine, Spec};
+use lab::machine::{Engine, Machine, Pci, Spec};
 use lab::progress::step;
 use lab::{
     apt, core_src, host, host_kernel, kmod, kmod_freebsd, programs, programs_freebsd, ziglang,
@@ -205,6 +205,7 @@ fn bare(
         cpus,
         memory_mib: 1024,
         count_instructions: false,
+        pci: Pci::default(),
         kernel,
         initramfs,
         cmdline: format!(

@@ -4,12 +4,14 @@
 pub const EPERM: i32 = 1;
 pub const ENOENT: i32 = 2;
 pub const EINTR: i32 = 4;
+pub const EIO: i32 = 5;
 pub const ENXIO: i32 = 6;
 pub const E2BIG: i32 = 7;
 pub const ENOMEM: i32 = 12;
 pub const EFAULT: i32 = 14;
 pub const EBUSY: i32 = 16;
 pub const EEXIST: i32 = 17;
+pub const ENODEV: i32 = 19;
 pub const EINVAL: i32 = 22;
 pub const ENOTTY: i32 = 25;
 pub const ENOSPC: i32 = 28;

@@ -13,6 +13,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::errno;
 use crate::memory::Map;
 use crate::os;
+use crate::ppt;
 use crate::regs;
 use crate::run;
 use crate::vcpu::{Inner, Vcpu};
@@ -585,14 +586,46 @@ fn settings(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
                 Err(errno::EINVAL)
             }
         }
-        // No passthrough yet: there is no device that could be meant.
-        req::VM_BIND_PPTDEV
-        | req::VM_UNBIND_PPTDEV
-        | req::VM_MAP_PPTDEV_MMIO
-        | req::VM_UNMAP_PPTDEV_MMIO
-        | req::VM_PPTDEV_MSI
-        | req::VM_PPTDEV_MSIX
-        | req::VM_PPTDEV_DISABLE_MSIX => Err(errno::ENOENT),
+        _ => passthrough(vm, cmd, data),
+    }
+}
+
+fn passthrough(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
+    match cmd {
+        req::VM_BIND_PPTDEV => {
+            let a: &mut VmPptdev = arg(data)?;
+            ppt::bind(vm, ppt::rid(a.bus, a.slot, a.func)?)
+        }
+        req::VM_UNBIND_PPTDEV => {
+            let a: &mut VmPptdev = arg(data)?;
+            ppt::unbind(vm, ppt::rid(a.bus, a.slot, a.func)?)
+        }
+        req::VM_MAP_PPTDEV_MMIO => {
+            let a: &mut VmPptdevMmio = arg(data)?;
+            let rid = ppt::rid(a.bus, a.slot, a.func)?;
+            ppt::map_mmio(vm, rid, a.gpa, a.hpa, a.len)
+        }
+        req::VM_UNMAP_PPTDEV_MMIO => {
+            let a: &mut VmPptdevMmio = arg(data)?;
+            let rid = ppt::rid(a.bus, a.slot, a.func)?;
+            ppt::unmap_mmio(vm, rid, a.gpa, a.len)
+        }
+        req::VM_PPTDEV_MSI => {
+            let a: &mut VmPptdevMsi = arg(data)?;
+            let rid = ppt::rid(a.bus, a.slot, a.func)?;
+            ppt::msi(vm, rid, a.numvec, a.addr, a.msg)
+        }
+        req::VM_PPTDEV_MSIX => {
+            let a: &mut VmPptdevMsix = arg(data)?;
+            let rid = ppt::rid(a.bus, a.slot, a.func)?;
+            let index = usize::try_from(a.idx).map_err(|_| errno::EINVAL)?;
+            let masked = a.vector_control & 1 != 0;
+            ppt::msix(vm, rid, index, (!masked).then_some((a.addr, a.msg)))
+        }
+        req::VM_PPTDEV_DISABLE_MSIX => {
+            let a: &mut VmPptdev = arg(data)?;
+            ppt::disable_msix(vm, ppt::rid(a.bus, a.slot, a.func)?)
+        }
         _ => Err(NOT_MINE),
     }
 }

@@ -16,9 +16,11 @@ mod exit;
 mod ffi;
 mod global;
 mod ioctl;
+mod iommu;
 mod memory;
 mod os;
 mod ports;
+mod ppt;
 mod regs;
 mod rings;
 mod run;
@@ -134,6 +136,7 @@ fn warn_of_holes(m: &vmm_hw::mitigation::Mitigations) {
 pub unsafe extern "C" fn vmm_rust_exit() {
     // SAFETY: by the caller's word.
     unsafe { global::unset() };
+    ppt::exit();
 }
 
 fn set_vmxe(on: bool) {
@@ -317,4 +320,43 @@ pub unsafe extern "C" fn vmm_rust_vm_segment(
         }
         Err(e) => e,
     }
+}
+
+/// ppt got a PCI function.
+///
+/// # Safety
+/// The pointers are the host's own for it, and stay good until
+/// `vmm_rust_ppt_remove`; `resources` are those that host.h speaks of.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_ppt_add(
+    device: *mut c_void,
+    generic: *mut c_void,
+    resources: *const c_void,
+    stride: usize,
+    rid: u32,
+) -> c_int {
+    // SAFETY: by the caller's word.
+    let host = unsafe { ppt::host::Device::new(device, generic, resources, stride) };
+    ppt::add(host, rid as u16).err().unwrap_or(0)
+}
+
+/// Whether a tunable gives ppt a PCI function.
+#[unsafe(no_mangle)]
+pub extern "C" fn vmm_rust_ppt_wanted(rid: u32) -> c_int {
+    c_int::from(ppt::host::wanted(rid as u16))
+}
+
+/// Whether a VM has a PCI function.
+#[unsafe(no_mangle)]
+pub extern "C" fn vmm_rust_ppt_busy(device: *mut c_void) -> c_int {
+    c_int::from(ppt::busy(device))
+}
+
+/// ppt loses a PCI function.
+///
+/// # Safety
+/// Pairs with a `vmm_rust_ppt_add` that returned 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_ppt_remove(device: *mut c_void) {
+    ppt::remove(device);
 }

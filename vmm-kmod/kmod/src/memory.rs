@@ -266,12 +266,7 @@ impl MemMap {
         if end > 1 << 48 {
             return Err(errno::EINVAL);
         }
-        if self
-            .maps
-            .iter()
-            .flatten()
-            .any(|m| map.gpa < m.end() && m.gpa < end)
-        {
+        if self.overlaps(map.gpa, map.len) {
             return Err(errno::EFAULT);
         }
         let (n, slot) = self
@@ -283,6 +278,23 @@ impl MemMap {
         *slot = Some(map);
         self.maps_end = self.maps_end.max(n + 1);
         Ok(())
+    }
+
+    /// Whether a mapping has any of `[gpa, gpa + len)`.
+    pub fn overlaps(&self, gpa: Gpa, len: u64) -> bool {
+        let end = gpa.saturating_add(len);
+        self.maps
+            .iter()
+            .flatten()
+            .any(|m| gpa < m.end() && m.gpa < end)
+    }
+
+    /// The mappings of system memory.
+    pub fn system(&self) -> impl Iterator<Item = &Map> {
+        self.maps
+            .iter()
+            .flatten()
+            .filter(|m| self.segment(m.segid).is_some_and(|s| s.sysmem))
     }
 
     /// Undoes exactly one earlier mapping (FreeBSD 13's VM_MUNMAP_MEMSEG).

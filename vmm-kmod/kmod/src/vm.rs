@@ -74,6 +74,8 @@ pub struct Vm {
     pub tsc_base: u64,
     /// Guest memory.
     pub mem: Mutex<Memory>,
+    /// PCI functions that the VM has.
+    pub functions: AtomicU32,
     /// What tells a CPU where the nested page tables are.
     pub nested_root: u64,
     /// Which generation of them the CPUs have seen.
@@ -226,7 +228,9 @@ impl Vm {
             mem: Mutex::new(Memory {
                 map: MemMap::default(),
                 nested,
+                iommu: None,
             })?,
+            functions: AtomicU32::new(0),
             nested_root,
             generation,
             chipset,
@@ -313,8 +317,23 @@ impl Vm {
     /// # Safety
     /// The caller has one.
     pub unsafe fn put(vm: *mut Vm) {
-        // SAFETY: by the caller's word it is still alive here.
-        if unsafe { (*vm).refs.fetch_sub(1, Ordering::AcqRel) } == 1 {
+        // SAFETY: by the caller's word it is alive as long as the caller's
+        // reference has not been given back.
+        let refs = unsafe { &(*vm).refs };
+        let mut n = refs.load(Ordering::Acquire);
+        loop {
+            if n == 2 {
+                // Nobody has it open any more, so that nobody looks after its
+                // PCI functions.
+                // SAFETY: as above.
+                crate::ppt::quiesce(unsafe { &*vm });
+            }
+            match refs.compare_exchange(n, n - 1, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => break,
+                Err(now) => n = now,
+            }
+        }
+        if n == 1 {
             // SAFETY: that was the last reference.
             drop(unsafe { Box::from_raw(vm) });
         }
@@ -475,6 +494,7 @@ impl Vm {
         if !self.active.same(&self.suspended) {
             return Err(errno::EBUSY);
         }
+        crate::ppt::quiesce(self);
         for v in self.vcpus() {
             let mut inner = v.freeze();
             crate::regs::with_current(&mut inner, |i| i.reset(self));
@@ -483,7 +503,7 @@ impl Vm {
             self.apic_mode_changed(v.id as usize, true)?;
         }
         let mut mem = self.mem.lock();
-        let Memory { map, nested } = &mut *mem;
+        let Memory { map, nested, .. } = &mut *mem;
         let mut unmapped = Ok(Invalidation::None);
         map.unmap_devices(|gpa, len| {
             // Every vCPU is out of the guest, and invalidates on its way back.
@@ -564,7 +584,9 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        // The timer first: its callback uses the chipset and the vCPUs.
+        // PCI functions and the timer first: their interrupts use the chipset
+        // and the vCPUs.
+        crate::ppt::unbind_all(self);
         self.chipset_timer = None;
         for slot in &self.slots {
             let v = slot.0.swap(ptr::null_mut(), Ordering::AcqRel);

@@ -11,6 +11,7 @@ use vmm_hw::nested::NestedTables;
 
 use crate::errno;
 use crate::ffi;
+use crate::iommu::Domain;
 use crate::memory::{self, MemMap, SEG_NAME_MAX};
 use crate::os::Os;
 use crate::vm::{FILE_NAME_MAX, NAME_MAX, Vm, check_name};
@@ -21,6 +22,8 @@ pub struct Memory {
     pub map: MemMap,
     /// Nested page tables.
     pub nested: NestedTables<Os>,
+    /// What the VM's PCI functions see of its memory, while it has any.
+    pub iommu: Option<Domain>,
 }
 
 impl Memory {
@@ -37,6 +40,40 @@ impl Memory {
             )
             .map(|_| ())
             .map_err(|_| errno::ENOMEM)
+    }
+
+    /// Whether PCI functions may access the guest's memory now, so that none
+    /// of it can be taken away.
+    pub fn dma(&self) -> bool {
+        self.iommu.is_some()
+    }
+
+    /// Shows all of the guest's system memory to the PCI functions in `to`.
+    /// EINVAL: part of it is not wired. ENOMEM.
+    pub fn fill(&self, to: &mut Domain) -> Result<(), i32> {
+        for m in self.map.system() {
+            if m.flags & memory::MAP_WIRED == 0 {
+                return Err(errno::EINVAL);
+            }
+            self.show(to, m)?;
+        }
+        Ok(())
+    }
+
+    /// Shows one mapping of wired system memory to PCI functions.
+    fn show(&self, to: &mut Domain, m: &memory::Map) -> Result<(), i32> {
+        let seg = self.map.segment(m.segid).ok_or(errno::EINVAL)?;
+        let prot = memory::ept_prot(m.prot);
+        let mut at = 0;
+        while at < m.len {
+            let (hpa, order) = seg.page(m.segoff + at)?;
+            let run = 4096_u64 << order;
+            // To the end of the host's contiguous run, or of the mapping.
+            let len = (run - (hpa & (run - 1))).min(m.len - at);
+            to.map(m.gpa + at, hpa, len, prot)?;
+            at += len;
+        }
+        Ok(())
     }
 }
 
@@ -122,6 +159,13 @@ impl Vm {
     pub fn mmap_memseg(&self, map: crate::memory::Map) -> Result<(), i32> {
         let mut mem = self.mem.lock();
         mem.map.map(map)?;
+        let wired_system = map.flags & crate::memory::MAP_WIRED != 0
+            && mem.map.segment(map.segid).is_some_and(|s| s.sysmem);
+        if wired_system && let Some(mut domain) = mem.iommu.take() {
+            let shown = mem.show(&mut domain, &map);
+            mem.iommu = Some(domain);
+            shown?;
+        }
         if map.flags & crate::memory::MAP_WIRED != 0 {
             // Wired memory is there from the start.
             let mut at = 0;
@@ -140,9 +184,19 @@ impl Vm {
     /// Takes a mapping away and makes every vCPU forget it.
     pub fn munmap_memseg(&self, gpa: u64, len: u64) -> Result<(), i32> {
         let mut mem = self.mem.lock();
+        if mem.dma() && mem.map.covers(gpa, len) {
+            return Err(errno::EBUSY);
+        }
         mem.map.unmap(gpa, len)?;
         let stale = mem.nested.unmap(gpa, len).map_err(|_| errno::ENOMEM)?;
         drop(mem);
+        self.forget(stale);
+        Ok(())
+    }
+
+    /// Sees to it that no vCPU uses what was taken out of the nested page
+    /// tables.
+    fn forget(&self, stale: Invalidation) {
         if stale == Invalidation::Required {
             // Whoever has been stopped once has left the guest, and
             // invalidates on its way back. Then the tables can go.
@@ -151,6 +205,29 @@ impl Vm {
             }
             self.mem.lock().nested.reclaim();
         }
+    }
+
+    /// Shows the guest a stretch of a PCI function's memory space. EINVAL:
+    /// there is something else. ENOMEM.
+    pub fn map_mmio(&self, gpa: u64, hpa: u64, len: u64, kind: MemType) -> Result<(), i32> {
+        let end = gpa.checked_add(len).ok_or(errno::EINVAL)?;
+        if end > 1 << 48 || gpa <= DEFAULT_BASE && DEFAULT_BASE < end {
+            return Err(errno::EINVAL);
+        }
+        let mut mem = self.mem.lock();
+        if mem.map.overlaps(gpa, len) {
+            return Err(errno::EINVAL);
+        }
+        mem.nested
+            .map(gpa, hpa, len, Prot::READ | Prot::WRITE, kind)
+            .map(|_| ())
+            .map_err(|_| errno::ENOMEM)
+    }
+
+    /// Takes it away again. ENOMEM.
+    pub fn unmap_mmio(&self, gpa: u64, len: u64) -> Result<(), i32> {
+        let stale = self.mem.lock().nested.unmap(gpa, len);
+        self.forget(stale.map_err(|_| errno::ENOMEM)?);
         Ok(())
     }
 

@@ -37,6 +37,8 @@ pub enum MemType {
     WriteProtected = 5,
     /// WB.
     WriteBack = 6,
+    /// UC-: uncacheable, but WC where the guest's own PAT says so.
+    UncacheableMinus = 7,
 }
 
 /// How a kind of nested page table writes its entries. Levels are 4 (root) to
@@ -103,6 +105,12 @@ impl Format for EptFormat {
             _ => 0,
         };
         let large = if level > 1 { LARGE } else { 0 };
+        // The table knows no UC-: it is UC without "ignore PAT" (SDM Vol. 3C
+        // §28.3.7.2 and Vol. 3A table 11-7).
+        let memory = match memory {
+            MemType::UncacheableMinus => MemType::Uncacheable,
+            other => other,
+        };
         pa & Self::ADDR_MASK
             | u64::from(readable(prot).bits())
             | (memory as u64) << TYPE_SHIFT
@@ -196,7 +204,7 @@ impl Format for NptFormat {
         // both.
         let kind = match memory {
             MemType::WriteBack => 0,
-            MemType::WriteCombining => NPT_PCD,
+            MemType::WriteCombining | MemType::UncacheableMinus => NPT_PCD,
             _ => NPT_PCD | NPT_PWT,
         };
         let large = if level > 1 { LARGE } else { 0 };

@@ -1,0 +1,3 @@
+//! What a VM's PCI functions see of its memory.
+
+pub use crate::ppt::host::Domain;

@@ -1,0 +1,493 @@
+//! PCI passthrough: functions that the host's ppt driver holds, and the VMs
+//! that have them.
+//!
+//! One lock holds the list, and is taken before a VM's memory and its vCPUs.
+//! A function that a VM has is under the VM's IOMMU domain, which has all of
+//! the VM's memory and nothing else, from before its bus mastering can be
+//! turned on until after its reset.
+
+mod bar;
+#[cfg_attr(feature = "freebsd", path = "ppt/freebsd.rs")]
+#[cfg_attr(not(feature = "freebsd"), path = "ppt/linux.rs")]
+pub mod host;
+mod vector;
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::ffi::c_void;
+use core::fmt::{self, Write};
+use core::ptr;
+use core::sync::atomic::{AtomicPtr, Ordering};
+
+use vmm_hw::ept::MemType;
+
+use self::bar::{Bar, Kind};
+use self::host::{Device, Group};
+use self::vector::{MAX_MSI, Vectors};
+use crate::errno;
+use crate::iommu::Domain;
+use crate::klog;
+use crate::sync::{Mutex, MutexGuard, try_box, try_slice};
+use crate::vm::Vm;
+
+/// BARs of an endpoint.
+const BARS: usize = 6;
+/// Stretches of a function's memory that a guest can see: MSI-X tables leave
+/// holes in BARs.
+const MAX_MMIO: usize = 16;
+
+/// Header type (PCI Local Bus 3.0 §6.2.1), the third byte of this word.
+const HEADER: u16 = 0xc;
+const VENDOR: u16 = 0;
+
+/// A requester ID, as `bus/slot/func`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Rid(u16);
+
+impl fmt::Display for Rid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Rid(rid) = self;
+        write!(f, "{}/{}/{}", rid >> 8, rid >> 3 & 31, rid & 7)
+    }
+}
+
+/// The function that a request names. ENOENT: there can be none.
+pub fn rid(bus: i32, slot: i32, func: i32) -> Result<Rid, i32> {
+    match (bus, slot, func) {
+        (0..=255, 0..=31, 0..=7) => Ok(Rid((bus << 8 | slot << 3 | func) as u16)),
+        _ => Err(errno::ENOENT),
+    }
+}
+
+/// Whether a list of "bus/slot/func" with blanks between has this one.
+#[cfg(feature = "freebsd")]
+fn listed(list: &[u8], Rid(wanted): Rid) -> bool {
+    list.split(|b| *b == b' ').any(|item| {
+        let mut numbers = item.split(|b| *b == b'/').map(|n| {
+            core::str::from_utf8(n)
+                .ok()
+                .and_then(|n| n.parse::<i32>().ok())
+        });
+        let mut next = || numbers.next().flatten();
+        match (next(), next(), next(), numbers.next()) {
+            (Some(bus), Some(slot), Some(func), None) => {
+                rid(bus, slot, func).is_ok_and(|Rid(r)| r == wanted)
+            }
+            _ => false,
+        }
+    })
+}
+
+#[derive(Clone, Copy)]
+struct Mmio {
+    gpa: u64,
+    len: u64,
+}
+
+/// A function that ppt holds.
+pub struct Function {
+    device: Device,
+    rid: Rid,
+    /// "ppt 05:00.0", with a NUL, for the host's interrupts: Linux makes a
+    /// directory of it, so no slashes.
+    name: Box<[u8]>,
+    bars: [Option<Bar>; BARS],
+    vm: *const Vm,
+    mmio: [Option<Mmio>; MAX_MMIO],
+    vectors: Vectors,
+}
+
+// SAFETY: `vm` is that of a VM which gives its functions back, under the list's
+// lock, before it goes.
+unsafe impl Send for Function {}
+
+/// All of them.
+#[derive(Default)]
+pub struct Functions(Vec<Function>);
+
+impl Functions {
+    fn position(&self, rid: Rid) -> Result<usize, i32> {
+        self.0
+            .iter()
+            .position(|f| f.rid == rid)
+            .ok_or(errno::ENOENT)
+    }
+
+    /// The function, which is the VM's. ENOENT, EBUSY.
+    fn of(&mut self, vm: &Vm, rid: Rid) -> Result<&mut Function, i32> {
+        let at = self.position(rid)?;
+        let f = self.0.get_mut(at).ok_or(errno::ENOENT)?;
+        if ptr::eq(f.vm, vm) {
+            Ok(f)
+        } else {
+            Err(errno::EBUSY)
+        }
+    }
+
+    /// A VM that has a function of this group, other than `rid`.
+    fn has_group(&self, group: &Group, rid: Rid) -> Option<*const Vm> {
+        self.0
+            .iter()
+            .find(|f| f.rid != rid && !f.vm.is_null() && f.device.group().as_ref() == Some(group))
+            .map(|f| f.vm)
+    }
+
+    fn bind(&mut self, vm: &Vm, rid: Rid) -> Result<(), i32> {
+        let at = self.position(rid)?;
+        let f = self.0.get_mut(at).ok_or(errno::ENOENT)?;
+        if ptr::eq(f.vm, vm) {
+            f.quiesce(false);
+            return Ok(());
+        }
+        if !f.vm.is_null() {
+            return Err(errno::EBUSY);
+        }
+        if f.device.config(VENDOR) == u32::MAX {
+            klog!(Error, "ppt {rid} does not answer");
+            return Err(errno::EIO);
+        }
+        let Some(group) = f.device.group() else {
+            klog!(Error, "ppt {rid}: no IOMMU, or it is off");
+            return Err(errno::ENXIO);
+        };
+        if !f.device.interrupts_safe(&group) {
+            klog!(
+                Error,
+                "ppt {rid}: no interrupt remapping: a guest could send the host any interrupt"
+            );
+            return Err(errno::ENXIO);
+        }
+        // The group is under the VM's domain already if it has another of it.
+        let attached = match self.has_group(&group, rid) {
+            Some(other) if ptr::eq(other, vm) => true,
+            Some(_) => {
+                klog!(Error, "ppt {rid}: another VM has part of its IOMMU group");
+                return Err(errno::EBUSY);
+            }
+            None => false,
+        };
+        let f = self.0.get_mut(at).ok_or(errno::ENOENT)?;
+        f.quiesce(false);
+        let mut mem = vm.mem.lock();
+        if mem.iommu.is_none() {
+            let mut domain = Domain::new(&f.device)?;
+            mem.fill(&mut domain).inspect_err(|e| {
+                if *e == errno::EINVAL {
+                    klog!(Error, "ppt {rid}: the VM's memory is not wired");
+                }
+            })?;
+            mem.iommu = Some(domain);
+        }
+        if !attached && let Some(domain) = &mem.iommu {
+            let done = domain.attach(&group).inspect_err(|e| match *e {
+                errno::EBUSY => klog!(
+                    Error,
+                    "ppt {rid}: a driver of the host uses a function of the same IOMMU group"
+                ),
+                _ => klog!(Error, "ppt {rid}: the IOMMU does not take it"),
+            });
+            if done.is_err() && vm.functions.load(Ordering::Relaxed) == 0 {
+                mem.iommu = None;
+            }
+            done?;
+        }
+        f.vm = vm;
+        vm.functions.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Takes a function away from the VM that has it.
+    fn unbind(&mut self, at: usize, removing: bool) {
+        let Some(f) = self.0.get_mut(at) else {
+            return;
+        };
+        // SAFETY: see the type; no VM is NULL.
+        let Some(vm) = (unsafe { f.vm.as_ref() }) else {
+            return;
+        };
+        f.quiesce(removing);
+        for m in f.mmio.iter_mut().filter_map(Option::take) {
+            if vm.unmap_mmio(m.gpa, m.len).is_err() {
+                klog!(Error, "ppt {}: no memory to unmap its BARs", f.rid);
+            }
+        }
+        f.vm = ptr::null();
+        let (rid, group) = (f.rid, f.device.group());
+        let last = group.is_none_or(|g| self.has_group(&g, rid).is_none());
+        let mut mem = vm.mem.lock();
+        if let (true, Some(domain), Some(group)) = (last, &mem.iommu, group) {
+            domain.detach(&group);
+        }
+        if vm.functions.fetch_sub(1, Ordering::Relaxed) == 1 {
+            mem.iommu = None;
+        }
+    }
+}
+
+impl Function {
+    /// No DMA, no interrupts, reset.
+    fn quiesce(&mut self, removing: bool) {
+        self.device.stop();
+        self.vectors.free(&self.device);
+        match self.device.reset(removing) {
+            Ok(()) => {}
+            Err(errno::ENODEV) => klog!(
+                Warning,
+                "ppt {}: it cannot be reset: its state goes from its last user to the next",
+                self.rid
+            ),
+            Err(_) => klog!(Error, "ppt {}: its reset fails", self.rid),
+        }
+        // The reset brought configuration space back as it was, without.
+        self.device.stop();
+    }
+}
+
+/// The list, once there is a function: a host may have some before it starts
+/// the rest of the module, and after it has ended that.
+static LIST: AtomicPtr<Mutex<Functions>> = AtomicPtr::new(ptr::null_mut());
+
+/// ENOENT: there has never been a function.
+fn lock() -> Result<MutexGuard<'static, Functions>, i32> {
+    let list = LIST.load(Ordering::Acquire);
+    // SAFETY: once made, it stays until `exit`, or beyond.
+    unsafe { list.as_ref() }
+        .map(Mutex::lock)
+        .ok_or(errno::ENOENT)
+}
+
+/// The list, made at need. ENOMEM.
+fn made() -> Result<MutexGuard<'static, Functions>, i32> {
+    if LIST.load(Ordering::Acquire).is_null() {
+        let new = Mutex::new(Functions::default())
+            .and_then(try_box)
+            .map_err(|_| errno::ENOMEM)?;
+        let new = Box::into_raw(new);
+        let old = LIST.compare_exchange(ptr::null_mut(), new, Ordering::AcqRel, Ordering::Acquire);
+        if old.is_err() {
+            // SAFETY: nobody has seen it.
+            drop(unsafe { Box::from_raw(new) });
+        }
+    }
+    lock()
+}
+
+/// The module ends: no VM is left.
+pub fn exit() {
+    if lock().is_ok_and(|list| list.0.is_empty()) {
+        let list = LIST.swap(ptr::null_mut(), Ordering::AcqRel);
+        // SAFETY: the host's ppt has given back all it had, and gets no more.
+        drop(unsafe { Box::from_raw(list) });
+    }
+}
+
+/// A function comes from the host. ENODEV: a bridge. ENOMEM.
+pub fn add(device: Device, rid: u16) -> Result<(), i32> {
+    if device.config(HEADER) >> 16 & 0x7f != 0 {
+        return Err(errno::ENODEV);
+    }
+    let rid = Rid(rid);
+    let mut name = crate::os::Line::new();
+    // Shorter than what fits.
+    let Rid(n) = rid;
+    let _ = write!(name, "ppt {:02x}:{:02x}.{}", n >> 8, n >> 3 & 31, n & 7);
+    let text = name.bytes();
+    let name = try_slice(text.len() + 1, |n| text.get(n).copied().unwrap_or(0))
+        .map_err(|_| errno::ENOMEM)?;
+    let f = Function {
+        device,
+        rid,
+        name,
+        bars: core::array::from_fn(|n| device.bar(n)),
+        vm: ptr::null(),
+        mmio: [None; MAX_MMIO],
+        vectors: Vectors::default(),
+    };
+    let mut list = made()?;
+    list.0.try_reserve(1).map_err(|_| errno::ENOMEM)?;
+    device.hold()?;
+    list.0.push(f);
+    Ok(())
+}
+
+/// A function goes back to the host, whoever has it.
+pub fn remove(device: *mut c_void) {
+    let Ok(mut list) = lock() else {
+        return;
+    };
+    let Some(at) = list.0.iter().position(|f| f.device.is(device)) else {
+        return;
+    };
+    if list.0.get(at).is_some_and(|f| !f.vm.is_null()) {
+        klog!(Warning, "a VM's PCI function is taken away from it");
+        list.unbind(at, true);
+    }
+    list.0.swap_remove(at).device.release();
+}
+
+/// Whether a VM has it.
+pub fn busy(device: *mut c_void) -> bool {
+    lock().is_ok_and(|list| {
+        list.0
+            .iter()
+            .any(|f| f.device.is(device) && !f.vm.is_null())
+    })
+}
+
+/// VM_BIND_PPTDEV.
+pub fn bind(vm: &Vm, rid: Rid) -> Result<(), i32> {
+    lock()?.bind(vm, rid)
+}
+
+/// VM_UNBIND_PPTDEV.
+pub fn unbind(vm: &Vm, rid: Rid) -> Result<(), i32> {
+    let mut list = lock()?;
+    list.of(vm, rid)?;
+    let at = list.position(rid)?;
+    list.unbind(at, false);
+    Ok(())
+}
+
+/// Whether the VM has functions. It is the VM's own business that this does not
+/// change at once.
+fn none(vm: &Vm) -> bool {
+    vm.functions.load(Ordering::Relaxed) == 0
+}
+
+/// Stops and resets all functions of a VM, which keeps them.
+pub fn quiesce(vm: &Vm) {
+    if none(vm) {
+        return;
+    }
+    let Ok(mut list) = lock() else {
+        return;
+    };
+    for f in &mut list.0 {
+        if ptr::eq(f.vm, vm) {
+            f.quiesce(false);
+        }
+    }
+}
+
+/// Takes all functions from a VM that goes.
+pub fn unbind_all(vm: &Vm) {
+    if none(vm) {
+        return;
+    }
+    let Ok(mut list) = lock() else {
+        return;
+    };
+    for at in 0..list.0.len() {
+        if list.0.get(at).is_some_and(|f| ptr::eq(f.vm, vm)) {
+            list.unbind(at, false);
+        }
+    }
+}
+
+/// VM_MAP_PPTDEV_MMIO.
+pub fn map_mmio(vm: &Vm, rid: Rid, gpa: u64, hpa: u64, len: u64) -> Result<(), i32> {
+    let mut list = lock()?;
+    list.of(vm, rid)?;
+    if len == 0 || (gpa | hpa | len) & 0xfff != 0 {
+        return Err(errno::EINVAL);
+    }
+    let end = gpa.checked_add(len).ok_or(errno::EINVAL)?;
+    // Not over what another function of the VM has there.
+    let taken = list
+        .0
+        .iter()
+        .filter(|f| ptr::eq(f.vm, vm))
+        .flat_map(|f| f.mmio.iter().flatten())
+        .any(|m| gpa < m.gpa.saturating_add(m.len) && m.gpa < end);
+    if taken {
+        return Err(errno::EINVAL);
+    }
+    let f = list.of(vm, rid)?;
+    let bar = f.bars.iter().flatten().find(|b| b.has(hpa, len));
+    let kind = match bar.ok_or(errno::EINVAL)?.kind {
+        Kind::Prefetchable => MemType::UncacheableMinus,
+        _ => MemType::Uncacheable,
+    };
+    let slot = f
+        .mmio
+        .iter_mut()
+        .find(|m| m.is_none())
+        .ok_or(errno::ENOSPC)?;
+    vm.map_mmio(gpa, hpa, len, kind)?;
+    *slot = Some(Mmio { gpa, len });
+    Ok(())
+}
+
+/// VM_UNMAP_PPTDEV_MMIO.
+pub fn unmap_mmio(vm: &Vm, rid: Rid, gpa: u64, len: u64) -> Result<(), i32> {
+    let mut list = lock()?;
+    let slot = list
+        .of(vm, rid)?
+        .mmio
+        .iter_mut()
+        .find(|m| m.is_some_and(|m| (m.gpa, m.len) == (gpa, len)))
+        .ok_or(errno::ENOENT)?;
+    vm.unmap_mmio(gpa, len)?;
+    *slot = None;
+    Ok(())
+}
+
+/// VM_PPTDEV_MSI.
+pub fn msi(vm: &Vm, rid: Rid, count: i32, address: u64, data: u64) -> Result<(), i32> {
+    let mut list = lock()?;
+    let f = list.of(vm, rid)?;
+    let count = usize::try_from(count).map_err(|_| errno::EINVAL)?;
+    if count > MAX_MSI || count > f.device.vectors(false) {
+        if f.device.vectors(false) == 0 {
+            klog!(Error, "ppt {rid}: it has no MSI, and INTx is not passed on");
+        }
+        return Err(errno::EINVAL);
+    }
+    if count == 0 {
+        if f.vectors.count(false) != 0 {
+            f.vectors.free(&f.device);
+        }
+        return Ok(());
+    }
+    if f.vectors.count(false) != count {
+        f.vectors.alloc(&f.device, vm, count, false)?;
+    }
+    for n in 0..count {
+        let message = (address, data.wrapping_add(n as u64));
+        if let Err(e) = f.vectors.route(&f.device, n, message, &f.name) {
+            f.vectors.free(&f.device);
+            return Err(e);
+        }
+    }
+    Ok(())
+}
+
+/// VM_PPTDEV_MSIX: entry `index` of the table, None: masked.
+pub fn msix(vm: &Vm, rid: Rid, index: usize, message: Option<(u64, u64)>) -> Result<(), i32> {
+    let mut list = lock()?;
+    let f = list.of(vm, rid)?;
+    let count = f.device.vectors(true);
+    if index >= count {
+        return Err(errno::EINVAL);
+    }
+    if f.vectors.count(true) == 0 {
+        f.vectors.alloc(&f.device, vm, count, true)?;
+    }
+    match message {
+        Some(m) => f.vectors.route(&f.device, index, m, &f.name),
+        None => {
+            f.vectors.mask(&f.device, index);
+            Ok(())
+        }
+    }
+}
+
+/// VM_PPTDEV_DISABLE_MSIX.
+pub fn disable_msix(vm: &Vm, rid: Rid) -> Result<(), i32> {
+    let mut list = lock()?;
+    let f = list.of(vm, rid)?;
+    if f.vectors.count(true) != 0 {
+        f.vectors.free(&f.device);
+    }
+    Ok(())
+}

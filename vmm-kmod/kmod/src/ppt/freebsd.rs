@@ -1,0 +1,273 @@
+//! PCI functions as FreeBSD has them. Kernel functions are called directly;
+//! what is a method or inline is in the shim's ppt.c.
+
+use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use core::ptr;
+
+use vmm_hw::ept::Prot;
+
+use super::bar::{Bar, Kind};
+use super::vector::{Vector, fired};
+use crate::errno;
+
+/// What begins a `struct pci_map` (dev/pci/pcivar.h).
+#[repr(C)]
+struct PciMap {
+    /// The register.
+    value: u64,
+    /// Binary logarithm of the length.
+    size: u64,
+}
+
+unsafe extern "C" {
+    fn vmm_host_ppt_config(dev: *mut c_void, at: c_int) -> u32;
+    fn vmm_host_ppt_stop(dev: *mut c_void);
+    fn vmm_host_ppt_vectors(dev: *mut c_void, msix: c_int) -> c_int;
+    fn vmm_host_ppt_alloc(dev: *mut c_void, n: c_int, msix: c_int) -> c_int;
+    fn vmm_host_ppt_free(dev: *mut c_void);
+
+    // sys/systm.h
+    fn kern_getenv(name: *const c_char) -> *mut c_char;
+    fn freeenv(value: *mut c_char);
+
+    // dev/pci/pcivar.h
+    fn pci_find_bar(dev: *mut c_void, register: c_int) -> *const PciMap;
+    fn pci_save_state(dev: *mut c_void);
+    fn pci_restore_state(dev: *mut c_void);
+    fn pcie_get_max_completion_timeout(dev: *mut c_void) -> c_int;
+    fn pcie_flr(dev: *mut c_void, max_delay: c_uint, force: bool) -> bool;
+    fn pci_power_reset(dev: *mut c_void) -> c_int;
+
+    // sys/bus.h
+    fn bus_alloc_resource(
+        dev: *mut c_void,
+        kind: c_int,
+        rid: *mut c_int,
+        start: u64,
+        end: u64,
+        count: u64,
+        flags: c_uint,
+    ) -> *mut c_void;
+    fn bus_release_resource(
+        dev: *mut c_void,
+        kind: c_int,
+        rid: c_int,
+        resource: *mut c_void,
+    ) -> c_int;
+    fn bus_setup_intr(
+        dev: *mut c_void,
+        resource: *mut c_void,
+        flags: c_int,
+        filter: extern "C" fn(*mut c_void) -> c_int,
+        handler: *const c_void,
+        arg: *mut c_void,
+        cookie: *mut *mut c_void,
+    ) -> c_int;
+    fn bus_teardown_intr(dev: *mut c_void, resource: *mut c_void, cookie: *mut c_void) -> c_int;
+}
+
+/// PCIR_BARS.
+const BAR0: c_int = 0x10;
+const SYS_RES_IRQ: c_int = 1;
+const RF_ACTIVE: c_uint = 2;
+/// INTR_TYPE_NET | INTR_MPSAFE.
+const INTR_FLAGS: c_int = 4 | 512;
+
+/// FILTER_HANDLED: the interrupt is the device's own.
+pub const HANDLED: c_int = 2;
+
+/// Whether pptdevs, pptdevs2 or pptdevs3 names the function, as "bus/slot/func".
+pub fn wanted(rid: u16) -> bool {
+    [c"pptdevs", c"pptdevs2", c"pptdevs3"].iter().any(|name| {
+        // SAFETY: the name ends with NUL.
+        let value = unsafe { kern_getenv(name.as_ptr()) };
+        if value.is_null() {
+            return false;
+        }
+        // SAFETY: a string of the kernel's, freed after its last use.
+        let text = unsafe { CStr::from_ptr(value) }.to_bytes();
+        let named = super::listed(text, super::Rid(rid));
+        // SAFETY: as above.
+        unsafe { freeenv(value) };
+        named
+    })
+}
+
+/// A function that ppt holds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Device(*mut c_void);
+
+// SAFETY: the kernel's own functions lock what they touch.
+unsafe impl Send for Device {}
+
+/// Functions that an IOMMU cannot tell apart.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Group(u16);
+
+/// An interrupt that is set up.
+pub struct Irq {
+    resource: *mut c_void,
+    cookie: *mut c_void,
+}
+
+extern "C" fn filter(arg: *mut c_void) -> c_int {
+    // SAFETY: `setup` gave it.
+    unsafe { fired(arg) }
+}
+
+impl Device {
+    /// # Safety
+    /// A device that stays attached until ppt's detach method; the other
+    /// arguments mean nothing here.
+    pub unsafe fn new(dev: *mut c_void, _: *mut c_void, _: *const c_void, _: usize) -> Self {
+        Device(dev)
+    }
+
+    /// Whether it is the one that the host calls so.
+    pub fn is(&self, dev: *mut c_void) -> bool {
+        self.0 == dev
+    }
+
+    /// Four bytes of configuration space; all ones if the function has gone.
+    pub fn config(&self, at: u16) -> u32 {
+        // SAFETY: `self` is attached.
+        unsafe { vmm_host_ppt_config(self.0, c_int::from(at)) }
+    }
+
+    /// A BAR, as the host has set it up.
+    pub fn bar(&self, n: usize) -> Option<Bar> {
+        // SAFETY: `self` is attached; the map stays as long as it is.
+        let map = unsafe { pci_find_bar(self.0, BAR0 + n as c_int * 4).as_ref() }?;
+        let (base, kind) = match (map.value & 1, map.value & 8) {
+            (0, 0) => (map.value & !0xf, Kind::Memory),
+            (0, _) => (map.value & !0xf, Kind::Prefetchable),
+            _ => (map.value & !3, Kind::Io),
+        };
+        let len = 1_u64.checked_shl(u32::try_from(map.size).ok()?)?;
+        (base != 0).then_some(Bar { base, len, kind })
+    }
+
+    /// Makes it do nothing by itself.
+    pub fn hold(&self) -> Result<(), i32> {
+        self.stop();
+        Ok(())
+    }
+
+    /// Undoes `hold`.
+    pub fn release(&self) {}
+
+    /// Bus mastering off, which MSI is a part of, and INTx.
+    pub fn stop(&self) {
+        // SAFETY: `self` is attached.
+        unsafe { vmm_host_ppt_stop(self.0) }
+    }
+
+    /// A function-level reset, or through a power state; configuration space is
+    /// as before. ENODEV: there is no way.
+    pub fn reset(&self, _removing: bool) -> Result<(), i32> {
+        // SAFETY: `self` is attached, and nobody uses it now.
+        unsafe {
+            pci_save_state(self.0);
+            let wait = (pcie_get_max_completion_timeout(self.0) / 1000).max(10);
+            let done = pcie_flr(self.0, wait as c_uint, true) || pci_power_reset(self.0) == 0;
+            pci_restore_state(self.0);
+            if done { Ok(()) } else { Err(errno::ENODEV) }
+        }
+    }
+
+    /// How many vectors the function has.
+    pub fn vectors(&self, msix: bool) -> usize {
+        // SAFETY: `self` is attached.
+        let n = unsafe { vmm_host_ppt_vectors(self.0, c_int::from(msix)) };
+        usize::try_from(n).unwrap_or(0)
+    }
+
+    /// Turns MSI or MSI-X on with `n` vectors. ENOSPC.
+    pub fn alloc_vectors(&self, n: usize, msix: bool) -> Result<(), i32> {
+        let n = c_int::try_from(n).map_err(|_| errno::EINVAL)?;
+        // SAFETY: `self` is attached.
+        match unsafe { vmm_host_ppt_alloc(self.0, n, c_int::from(msix)) } {
+            0 => Ok(()),
+            errno::ENOMEM => Err(errno::ENOMEM),
+            _ => Err(errno::ENOSPC),
+        }
+    }
+
+    /// Turns both off.
+    pub fn free_vectors(&self) {
+        // SAFETY: every vector has been torn down.
+        unsafe { vmm_host_ppt_free(self.0) }
+    }
+
+    /// Has interrupts of vector `nr` delivered to `to`.
+    pub fn setup(&self, nr: usize, to: &Vector, _name: &[u8]) -> Result<Irq, i32> {
+        let mut rid = nr as c_int + 1;
+        let mut cookie = ptr::null_mut();
+        // SAFETY: `to` lives until `teardown`, which its owner calls; nobody
+        // else uses this vector.
+        unsafe {
+            let resource =
+                bus_alloc_resource(self.0, SYS_RES_IRQ, &mut rid, 0, u64::MAX, 1, RF_ACTIVE);
+            if resource.is_null() {
+                return Err(errno::ENOSPC);
+            }
+            let error = bus_setup_intr(
+                self.0,
+                resource,
+                INTR_FLAGS,
+                filter,
+                ptr::null(),
+                ptr::from_ref(to).cast_mut().cast(),
+                &mut cookie,
+            );
+            if error != 0 {
+                bus_release_resource(self.0, SYS_RES_IRQ, rid, resource);
+                return Err(error);
+            }
+            Ok(Irq { resource, cookie })
+        }
+    }
+
+    /// Undoes `setup`; the handler has ended when this returns.
+    pub fn teardown(&self, irq: Irq, nr: usize, _to: &Vector) {
+        // SAFETY: pairs with `setup`.
+        unsafe {
+            bus_teardown_intr(self.0, irq.resource, irq.cookie);
+            bus_release_resource(self.0, SYS_RES_IRQ, nr as c_int + 1, irq.resource);
+        }
+    }
+
+    /// Its IOMMU group, None: no IOMMU has it.
+    pub fn group(&self) -> Option<Group> {
+        None
+    }
+
+    /// FreeBSD 12 to 15 set MSI and I/O APIC up without remapping, as their
+    /// own vmm.ko finds good enough: a guest can send the host interrupts.
+    pub fn interrupts_safe(&self, _group: &Group) -> bool {
+        true
+    }
+}
+
+/// An address space of the IOMMU: none yet.
+pub struct Domain(());
+
+impl Domain {
+    /// ENXIO: no IOMMU.
+    pub fn new(_device: &Device) -> Result<Self, i32> {
+        Err(errno::ENXIO)
+    }
+
+    /// Maps memory; all three are multiples of 4 KiB. ENOMEM.
+    pub fn map(&mut self, _gpa: u64, _hpa: u64, _len: u64, _prot: Prot) -> Result<(), i32> {
+        Err(errno::ENXIO)
+    }
+
+    /// Puts a group under it.
+    pub fn attach(&self, _group: &Group) -> Result<(), i32> {
+        Err(errno::ENXIO)
+    }
+
+    /// Takes a group away from it.
+    pub fn detach(&self, _group: &Group) {}
+}

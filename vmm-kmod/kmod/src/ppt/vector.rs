@@ -1,0 +1,121 @@
+//! Interrupts of a PCI function on their way to the guest.
+
+use alloc::boxed::Box;
+use core::ffi::{c_int, c_void};
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use vmm_core::apicbus::ApicMessage;
+
+use super::host::{self, Device, Irq};
+use crate::errno;
+use crate::sync::try_slice;
+use crate::vm::Vm;
+
+/// Longest list of MSI vectors (PCI Local Bus 3.0 §6.8.1.3).
+pub const MAX_MSI: usize = 32;
+
+/// A vector of the host and the guest's message that it stands for.
+pub struct Vector {
+    vm: *const Vm,
+    /// Address in the low half, data in the high one.
+    message: AtomicU64,
+    irq: Option<Irq>,
+}
+
+// SAFETY: `vm` is only used while the function is the VM's; the rest is atomic
+// or changed by the owner of the function's lock alone.
+unsafe impl Send for Vector {}
+// SAFETY: as above.
+unsafe impl Sync for Vector {}
+
+/// Refuses what is no interrupt message. EINVAL.
+fn packed(address: u64, data: u64) -> Result<u64, i32> {
+    ApicMessage::from_msi(address, data).map_err(|_| errno::EINVAL)?;
+    // The address is below 4 GiB, and no meaning beyond 16 bits of data is known.
+    Ok(address & 0xffff_ffff | data << 32)
+}
+
+/// The function has sent the interrupt (interrupt context).
+///
+/// # Safety
+/// `vector` is one that has been set up and not been torn down.
+pub unsafe fn fired(vector: *mut c_void) -> c_int {
+    // SAFETY: by the caller's word.
+    let vector = unsafe { &*vector.cast::<Vector>() };
+    let packed = vector.message.load(Ordering::Acquire);
+    if let Ok(message) = ApicMessage::from_msi(packed & 0xffff_ffff, packed >> 32) {
+        // SAFETY: the VM gives its functions back before it goes.
+        unsafe { &*vector.vm }.deliver(&message);
+    }
+    host::HANDLED
+}
+
+/// The vectors that a function has in use.
+#[derive(Default)]
+pub struct Vectors {
+    msix: bool,
+    list: Box<[Vector]>,
+}
+
+impl Vectors {
+    /// How many there are, of MSI or of MSI-X.
+    pub fn count(&self, msix: bool) -> usize {
+        if self.msix == msix {
+            self.list.len()
+        } else {
+            0
+        }
+    }
+
+    /// Allocates `n`, none of them set up. ENOMEM, ENOSPC.
+    pub fn alloc(&mut self, device: &Device, vm: &Vm, n: usize, msix: bool) -> Result<(), i32> {
+        self.free(device);
+        let list = try_slice(n, |_| Vector {
+            vm,
+            message: AtomicU64::new(0),
+            irq: None,
+        })
+        .map_err(|_| errno::ENOMEM)?;
+        device.alloc_vectors(n, msix)?;
+        *self = Vectors { msix, list };
+        Ok(())
+    }
+
+    /// Has vector `n` deliver a message. EINVAL.
+    pub fn route(
+        &mut self,
+        device: &Device,
+        n: usize,
+        (address, data): (u64, u64),
+        name: &[u8],
+    ) -> Result<(), i32> {
+        let packed = packed(address, data)?;
+        let vector = self.list.get_mut(n).ok_or(errno::EINVAL)?;
+        vector.message.store(packed, Ordering::Release);
+        if vector.irq.is_none() {
+            vector.irq = Some(device.setup(n, vector, name)?);
+        }
+        Ok(())
+    }
+
+    /// Masks vector `n`.
+    pub fn mask(&mut self, device: &Device, n: usize) {
+        if let Some(vector) = self.list.get_mut(n)
+            && let Some(irq) = vector.irq.take()
+        {
+            device.teardown(irq, n, vector);
+        }
+    }
+
+    /// Gives all back to the host.
+    pub fn free(&mut self, device: &Device) {
+        if self.list.is_empty() {
+            return;
+        }
+        for n in 0..self.list.len() {
+            self.mask(device, n);
+        }
+        device.free_vectors();
+        self.list = Box::default();
+    }
+}
