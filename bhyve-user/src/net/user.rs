@@ -3,17 +3,19 @@
 //! host. `slirp` in bhyve's words; the addresses are slirp's too.
 //!
 //! ```text
-//! 10.0.2.2    the gateway, and the host itself (its loopback interface)
-//! 10.0.2.3    name server: the host's
-//! 10.0.2.15   the guest, by DHCP
+//! 10.0.2.2    fec0::2    the gateway, and the host itself (its loopback interface)
+//! 10.0.2.3    fec0::3    name server: the host's
+//! 10.0.2.15   fec0::/64  the guest, by DHCP, by router advertisement
 //! ```
 //!
 //! TCP is smoltcp's at the guest's side and the host's at the other
-//! (`tcp`); UDP and ICMP are translated datagram by datagram (`udp`).
+//! (`tcp`); UDP and ICMP are translated datagram by datagram (`udp`); what is
+//! IPv6's alone is in `ipv6`.
 //! Everything the guest writes is parsed by smoltcp's checked packet types.
 //! There is no thread of its own: whoever sends and receives moves it on.
 
 mod dhcp;
+mod ipv6;
 mod link;
 pub mod options;
 mod resolver;
@@ -21,7 +23,7 @@ mod tcp;
 mod udp;
 
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -29,12 +31,13 @@ use mio::{Events, Poll, Token};
 use smoltcp::time::Instant as SmolInstant;
 use smoltcp::wire::{
     ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol,
-    Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, IpAddress, IpProtocol, Ipv4Packet, Ipv4Repr,
-    TcpPacket, UdpPacket,
+    Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, Icmpv6DstUnreachable, IpAddress, IpProtocol,
+    Ipv4Packet, Ipv4Repr, Ipv6Packet, TcpPacket, UdpPacket,
 };
 
 use super::mac::Mac;
 use super::{HEADER, Header, NEEDS_CSUM, Offloads, Port};
+use ipv6::{DNS6, GATEWAY6};
 use link::Link;
 use options::{Forward, Options, Protocol};
 use tcp::Key;
@@ -88,9 +91,73 @@ fn local(ip: Ipv4Addr) -> bool {
 
 /// Whether a guest may have an address: one of its network that means nothing
 /// else there.
-fn ours(ip: Ipv4Addr) -> bool {
-    let [.., d] = ip.octets();
-    local(ip) && (4..255).contains(&d)
+fn ours(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => {
+            let [.., d] = ip.octets();
+            local(ip) && (4..255).contains(&d)
+        }
+        IpAddr::V6(ip) => ipv6::ours(ip),
+    }
+}
+
+/// Under what address a guest sees somebody who comes by a forwarded port: his
+/// own, unless that means something else in the guest's world or is of the
+/// other kind; then the gateway's.
+fn seen(from: SocketAddr, guest: SocketAddr) -> SocketAddr {
+    let ip = match (from.ip().to_canonical(), guest) {
+        (IpAddr::V4(a), SocketAddr::V4(_)) if !a.is_loopback() && !local(a) => a.into(),
+        (IpAddr::V6(a), SocketAddr::V6(_)) if ipv6::outside(a) => a.into(),
+        (_, SocketAddr::V4(_)) => GATEWAY.into(),
+        (_, SocketAddr::V6(_)) => GATEWAY6.into(),
+    };
+    SocketAddr::new(ip, from.port())
+}
+
+/// A packet of the guest's.
+#[derive(Clone, Copy)]
+struct Packet<'a> {
+    from: IpAddr,
+    to: IpAddr,
+    payload: &'a [u8],
+    /// With its header.
+    whole: &'a [u8],
+}
+
+impl<'a> Packet<'a> {
+    /// The parts of a packet that has been checked.
+    fn parse(whole: &'a [u8]) -> Option<Packet<'a>> {
+        if let Ok(ip) = Ipv4Packet::new_checked(whole)
+            && ip.version() == 4
+        {
+            let (from, to) = (ip.src_addr().into(), ip.dst_addr().into());
+            let payload = ip.payload();
+            return Some(Packet {
+                from,
+                to,
+                payload,
+                whole,
+            });
+        }
+        let ip = Ipv6Packet::new_checked(whole).ok()?;
+        let (from, to) = (ip.src_addr().into(), ip.dst_addr().into());
+        let payload = ip.payload();
+        Some(Packet {
+            from,
+            to,
+            payload,
+            whole,
+        })
+    }
+}
+
+/// Why a packet comes to nothing.
+#[derive(Clone, Copy)]
+enum Reason {
+    Net,
+    Host,
+    Port,
+    Prohibited,
 }
 
 /// Something that an outsider cannot guess, for TCP's first sequence number.
@@ -130,6 +197,8 @@ pub struct UserNet {
     tcp_forwards: Vec<tcp::Forward>,
     udp_forwards: Vec<udp::Forward>,
     buffer: Vec<u8>,
+    /// When the router makes itself known again, to a guest that asked once.
+    advert: Option<Instant>,
 }
 
 impl UserNet {
@@ -165,6 +234,7 @@ impl UserNet {
             tcp_forwards,
             udp_forwards,
             buffer: vec![0; DATAGRAM],
+            advert: None,
         })
     }
 
@@ -175,10 +245,16 @@ impl UserNet {
     }
 
     /// Where the host finds what the guest calls `ip`, for its `port`.
-    fn outside(&mut self, ip: Ipv4Addr, port: u16) -> Option<IpAddr> {
+    fn outside(&mut self, ip: IpAddr, port: u16) -> Option<IpAddr> {
         if !self.open {
             return None;
         }
+        let ip = match ip {
+            IpAddr::V4(ip) => ip,
+            IpAddr::V6(GATEWAY6) => return Some(Ipv6Addr::LOCALHOST.into()),
+            IpAddr::V6(DNS6) if port == DNS_PORT => return self.resolver.server(),
+            IpAddr::V6(ip) => return ipv6::outside(ip).then_some(ip.into()),
+        };
         match ip {
             GATEWAY => Some(Ipv4Addr::LOCALHOST.into()),
             DNS if port == DNS_PORT => self.resolver.server(),
@@ -222,13 +298,40 @@ impl UserNet {
     }
 
     /// Tells the guest that its packet came to nothing.
-    fn unreachable(&mut self, ip: &Ipv4Packet<&[u8]>, reason: Icmpv4DstUnreachable) {
+    fn unreachable(&mut self, packet: &Packet<'_>, reason: Reason) {
+        match packet.to {
+            IpAddr::V4(_) => {
+                let reason = match reason {
+                    Reason::Net => Icmpv4DstUnreachable::NetUnreachable,
+                    Reason::Host => Icmpv4DstUnreachable::HostUnreachable,
+                    Reason::Port => Icmpv4DstUnreachable::PortUnreachable,
+                    Reason::Prohibited => Icmpv4DstUnreachable::HostProhibited,
+                };
+                self.unreachable4(packet.whole, reason);
+            }
+            IpAddr::V6(_) => {
+                let reason = match reason {
+                    Reason::Net => Icmpv6DstUnreachable::NoRoute,
+                    Reason::Host => Icmpv6DstUnreachable::AddrUnreachable,
+                    Reason::Port => Icmpv6DstUnreachable::PortUnreachable,
+                    Reason::Prohibited => Icmpv6DstUnreachable::AdminProhibit,
+                };
+                self.unreachable6(packet.whole, reason);
+            }
+        }
+    }
+
+    fn unreachable4(&mut self, packet: &[u8], reason: Icmpv4DstUnreachable) {
+        let Ok(ip) = Ipv4Packet::new_checked(packet) else {
+            return;
+        };
         // Never about a broadcast or the like (RFC 1122 §3.2.2).
         let to = ip.dst_addr();
         if to.is_broadcast() || to.is_multicast() || (local(to) && to.octets().ends_with(&[255])) {
             return;
         }
-        let Ok(header) = Ipv4Repr::parse(ip, &smoltcp::phy::ChecksumCapabilities::ignored()) else {
+        let Ok(header) = Ipv4Repr::parse(&ip, &smoltcp::phy::ChecksumCapabilities::ignored())
+        else {
             return;
         };
         let data = ip.payload();
@@ -241,7 +344,7 @@ impl UserNet {
         self.link.icmp(GATEWAY, ip.src_addr(), &repr);
     }
 
-    fn icmp(&mut self, ip: &Ipv4Packet<&[u8]>) {
+    fn icmp(&mut self, ip: &Ipv4Packet<&[u8]>, whole: &Packet<'_>) {
         let Ok(packet) = Icmpv4Packet::new_checked(ip.payload()) else {
             return;
         };
@@ -263,23 +366,23 @@ impl UserNet {
             self.link.icmp(ip.dst_addr(), ip.src_addr(), &reply);
         } else {
             // A process has no right to send an echo: the guest is told so.
-            self.unreachable(ip, Icmpv4DstUnreachable::HostProhibited);
+            self.unreachable(whole, Reason::Prohibited);
         }
     }
 
-    fn tcp(&mut self, header: Header, ip: &Ipv4Packet<&[u8]>, whole: &[u8]) {
-        let Ok(packet) = TcpPacket::new_checked(ip.payload()) else {
+    fn tcp(&mut self, header: Header, ip: &Packet<'_>) {
+        let Ok(packet) = TcpPacket::new_checked(ip.payload) else {
             return;
         };
-        let (from, to) = (ip.src_addr(), ip.dst_addr());
+        let (from, to, whole) = (ip.from, ip.to, ip.whole);
         // One that is left to us is right: nothing happened to it on the way.
         let trusted = header.flags & NEEDS_CSUM != 0;
         if !trusted && !packet.verify_checksum(&from.into(), &to.into()) {
             return;
         }
         let key = Key {
-            guest: SocketAddrV4::new(from, packet.src_port()),
-            peer: SocketAddrV4::new(to, packet.dst_port()),
+            guest: SocketAddr::new(from, packet.src_port()),
+            peer: SocketAddr::new(to, packet.dst_port()),
         };
         // smoltcp takes nothing else for an interface's address.
         let unicast = IpAddress::from(to).is_unicast();
@@ -296,8 +399,12 @@ impl UserNet {
             return;
         }
         let Some(host) = self.outside(to, key.peer.port()) else {
-            if self.open && !local(to) {
-                self.unreachable(ip, Icmpv4DstUnreachable::HostUnreachable);
+            let here = match to {
+                IpAddr::V4(to) => local(to),
+                IpAddr::V6(to) => ipv6::local(to),
+            };
+            if self.open && !here {
+                self.unreachable(ip, Reason::Host);
             } else {
                 tcp::refuse(whole, to, &mut self.link, now);
             }
@@ -316,31 +423,34 @@ impl UserNet {
     /// Answers a SYN whose connection the host could not make.
     fn not_connected(&mut self, syn: &[u8], why: &io::Error) {
         let now = self.now();
-        let Ok(ip) = Ipv4Packet::new_checked(syn) else {
+        let Some(ip) = Packet::parse(syn) else {
             return;
         };
         match why.kind() {
             ErrorKind::HostUnreachable | ErrorKind::TimedOut => {
-                self.unreachable(&ip, Icmpv4DstUnreachable::HostUnreachable);
+                self.unreachable(&ip, Reason::Host);
             }
             ErrorKind::NetworkUnreachable => {
-                self.unreachable(&ip, Icmpv4DstUnreachable::NetUnreachable);
+                self.unreachable(&ip, Reason::Net);
             }
-            _ => tcp::refuse(syn, ip.dst_addr(), &mut self.link, now),
+            _ => tcp::refuse(syn, ip.to, &mut self.link, now),
         }
     }
 
-    fn udp(&mut self, header: Header, source: EthernetAddress, ip: &Ipv4Packet<&[u8]>) {
-        let Ok(packet) = UdpPacket::new_checked(ip.payload()) else {
+    fn udp(&mut self, header: Header, source: EthernetAddress, ip: &Packet<'_>) {
+        let Ok(packet) = UdpPacket::new_checked(ip.payload) else {
             return;
         };
-        let (from, to) = (ip.src_addr(), ip.dst_addr());
+        let (from, to) = (ip.from, ip.to);
         let trusted = header.flags & NEEDS_CSUM != 0;
-        if !trusted && packet.checksum() != 0 && !packet.verify_checksum(&from.into(), &to.into()) {
+        // IPv4's may be left out.
+        let summed = packet.checksum() != 0 || to.is_ipv6();
+        if !trusted && summed && !packet.verify_checksum(&from.into(), &to.into()) {
             return;
         }
         let data = packet.payload();
-        if packet.dst_port() == dhcp::SERVER && (to == GATEWAY || to.is_broadcast()) {
+        let server = to == GATEWAY || to == Ipv4Addr::BROADCAST;
+        if packet.dst_port() == dhcp::SERVER && server {
             dhcp::serve(&mut self.link, source, data, self.open);
             return;
         }
@@ -348,8 +458,8 @@ impl UserNet {
             return;
         }
         let key = Key {
-            guest: SocketAddrV4::new(from, packet.src_port()),
-            peer: SocketAddrV4::new(to, packet.dst_port()),
+            guest: SocketAddr::new(from, packet.src_port()),
+            peer: SocketAddr::new(to, packet.dst_port()),
         };
         let now = Instant::now();
         for f in &mut self.udp_forwards {
@@ -365,7 +475,7 @@ impl UserNet {
             None => udp::Fate::Refused,
         };
         if matches!(fate, udp::Fate::Refused) {
-            self.unreachable(ip, Icmpv4DstUnreachable::PortUnreachable);
+            self.unreachable(ip, Reason::Port);
         }
     }
 
@@ -380,19 +490,24 @@ impl UserNet {
             return;
         }
         let from = ip.src_addr();
-        if ours(from) {
+        if ours(from.into()) {
             self.link.guest = source;
         } else if !from.is_unspecified() || ip.next_header() != IpProtocol::Udp {
             return;
         }
         // Behind the packet there may be padding.
         let len = usize::from(ip.total_len());
-        let packet = data.get(..len).unwrap_or(data);
+        let packet = Packet {
+            from: from.into(),
+            to: ip.dst_addr().into(),
+            payload: ip.payload(),
+            whole: data.get(..len).unwrap_or(data),
+        };
         match ip.next_header() {
-            IpProtocol::Tcp => self.tcp(header, &ip, packet),
-            IpProtocol::Udp => self.udp(header, source, &ip),
-            IpProtocol::Icmp => self.icmp(&ip),
-            _ => self.unreachable(&ip, Icmpv4DstUnreachable::ProtoUnreachable),
+            IpProtocol::Tcp => self.tcp(header, &packet),
+            IpProtocol::Udp => self.udp(header, source, &packet),
+            IpProtocol::Icmp => self.icmp(&ip, &packet),
+            _ => self.unreachable4(packet.whole, Icmpv4DstUnreachable::ProtoUnreachable),
         }
     }
 
@@ -410,12 +525,18 @@ impl UserNet {
             return;
         };
         let (from, to) = (eth.src_addr(), eth.dst_addr());
-        if !from.is_unicast() || (to != GATEWAY_MAC && !to.is_broadcast()) {
+        let for_us = to == GATEWAY_MAC;
+        if !from.is_unicast() {
             return;
         }
         match eth.ethertype() {
-            EthernetProtocol::Arp => self.arp(eth.payload()),
-            EthernetProtocol::Ipv4 => self.ipv4(header, from, eth.payload()),
+            EthernetProtocol::Arp if for_us || to.is_broadcast() => self.arp(eth.payload()),
+            EthernetProtocol::Ipv4 if for_us || to.is_broadcast() => {
+                self.ipv4(header, from, eth.payload());
+            }
+            EthernetProtocol::Ipv6 if for_us || to.is_multicast() => {
+                self.ipv6(header, from, eth.payload());
+            }
             _ => {}
         }
     }
@@ -472,6 +593,7 @@ impl UserNet {
         }
         self.tcp.timers(all, &mut self.link, now);
         self.udp.timers(Instant::now());
+        self.advertise_when_due();
     }
 }
 
@@ -519,24 +641,29 @@ fn accept(
 
 impl Port for UserNet {
     /// Checksums are not looked at, and TCP in one piece is as good as in
-    /// many. IPv6 is not spoken.
+    /// many.
     fn takes(&self) -> Offloads {
         Offloads {
             csum: true,
             tso4: true,
-            tso6: false,
+            tso6: true,
             ecn: false,
         }
     }
 
+    /// smoltcp makes no large segments for IPv6.
     fn gives(&self) -> Offloads {
-        self.takes()
+        Offloads {
+            tso6: false,
+            ..self.takes()
+        }
     }
 
     fn guest_takes(&mut self, offloads: Offloads) -> io::Result<()> {
         self.tcp.clear();
         self.udp.clear();
         self.link.clear();
+        self.advert = None;
         self.link.guest_takes = offloads;
         Ok(())
     }
@@ -566,7 +693,8 @@ impl Port for UserNet {
             let us = u64::try_from(at.total_micros()).unwrap_or(0);
             self.start + Duration::from_micros(us)
         });
-        tcp.into_iter().chain(self.udp.due()).min()
+        let all = tcp.into_iter().chain(self.udp.due()).chain(self.advert);
+        all.min()
     }
 }
 

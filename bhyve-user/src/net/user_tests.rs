@@ -12,6 +12,9 @@ use smoltcp::wire::{HardwareAddress, IpCidr};
 use super::*;
 use crate::net::{ETHERNET, GSO_TCPV4, LARGEST};
 
+#[path = "ipv6_tests.rs"]
+mod six;
+
 const MAC: Mac = Mac([0, 0xa0, 0x98, 1, 2, 3]);
 
 /// The guest's card: the other end of the port.
@@ -140,12 +143,12 @@ impl TestGuest {
         self.sockets.add(gtcp::Socket::new(buffer(), buffer()))
     }
 
-    fn connect(&mut self, ip: Ipv4Addr, port: u16) -> SocketHandle {
+    fn connect(&mut self, ip: impl Into<IpAddress>, port: u16) -> SocketHandle {
         let handle = self.tcp();
         let socket = self.sockets.get_mut::<gtcp::Socket>(handle);
         let cx = self.interface.context();
         socket
-            .connect(cx, (ip, port), 40000 + port % 20000)
+            .connect(cx, (ip.into(), port), 40000 + port % 20000)
             .unwrap();
         handle
     }
@@ -176,7 +179,11 @@ fn pattern(n: usize) -> Vec<u8> {
 
 /// A host's server that sends back what it gets, until its end.
 fn echo() -> (u16, JoinHandle<usize>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    echo_at("127.0.0.1:0")
+}
+
+fn echo_at(address: &str) -> (u16, JoinHandle<usize>) {
+    let listener = TcpListener::bind(address).unwrap();
     let port = listener.local_addr().unwrap().port();
     let server = thread::spawn(move || {
         let (mut s, _) = listener.accept().unwrap();
@@ -196,8 +203,14 @@ fn echo() -> (u16, JoinHandle<usize>) {
 /// the other's end.
 fn transfer(offloads: Offloads) -> TestGuest {
     let (port, server) = echo();
-    let mut guest = TestGuest::new("open", offloads);
-    let handle = guest.connect(GATEWAY, port);
+    let guest = TestGuest::new("open", offloads);
+    let guest = transfer_to(guest, GATEWAY.into(), port);
+    server.join().unwrap();
+    guest
+}
+
+fn transfer_to(mut guest: TestGuest, gateway: IpAddress, port: u16) -> TestGuest {
+    let handle = guest.connect(gateway, port);
     let data = pattern(1 << 20);
     let (mut sent, mut back) = (0, Vec::new());
     guest.until(|sockets| {
@@ -219,7 +232,6 @@ fn transfer(offloads: Offloads) -> TestGuest {
         let s = sockets.get_mut::<gtcp::Socket>(handle);
         matches!(s.state(), gtcp::State::TimeWait | gtcp::State::Closed).then_some(())
     });
-    server.join().unwrap();
     guest
 }
 
@@ -344,7 +356,7 @@ fn addresses_of_the_guests_own_network_lead_nowhere() {
             ..Options::default()
         };
         let mut net = UserNet::new(&o, MAC, 1500).unwrap();
-        assert_eq!(net.outside(Ipv4Addr::from(ip), 80), None, "{ip:?}");
+        assert_eq!(net.outside(Ipv4Addr::from(ip).into(), 80), None, "{ip:?}");
     }
 }
 
@@ -565,7 +577,7 @@ fn frames() -> Vec<Vec<u8>> {
             repr.emit(&mut packet, &from, &to, len, body, caps);
         })
     };
-    vec![
+    let mut all = vec![
         frame(EthernetProtocol::Arp, 28, &|b| {
             arp.emit(&mut ArpPacket::new_unchecked(b));
         }),
@@ -580,7 +592,9 @@ fn frames() -> Vec<Vec<u8>> {
             b.copy_from_slice(&[8, 0, 0xf7, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         }),
         ipv4(IpProtocol::Igmp, GATEWAY, 8, &|_| ()),
-    ]
+    ];
+    all.extend(six::messages());
+    all
 }
 
 /// A number that depends on all before.

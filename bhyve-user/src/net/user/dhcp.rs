@@ -1,6 +1,6 @@
 //! The DHCP server (RFC 2131): one address, always the same.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use smoltcp::wire::{DhcpMessageType, DhcpOption, DhcpPacket, DhcpRepr, EthernetAddress};
 
@@ -102,6 +102,6 @@ pub fn serve(link: &mut Link, from: EthernetAddress, message: &[u8], dns: bool) 
     } else {
         (from, GUEST)
     };
-    let server = SocketAddrV4::new(GATEWAY, SERVER);
-    link.udp(mac, server, SocketAddrV4::new(ip, CLIENT), &bytes);
+    let server = SocketAddr::new(GATEWAY.into(), SERVER);
+    link.udp(mac, server, SocketAddr::new(ip.into(), CLIENT), &bytes);
 }

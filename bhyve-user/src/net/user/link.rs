@@ -2,12 +2,14 @@
 //! headers around what the other modules have to say.
 
 use std::collections::VecDeque;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
-    EthernetAddress, EthernetFrame, EthernetProtocol, Icmpv4Packet, Icmpv4Repr, IpProtocol,
-    Ipv4Packet, Ipv4Repr, TcpPacket, UdpPacket, UdpRepr, checksum,
+    EthernetAddress, EthernetFrame, EthernetProtocol, Icmpv4Packet, Icmpv4Repr, Icmpv6Packet,
+    Icmpv6Repr, IpAddress as Address, IpProtocol, IpVersion, Ipv4Packet, Ipv4Repr, Ipv6ExtHeader,
+    Ipv6FragmentHeader, Ipv6FragmentRepr, Ipv6Packet, Ipv6Repr, TcpPacket, UdpPacket, UdpRepr,
+    checksum,
 };
 
 use super::GATEWAY_MAC;
@@ -22,6 +24,11 @@ const SPARE: usize = 16;
 const SPARE_BYTES: usize = 4096;
 /// Bytes of an IPv4 header without options.
 const IPV4: usize = 20;
+/// Bytes of an IPv6 header, and of what makes a fragment one.
+const IPV6: usize = 40;
+const FRAGMENT: usize = 8;
+/// Hops that a packet of ours may take.
+const HOPS: u8 = 64;
 /// Where TCP's checksum is, bytes into its header.
 const TCP_CSUM: u16 = 16;
 
@@ -120,32 +127,38 @@ impl Link {
         });
     }
 
-    /// Queues a TCP packet of `len` bytes, IPv4 header included, that `fill`
+    /// Queues a TCP packet of `len` bytes, IP header included, that `fill`
     /// writes without TCP's checksum; `segment` is the payload of each piece
-    /// that it has to be cut into.
+    /// that it has to be cut into (over IPv4).
     pub fn tcp<R>(
         &mut self,
+        version: IpVersion,
         len: usize,
         segment: Option<u16>,
         fill: impl FnOnce(&mut [u8]) -> R,
     ) -> R {
         let csum = self.guest_takes.csum;
-        self.frame(self.guest, EthernetProtocol::Ipv4, len, |b| {
+        let ethertype = match version {
+            IpVersion::Ipv4 => EthernetProtocol::Ipv4,
+            IpVersion::Ipv6 => EthernetProtocol::Ipv6,
+        };
+        self.frame(self.guest, ethertype, len, |b| {
             let result = fill(b);
-            let mut ip = Ipv4Packet::new_unchecked(b);
-            let (from, to) = (ip.src_addr(), ip.dst_addr());
-            let start = usize::from(ip.header_len());
-            let Ok(mut tcp) = TcpPacket::new_checked(ip.payload_mut()) else {
+            let Some((from, to, start)) = ends(version, b) else {
+                return (Header::default(), result);
+            };
+            let tcp_len = len.saturating_sub(start) as u32;
+            let rest = b.get_mut(start..).unwrap_or_default();
+            let Ok(mut tcp) = TcpPacket::new_checked(rest) else {
                 return (Header::default(), result);
             };
             if !csum {
-                tcp.fill_checksum(&from.into(), &to.into());
+                tcp.fill_checksum(&from, &to);
                 return (Header::default(), result);
             }
             let headers = usize::from(tcp.header_len()) + start + ETHERNET;
-            let tcp_len = len.saturating_sub(start) as u32;
             // The sum of the pseudo-header, for the receiver to go on from.
-            tcp.set_checksum(checksum::pseudo_header_v4(
+            tcp.set_checksum(checksum::pseudo_header(
                 &from,
                 &to,
                 IpProtocol::Tcp,
@@ -188,7 +201,7 @@ impl Link {
                 dst_addr: to_ip,
                 next_header: protocol,
                 payload_len: part.len(),
-                hop_limit: 64,
+                hop_limit: HOPS,
             };
             self.frame(to, EthernetProtocol::Ipv4, IPV4 + part.len(), |b| {
                 let mut ip = Ipv4Packet::new_unchecked(b);
@@ -206,8 +219,67 @@ impl Link {
         }
     }
 
-    /// Queues a datagram.
-    pub fn udp(&mut self, to: EthernetAddress, from: SocketAddrV4, dst: SocketAddrV4, data: &[u8]) {
+    /// Queues an IPv6 packet, in fragments if it has to be (RFC 8200 §4.5).
+    pub fn ipv6(
+        &mut self,
+        to: EthernetAddress,
+        (from_ip, to_ip): (Ipv6Addr, Ipv6Addr),
+        protocol: IpProtocol,
+        hop_limit: u8,
+        payload: &[u8],
+    ) {
+        let room = self.mtu.saturating_sub(IPV6);
+        let whole = payload.len() <= room;
+        let most = if whole {
+            payload.len().max(1)
+        } else {
+            room.saturating_sub(FRAGMENT).max(8) & !7
+        };
+        self.ident = self.ident.wrapping_add(1);
+        let ident = self.ident;
+        let count = payload.len().div_ceil(most).max(1);
+        let extra = if whole { 0 } else { FRAGMENT };
+        for i in 0..count {
+            let at = i * most;
+            let part = payload.get(at..).unwrap_or_default();
+            let part = part.get(..most).unwrap_or(part);
+            let repr = Ipv6Repr {
+                src_addr: from_ip,
+                dst_addr: to_ip,
+                next_header: if whole {
+                    protocol
+                } else {
+                    IpProtocol::Ipv6Frag
+                },
+                payload_len: extra + part.len(),
+                hop_limit,
+            };
+            let len = IPV6 + extra + part.len();
+            self.frame(to, EthernetProtocol::Ipv6, len, |b| {
+                let mut ip = Ipv6Packet::new_unchecked(b);
+                repr.emit(&mut ip);
+                let body = ip.payload_mut();
+                if !whole {
+                    let mut next = Ipv6ExtHeader::new_unchecked(&mut *body);
+                    next.set_next_header(protocol);
+                    next.set_header_len(0);
+                    let fragment = Ipv6FragmentRepr {
+                        frag_offset: (at / 8) as u16,
+                        more_frags: i + 1 < count,
+                        ident: ident.into(),
+                    };
+                    fragment.emit(&mut Ipv6FragmentHeader::new_unchecked(next.payload_mut()));
+                }
+                if let Some(to) = body.get_mut(extra..) {
+                    to.copy_from_slice(part);
+                }
+                (Header::default(), ())
+            });
+        }
+    }
+
+    /// Queues a datagram; both addresses are of one kind.
+    pub fn udp(&mut self, to: EthernetAddress, from: SocketAddr, dst: SocketAddr, data: &[u8]) {
         let repr = UdpRepr {
             src_port: from.port(),
             dst_port: dst.port(),
@@ -219,13 +291,21 @@ impl Link {
         let mut datagram = vec![0; len];
         repr.emit(
             &mut UdpPacket::new_unchecked(&mut datagram),
-            &(*from.ip()).into(),
-            &(*dst.ip()).into(),
+            &from.ip().into(),
+            &dst.ip().into(),
             data.len(),
             |b| b.copy_from_slice(data),
             &ChecksumCapabilities::default(),
         );
-        self.ipv4(to, *from.ip(), *dst.ip(), IpProtocol::Udp, &datagram);
+        match (from.ip(), dst.ip()) {
+            (IpAddr::V4(from), IpAddr::V4(dst)) => {
+                self.ipv4(to, from, dst, IpProtocol::Udp, &datagram);
+            }
+            (IpAddr::V6(from), IpAddr::V6(dst)) => {
+                self.ipv6(to, (from, dst), IpProtocol::Udp, HOPS, &datagram);
+            }
+            _ => {}
+        }
     }
 
     /// Queues an ICMP message.
@@ -237,6 +317,52 @@ impl Link {
         );
         self.ipv4(self.guest, from, to, IpProtocol::Icmp, &message);
     }
+
+    /// Queues an ICMPv6 message; `more` goes behind it.
+    pub fn icmp6(
+        &mut self,
+        mac: EthernetAddress,
+        (from, to): (Ipv6Addr, Ipv6Addr),
+        repr: &Icmpv6Repr<'_>,
+        more: &[u8],
+    ) {
+        let mut message = vec![0; repr.buffer_len()];
+        repr.emit(
+            &from,
+            &to,
+            &mut Icmpv6Packet::new_unchecked(&mut message[..]),
+            &ChecksumCapabilities::ignored(),
+        );
+        message.extend(more);
+        Icmpv6Packet::new_unchecked(&mut message[..]).fill_checksum(&from, &to);
+        // Neighbours believe only what no router has passed on (RFC 4861
+        // §6.1.2, §7.1.2).
+        let hops = if matches!(repr, Icmpv6Repr::Ndisc(_)) {
+            255
+        } else {
+            HOPS
+        };
+        self.ipv6(mac, (from, to), IpProtocol::Icmpv6, hops, &message);
+    }
+}
+
+/// Who a packet is from and for, and where its payload starts.
+fn ends(version: IpVersion, packet: &[u8]) -> Option<(Address, Address, usize)> {
+    Some(match version {
+        IpVersion::Ipv4 => {
+            let ip = Ipv4Packet::new_checked(packet).ok()?;
+            let start = usize::from(ip.header_len());
+            (ip.src_addr().into(), ip.dst_addr().into(), start)
+        }
+        IpVersion::Ipv6 => {
+            let ip = Ipv6Packet::new_checked(packet).ok()?;
+            // smoltcp puts nothing between, but for what is none of TCP's.
+            if ip.next_header() != IpProtocol::Tcp {
+                return None;
+            }
+            (ip.src_addr().into(), ip.dst_addr().into(), IPV6)
+        }
+    })
 }
 
 #[cfg(test)]
@@ -256,8 +382,8 @@ mod tests {
         let data: Vec<u8> = (0..4000_u32).map(|i| i as u8).collect();
         link.udp(
             link.guest,
-            SocketAddrV4::new(A, 53),
-            SocketAddrV4::new(B, 999),
+            SocketAddr::new(A.into(), 53),
+            SocketAddr::new(B.into(), 999),
             &data,
         );
         let mut buffer = vec![0; 70000];
@@ -274,6 +400,33 @@ mod tests {
         assert!(!more);
         let udp = UdpPacket::new_checked(&whole[..]).unwrap();
         assert!(udp.verify_checksum(&A.into(), &B.into()));
+        assert_eq!(udp.payload(), data);
+    }
+
+    #[test]
+    fn so_are_those_of_ipv6() {
+        let mut link = link();
+        let (a, b) = ("fec0::2".parse().unwrap(), "fec0::15".parse().unwrap());
+        let data: Vec<u8> = (0..4000_u32).map(|i| i as u8).collect();
+        let (from, to) = (SocketAddr::new(a, 53), SocketAddr::new(b, 999));
+        link.udp(link.guest, from, to, &data);
+        let mut buffer = vec![0; 70000];
+        let mut whole = Vec::new();
+        let mut more = true;
+        while let Some(n) = link.pop(&mut buffer) {
+            assert!(n <= HEADER + ETHERNET + 1500);
+            let ip = Ipv6Packet::new_checked(&buffer[HEADER + ETHERNET..n]).unwrap();
+            assert_eq!(ip.next_header(), IpProtocol::Ipv6Frag);
+            let ext = Ipv6ExtHeader::new_checked(ip.payload()).unwrap();
+            assert_eq!(ext.next_header(), IpProtocol::Udp);
+            let fragment = Ipv6FragmentHeader::new_checked(ext.payload()).unwrap();
+            assert_eq!(usize::from(fragment.frag_offset()) * 8, whole.len());
+            more = fragment.more_frags();
+            whole.extend_from_slice(&ip.payload()[FRAGMENT..]);
+        }
+        assert!(!more);
+        let udp = UdpPacket::new_checked(&whole[..]).unwrap();
+        assert!(udp.verify_checksum(&a.into(), &b.into()));
         assert_eq!(udp.payload(), data);
     }
 
@@ -313,7 +466,7 @@ mod tests {
             }
         };
         let mut buffer = vec![0; 70000];
-        link.tcp(IPV4 + 20 + 101, None, fill);
+        link.tcp(IpVersion::Ipv4, IPV4 + 20 + 101, None, fill);
         let n = link.pop(&mut buffer).unwrap();
         let right = buffer[HEADER + ETHERNET..n].to_vec();
         let tcp = TcpPacket::new_checked(&right[IPV4..]).unwrap();
@@ -324,7 +477,7 @@ mod tests {
         );
 
         link.guest_takes.csum = true;
-        link.tcp(IPV4 + 20 + 101, None, fill);
+        link.tcp(IpVersion::Ipv4, IPV4 + 20 + 101, None, fill);
         let n = link.pop(&mut buffer).unwrap();
         let h = Header::parse(buffer[..10].try_into().unwrap());
         assert_eq!(h.flags, NEEDS_CSUM);

@@ -1,7 +1,7 @@
 //! The part of `slirp,` behind the comma, in the words of newer bhyves:
 //! `open` and `hostfwd=tcp:[hostaddr]:hostport-[guestaddr]:guestport`.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 
 use super::GUEST;
@@ -23,7 +23,7 @@ pub struct Forward {
     /// Where the host listens.
     pub host: SocketAddr,
     /// Where it goes.
-    pub guest: SocketAddrV4,
+    pub guest: SocketAddr,
 }
 
 /// A user-mode network, as asked for.
@@ -91,18 +91,22 @@ impl FromStr for Forward {
         };
         let (to, guest_port) = guest.rsplit_once(':').unwrap_or(("", guest));
         let to = match to {
-            "" => GUEST,
+            "" => GUEST.into(),
             a => a
+                .trim_start_matches('[')
+                .trim_end_matches(']')
                 .parse()
-                .map_err(|_| bad("the guest's address is no IPv4 address"))?,
+                .map_err(|_| bad("the guest's address is no IP address"))?,
         };
         if !super::ours(to) {
-            return Err(bad("the guest's address is not in 10.0.2.4 to 10.0.2.254"));
+            return Err(bad(
+                "the guest's address is neither in 10.0.2.4 to 10.0.2.254 nor in fec0::/64",
+            ));
         }
         Ok(Forward {
             protocol,
             host: SocketAddr::new(address, port(host_port, "host")?),
-            guest: SocketAddrV4::new(to, port(guest_port, "guest")?),
+            guest: SocketAddr::new(to, port(guest_port, "guest")?),
         })
     }
 }
@@ -123,6 +127,9 @@ mod tests {
         assert_eq!(f.guest.to_string(), "10.0.2.15:53");
         let f: Forward = "tcp:[::1]:80-8080".parse().unwrap();
         assert_eq!(f.host.to_string(), "[::1]:80");
+        let f: Forward = "tcp:[::]:2222-[fec0::15]:22".parse().unwrap();
+        assert_eq!(f.host.to_string(), "[::]:2222");
+        assert_eq!(f.guest.to_string(), "[fec0::15]:22");
     }
 
     #[test]
@@ -140,6 +147,8 @@ mod tests {
             "tcp:host:22-22",
             "tcp::22-192.168.0.1:22",
             "tcp::22-10.0.2.2:22",
+            "tcp::22-[fec0::2]:22",
+            "tcp::22-[2001:db8::1]:22",
         ] {
             let e = bad.parse::<Forward>().unwrap_err();
             assert!(e.contains("2222-22"), "{bad}: {e}");

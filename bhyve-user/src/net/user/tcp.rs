@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::os::fd::AsFd;
 
 use mio::net::{TcpListener, TcpStream};
@@ -17,10 +17,10 @@ use smoltcp::iface::{self, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{self, Checksum, DeviceCapabilities, Medium, PacketMeta};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::{Duration, Instant};
-use smoltcp::wire::{HardwareAddress, IpCidr, Ipv4Cidr};
+use smoltcp::wire::{HardwareAddress, IpCidr, IpVersion};
 
 use super::link::Link;
-use super::{GATEWAY, Kind, ours, token};
+use super::{Kind, ours, seen, token};
 
 /// Connections at a time; the one that was idle the longest makes room.
 pub const MOST: usize = 512;
@@ -35,20 +35,22 @@ const LARGEST: usize = 65535;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     /// The guest's end.
-    pub guest: SocketAddrV4,
+    pub guest: SocketAddr,
     /// The other.
-    pub peer: SocketAddrV4,
+    pub peer: SocketAddr,
 }
 
 /// What smoltcp sees of the wire: at most one packet that came, and room for
 /// those that go.
 struct Port<'a> {
+    version: IpVersion,
     packet: Option<&'a [u8]>,
     link: &'a mut Link,
 }
 
 struct Rx<'a>(&'a [u8]);
 struct Tx<'a> {
+    version: IpVersion,
     link: &'a mut Link,
     segment: Option<u16>,
 }
@@ -61,7 +63,7 @@ impl phy::RxToken for Rx<'_> {
 
 impl phy::TxToken for Tx<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        self.link.tcp(len, self.segment, f)
+        self.link.tcp(self.version, len, self.segment, f)
     }
 
     fn set_meta(&mut self, meta: PacketMeta) {
@@ -81,6 +83,7 @@ impl phy::Device for Port<'_> {
 
     fn receive(&mut self, _: Instant) -> Option<(Rx<'_>, Tx<'_>)> {
         let tx = Tx {
+            version: self.version,
             link: self.link,
             segment: None,
         };
@@ -93,6 +96,7 @@ impl phy::Device for Port<'_> {
             return None;
         }
         Some(Tx {
+            version: self.version,
             link: self.link,
             segment: None,
         })
@@ -112,14 +116,29 @@ impl phy::Device for Port<'_> {
     }
 }
 
+fn version(address: IpAddr) -> IpVersion {
+    match address {
+        IpAddr::V4(_) => IpVersion::Ipv4,
+        IpAddr::V6(_) => IpVersion::Ipv6,
+    }
+}
+
 /// An interface with the address `address`.
-fn interface(address: Ipv4Addr, link: &mut Link, now: Instant) -> Interface {
+fn interface(address: IpAddr, link: &mut Link, now: Instant) -> Interface {
     let mut config = iface::Config::new(HardwareAddress::Ip);
     config.random_seed = super::random();
-    let mut port = Port { packet: None, link };
+    let version = version(address);
+    let mut port = Port {
+        version,
+        packet: None,
+        link,
+    };
     let mut interface = Interface::new(config, &mut port, now);
     interface.update_ip_addrs(|list| {
-        let _ = list.push(IpCidr::Ipv4(Ipv4Cidr::new(address, 32)));
+        let _ = list.push(IpCidr::new(
+            address.into(),
+            if address.is_ipv4() { 32 } else { 128 },
+        ));
     });
     interface
 }
@@ -169,7 +188,7 @@ impl Flow {
         Flow {
             key,
             stream,
-            interface: interface(*key.peer.ip(), link, now),
+            interface: interface(key.peer.ip(), link, now),
             sockets,
             handle,
             syn: None,
@@ -186,15 +205,24 @@ impl Flow {
     /// Feeds a packet of the guest's, if there is one, and moves what can be
     /// moved; tells when the connection has ended.
     fn turn(&mut self, packet: Option<&[u8]>, link: &mut Link, now: Instant) -> Option<End> {
+        let version = version(self.key.peer.ip());
         if packet.is_some() {
             self.used = now;
-            let mut port = Port { packet, link };
+            let mut port = Port {
+                version,
+                packet,
+                link,
+            };
             self.interface
                 .poll_ingress_single(now, &mut port, &mut self.sockets);
         }
         let moved = self.shovel();
         self.interface.poll_maintenance(now);
-        let mut port = Port { packet: None, link };
+        let mut port = Port {
+            version,
+            packet: None,
+            link,
+        };
         // As much as a buffer holds, segment by segment.
         while self
             .interface
@@ -328,21 +356,16 @@ impl Flows {
         &mut self,
         stream: TcpStream,
         from: SocketAddr,
-        guest: SocketAddrV4,
+        guest: SocketAddr,
         link: &mut Link,
         registry: &Registry,
         now: Instant,
     ) -> io::Result<()> {
-        // The guest sees who it is, unless that address means something else
-        // in its own world.
-        let seen = match from {
-            SocketAddr::V4(a) if !a.ip().is_loopback() && !super::local(*a.ip()) => a,
-            a => SocketAddrV4::new(GATEWAY, a.port()),
-        };
+        let seen = seen(from, guest);
         let free = |port: u16| {
             let key = Key {
                 guest,
-                peer: SocketAddrV4::new(*seen.ip(), port),
+                peer: SocketAddr::new(seen.ip(), port),
             };
             (port != 0 && !self.has(&key)).then_some(key)
         };
@@ -411,7 +434,11 @@ impl Flows {
         match end {
             End::Host => {
                 flow.sockets.get_mut::<Socket>(flow.handle).abort();
-                let mut port = Port { packet: None, link };
+                let mut port = Port {
+                    version: version(flow.key.peer.ip()),
+                    packet: None,
+                    link,
+                };
                 flow.interface
                     .poll_egress(now, &mut port, &mut flow.sockets);
             }
@@ -500,10 +527,11 @@ impl Flows {
 
 /// Answers a packet that belongs to no connection, as a host without that port
 /// does: with a reset, unless it is one.
-pub fn refuse(packet: &[u8], to: Ipv4Addr, link: &mut Link, now: Instant) {
+pub fn refuse(packet: &[u8], to: IpAddr, link: &mut Link, now: Instant) {
     let mut interface = interface(to, link, now);
     let mut none = SocketSet::new(Vec::new());
     let mut port = Port {
+        version: version(to),
         packet: Some(packet),
         link,
     };
@@ -515,7 +543,7 @@ pub struct Forward {
     /// Where connections come in.
     pub listener: TcpListener,
     /// Where they go.
-    pub guest: SocketAddrV4,
+    pub guest: SocketAddr,
 }
 
 impl Forward {
@@ -523,8 +551,8 @@ impl Forward {
     ///
     /// # Errors
     /// The host's: the port is taken, or not for us.
-    pub fn listen(at: SocketAddr, guest: SocketAddrV4) -> io::Result<Forward> {
-        debug_assert!(ours(*guest.ip()));
+    pub fn listen(at: SocketAddr, guest: SocketAddr) -> io::Result<Forward> {
+        debug_assert!(ours(guest.ip()));
         let listener = TcpListener::bind(at)?;
         Ok(Forward { listener, guest })
     }

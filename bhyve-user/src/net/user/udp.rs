@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use mio::net::UdpSocket;
@@ -11,7 +11,7 @@ use mio::{Interest, Registry, Token};
 
 use super::link::Link;
 use super::tcp::Key;
-use super::{GATEWAY, Kind, token};
+use super::{Kind, seen, token};
 
 /// Pairs at a time; the one that was idle the longest makes room.
 pub const MOST: usize = 256;
@@ -203,9 +203,9 @@ impl Flows {
 /// A forwarded port of the host's.
 pub struct Forward {
     socket: UdpSocket,
-    guest: SocketAddrV4,
+    guest: SocketAddr,
     /// Who has sent something, under the address that the guest knows it by.
-    peers: HashMap<SocketAddrV4, (SocketAddr, Instant)>,
+    peers: HashMap<SocketAddr, (SocketAddr, Instant)>,
     readable: bool,
 }
 
@@ -214,7 +214,7 @@ impl Forward {
     ///
     /// # Errors
     /// The host's: the port is taken, or not for us.
-    pub fn bind(at: SocketAddr, guest: SocketAddrV4) -> io::Result<Forward> {
+    pub fn bind(at: SocketAddr, guest: SocketAddr) -> io::Result<Forward> {
         Ok(Forward {
             socket: UdpSocket::bind(at)?,
             guest,
@@ -240,10 +240,7 @@ impl Forward {
             }
             match self.socket.recv_from(buffer) {
                 Ok((n, from)) => {
-                    let seen = match from {
-                        SocketAddr::V4(a) if !a.ip().is_loopback() && !super::local(*a.ip()) => a,
-                        a => SocketAddrV4::new(GATEWAY, a.port()),
-                    };
+                    let seen = seen(from, self.guest);
                     if self.peers.len() >= MOST && !self.peers.contains_key(&seen) {
                         let oldest = self.peers.iter().min_by_key(|(_, (_, used))| *used);
                         let oldest = oldest.map(|(k, _)| *k);
