@@ -14,6 +14,8 @@ pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod listener;
+#[cfg(test)]
+mod malformed_tests;
 pub mod net;
 pub mod p9;
 pub mod pci;

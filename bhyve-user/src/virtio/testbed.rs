@@ -104,6 +104,15 @@ impl Bed {
         offer
     }
 
+    /// Offers descriptor 0 as it stands: its address, the rest of it.
+    pub fn raw(&mut self, q: usize, address: u64, rest: u64) {
+        let l = layout(q);
+        self.memory.write(l.desc, &[address, rest]).unwrap();
+        self.memory.write(l.avail + 4, &0_u16).unwrap();
+        self.memory.write(l.avail + 2, &1_u16).unwrap();
+        self.shared.notify(q);
+    }
+
     /// The next chain that comes back: its head and length.
     pub fn used(&mut self, q: usize) -> (u16, u32) {
         let l = layout(q);
