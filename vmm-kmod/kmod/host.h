@@ -50,6 +50,14 @@ struct vmm_memseg *vmm_host_memseg_create(uint64_t len);
 void vmm_host_memseg_destroy(struct vmm_memseg *seg);
 int vmm_host_memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
     unsigned int *order);
+/* Hosts that take memory back (not FreeBSD, which knows nothing of userland's
+ * mappings of a segment) have these two. Takes what was allocated at off, of
+ * 4 KiB << *order, out of the segment; NULL if there is nothing. It goes to
+ * vmm_host_free_pages() when no CPU uses it any more. */
+void *vmm_host_memseg_detach(struct vmm_memseg *seg, uint64_t off,
+    unsigned int *order);
+/* Keeps a page of guest memory for whoever has called vmm_rust_vm_page(). */
+void vmm_host_page_hold(uint64_t pa);
 /* Bytes allocated so far. */
 uint64_t vmm_host_memseg_resident(struct vmm_memseg *seg);
 
@@ -152,6 +160,8 @@ int vmm_rust_vm_ioctl(void *vm, uint32_t cmd, void *data, size_t len);
  * argument is passed by value; vmm_rust_vm_ioctl() takes it as well. */
 #define VMM_REQ_RUN 0x200476c3u
 int vmm_rust_vm_run(void *vm, uint32_t arg);
+/* VM_EXT_RELEASE: its argument starts with gpa and length, 64 bits each. */
+#define VMM_REQ_RELEASE 0xc01876c8u
 /* The guest page at gpa (segid < 0) or at an offset of a segment. */
 int vmm_rust_vm_page(void *vm, int segid, uint64_t off, uint64_t *pa);
 /* Whether [off, off+len) can be mapped. */

@@ -104,18 +104,24 @@ static int vmmdev_release(struct inode *inode, struct file *file)
 static long vmmdev_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
 	struct open_vm *open = file->private_data;
+	uint64_t range[2];
+	long error;
 
 	if (open->segid >= 0)
 		return -ENOTTY;
 	if (cmd == VMM_REQ_RUN)
 		return -vmm_rust_vm_run(open->vm, arg);
-	return request(open->vm, cmd, arg);
+	error = request(open->vm, cmd, arg);
+	/* Userland's mappings would keep the pages; they come back as needed. */
+	if (cmd == VMM_REQ_RELEASE && error == 0 &&
+	    copy_from_user(range, (void __user *)arg, sizeof(range)) == 0)
+		unmap_mapping_range(file->f_mapping, range[0], range[1], 1);
+	return error;
 }
 
 static vm_fault_t vmmdev_fault(struct vm_fault *vmf)
 {
 	struct open_vm *open = vmf->vma->vm_file->private_data;
-	struct page *page;
 	uint64_t pa;
 	int error;
 
@@ -123,9 +129,8 @@ static vm_fault_t vmmdev_fault(struct vm_fault *vmf)
 	    (uint64_t)vmf->pgoff << PAGE_SHIFT, &pa);
 	if (error != 0)
 		return error == ENOMEM ? VM_FAULT_OOM : VM_FAULT_SIGBUS;
-	page = pfn_to_page(PHYS_PFN(pa));
-	get_page(page);
-	vmf->page = page;
+	/* It is held already. */
+	vmf->page = pfn_to_page(PHYS_PFN(pa));
 	return 0;
 }
 

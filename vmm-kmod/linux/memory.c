@@ -220,6 +220,29 @@ int vmm_host_memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
 	return error;
 }
 
+void *vmm_host_memseg_detach(struct vmm_memseg *seg, uint64_t off,
+    unsigned int *order)
+{
+	struct chunk *c = &seg->chunks[off / CHUNK_SIZE];
+	struct page **slot = &c->huge, *page;
+
+	mutex_lock(&seg->lock);
+	if (c->small != NULL)
+		slot = &c->small[(off / PAGE_SIZE) % CHUNK_PAGES];
+	*order = c->small == NULL ? CHUNK_ORDER : 0;
+	page = *slot;
+	*slot = NULL;
+	if (page != NULL)
+		seg->resident -= PAGE_SIZE << *order;
+	mutex_unlock(&seg->lock);
+	return page != NULL ? page_address(page) : NULL;
+}
+
+void vmm_host_page_hold(uint64_t pa)
+{
+	get_page(pfn_to_page(PHYS_PFN(pa)));
+}
+
 uint64_t vmm_host_memseg_resident(struct vmm_memseg *seg)
 {
 	return READ_ONCE(seg->resident);

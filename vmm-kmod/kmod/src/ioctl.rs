@@ -18,6 +18,7 @@ use crate::regs;
 use crate::run;
 use crate::vcpu::{Inner, Vcpu};
 use crate::vm::Vm;
+use crate::vm_memory::CAN_RELEASE;
 
 /// The request's structure, in place.
 fn arg<T: FromBytes + IntoBytes + KnownLayout + Immutable>(data: &mut [u8]) -> Result<&mut T, i32> {
@@ -49,7 +50,12 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
     };
     *a = VmExtVersion {
         abi_version: EXT_ABI_VERSION,
-        features: EXT_F_RUN | EXT_F_CONSTANT_PORT | EXT_F_RUN_PAGE | EXT_F_OUT_RING | bells,
+        features: EXT_F_RUN
+            | EXT_F_CONSTANT_PORT
+            | EXT_F_RUN_PAGE
+            | EXT_F_OUT_RING
+            | if CAN_RELEASE { EXT_F_RELEASE } else { 0 }
+            | bells,
     };
     Ok(())
 }
@@ -415,6 +421,11 @@ fn guest_memory(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
         req::VM_GET_MEMSEG_15 => {
             let a: &mut VmMemseg15 = arg(data)?;
             a.len = vm.get_memseg(a.segid, &mut a.name)?;
+            Ok(())
+        }
+        req::VM_EXT_RELEASE => {
+            let a: &mut VmExtRelease = arg(data)?;
+            a.released = vm.release_memory(a.gpa, a.len)?;
             Ok(())
         }
         req::VM_MMAP_MEMSEG => {

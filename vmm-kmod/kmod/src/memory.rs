@@ -4,6 +4,8 @@
 
 use alloc::boxed::Box;
 use core::ffi::c_uint;
+#[cfg(not(feature = "freebsd"))]
+use core::ffi::c_void;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -25,7 +27,7 @@ pub const SEG_NAME_MAX: usize = 63;
 
 const PAGE: u64 = 4096;
 /// Piece of a segment whose place the host is asked for once.
-const CHUNK: u64 = 2 << 20;
+pub const CHUNK: u64 = 2 << 20;
 const CHUNK_ORDER: u32 = CHUNK.trailing_zeros() - PAGE.trailing_zeros();
 
 /// PROT_READ, PROT_WRITE, PROT_EXEC as both hosts number them.
@@ -43,7 +45,7 @@ pub struct Segment {
     raw: NonNull<ffi::Memseg>,
     /// Where the host has put each chunk, as far as that is known and the
     /// chunk is contiguous: physical address | order << 1 | 1. Pages stay
-    /// where they are until the segment goes.
+    /// where they are until the segment goes, or they are released.
     chunks: Box<[AtomicU64]>,
     /// Bytes.
     pub len: u64,
@@ -117,6 +119,26 @@ impl Segment {
         self.raw
     }
 
+    /// Takes the host memory of the chunk at `off` out of the segment.
+    #[cfg(not(feature = "freebsd"))]
+    fn detach(&self, off: u64, to: &mut Released) {
+        if let Some(known) = self.chunks.get((off / CHUNK) as usize) {
+            known.store(0, Ordering::Relaxed);
+        }
+        let mut at = off;
+        for piece in &mut to.0 {
+            let mut order: c_uint = 0;
+            // SAFETY: `raw` lives as long as self; `release` has looked
+            // whether the chunk is of the segment.
+            let p = unsafe { ffi::vmm_host_memseg_detach(self.raw.as_ptr(), at, &mut order) };
+            *piece = NonNull::new(p).map(|p| (p, order));
+            at += PAGE << order;
+            if at >= off + CHUNK {
+                return;
+            }
+        }
+    }
+
     /// Bytes of host memory behind the segment.
     pub fn resident(&self) -> u64 {
         // SAFETY: `raw` lives as long as self.
@@ -132,6 +154,43 @@ impl Drop for Segment {
         }
         // SAFETY: nothing maps the segment any more: the VM is being freed.
         unsafe { ffi::vmm_host_memseg_destroy(self.raw.as_ptr()) }
+    }
+}
+
+/// Where the host has a piece, and its order.
+#[cfg(not(feature = "freebsd"))]
+type Piece = (NonNull<c_void>, c_uint);
+
+/// Host memory that left its segment. It goes back to the host when this is
+/// dropped: not before every vCPU has forgotten it.
+#[cfg(not(feature = "freebsd"))]
+pub struct Released(Box<[Option<Piece>]>);
+
+#[cfg(not(feature = "freebsd"))]
+impl Released {
+    /// Room for a chunk, in single pages if need be. ENOMEM.
+    pub fn new() -> Result<Self, i32> {
+        let room = crate::sync::try_slice((CHUNK / PAGE) as usize, |_| None);
+        room.map(Released).map_err(|_| errno::ENOMEM)
+    }
+
+    /// Gives it back; the bytes. Nobody uses it any more.
+    pub fn free(&mut self) -> u64 {
+        let pieces = self.0.iter_mut().filter_map(Option::take);
+        pieces
+            .map(|(p, order)| {
+                // SAFETY: it is nobody else's since it left its segment.
+                unsafe { ffi::vmm_host_free_pages(p.as_ptr(), order) };
+                PAGE << order
+            })
+            .sum()
+    }
+}
+
+#[cfg(not(feature = "freebsd"))]
+impl Drop for Released {
+    fn drop(&mut self) {
+        self.free();
     }
 }
 
@@ -339,6 +398,23 @@ impl MemMap {
             }
         }
         len != 0
+    }
+
+    /// Takes the host memory at `gpa`, a chunk of system memory as a whole,
+    /// away. EINVAL: it is not that. EBUSY: it is wired, as all memory is
+    /// that a device reaches by itself.
+    #[cfg(not(feature = "freebsd"))]
+    pub fn release(&self, gpa: Gpa, to: &mut Released) -> Result<(), i32> {
+        let (id, off) = self.locate(gpa, CHUNK).ok_or(errno::EINVAL)?;
+        let seg = self.segment(id).ok_or(errno::EINVAL)?;
+        if !seg.sysmem || off % CHUNK != 0 {
+            return Err(errno::EINVAL);
+        }
+        if self.find(gpa).is_some_and(|m| m.flags & MAP_WIRED != 0) {
+            return Err(errno::EBUSY);
+        }
+        seg.detach(off, to);
+        Ok(())
     }
 
     fn find(&self, gpa: Gpa) -> Option<&Map> {

@@ -13,6 +13,8 @@ use crate::errno;
 use crate::ffi;
 use crate::iommu::Domain;
 use crate::memory::{self, MemMap, SEG_NAME_MAX};
+#[cfg(not(feature = "freebsd"))]
+use crate::memory::{CHUNK, Released};
 use crate::os::Os;
 use crate::vm::{FILE_NAME_MAX, NAME_MAX, Vm, check_name};
 
@@ -24,6 +26,21 @@ pub struct Memory {
     pub nested: NestedTables<Os>,
     /// What the VM's PCI functions see of its memory, while it has any.
     pub iommu: Option<Domain>,
+}
+
+/// Whether this host takes guest memory back: one that knows who else has it
+/// mapped.
+pub const CAN_RELEASE: bool = cfg!(not(feature = "freebsd"));
+
+/// The page stays, for userland to map, while its memory may be released.
+fn hold(hpa: u64) {
+    #[cfg(not(feature = "freebsd"))]
+    // SAFETY: a page of the VM's, which the caller keeps where it is.
+    unsafe {
+        ffi::vmm_host_page_hold(hpa);
+    }
+    #[cfg(feature = "freebsd")]
+    let _ = hpa;
 }
 
 impl Memory {
@@ -231,6 +248,48 @@ impl Vm {
         Ok(())
     }
 
+    /// VM_EXT_RELEASE: gives the host the memory in a range back, as far as it
+    /// is whole chunks of 2 MiB; who touches it later finds zeroes. Returns
+    /// the bytes. EINVAL: not all of it is system memory, in whole pages.
+    /// EBUSY: it is wired, or PCI functions access it by themselves.
+    #[cfg(not(feature = "freebsd"))]
+    pub fn release_memory(&self, gpa: u64, len: u64) -> Result<u64, i32> {
+        if (gpa | len) & 0xfff != 0 || !self.mem.lock().map.covers(gpa, len) {
+            return Err(errno::EINVAL);
+        }
+        let mut taken = Released::new()?;
+        let mut bytes = 0;
+        let mut at = gpa.checked_next_multiple_of(CHUNK).ok_or(errno::EINVAL)?;
+        while at.checked_add(CHUNK).is_some_and(|end| end <= gpa + len) {
+            let mut mem = self.mem.lock();
+            if mem.dma() {
+                return Err(errno::EBUSY);
+            }
+            // One after the other under the lock: nobody can map in between
+            // what is about to go.
+            let stale = mem.nested.unmap(at, CHUNK).map_err(|_| errno::ENOMEM)?;
+            let left = mem.map.release(at, &mut taken);
+            drop(mem);
+            if stale == Invalidation::Required {
+                // As for munmap_memseg: whoever has been stopped forgets.
+                for v in self.vcpus() {
+                    drop(v.freeze());
+                }
+                self.mem.lock().nested.reclaim();
+            }
+            left?;
+            bytes += taken.free();
+            at += CHUNK;
+        }
+        Ok(bytes)
+    }
+
+    /// ENOTTY: this host cannot.
+    #[cfg(feature = "freebsd")]
+    pub fn release_memory(&self, _: u64, _: u64) -> Result<u64, i32> {
+        Err(errno::ENOTTY)
+    }
+
     /// A vCPU's local APIC has changed its mode: the APIC-access page is
     /// mapped only while every vCPU's accesses to it are virtualized.
     /// Elsewhere they fault, and are emulated or found to hit nothing.
@@ -272,21 +331,18 @@ impl Vm {
     }
 
     /// The page behind an address of the guest's memory (`segid` < 0), or of
-    /// a device segment. EFAULT: there is none. ENOMEM.
+    /// a device segment, held for the caller where such pages can be released. EFAULT: there is none. ENOMEM.
     pub fn page(&self, segid: i32, off: u64) -> Result<u64, i32> {
         if segid < 0 && off >= EXT_RUN_PAGES {
-            return self.shared_page(off).ok_or(errno::EFAULT);
+            return self.shared_page(off).inspect(|p| hold(*p)).ok_or(errno::EFAULT);
         }
         let mem = self.mem.lock();
-        match usize::try_from(segid) {
-            Ok(id) => mem
-                .map
-                .segment(id)
-                .ok_or(errno::EFAULT)?
-                .page(off)
-                .map(|(hpa, _)| hpa),
-            Err(_) => Ok(mem.map.backing(off)?.ok_or(errno::EFAULT)?.hpa),
-        }
+        let hpa = match usize::try_from(segid) {
+            Ok(id) => mem.map.segment(id).ok_or(errno::EFAULT)?.page(off)?.0,
+            Err(_) => mem.map.backing(off)?.ok_or(errno::EFAULT)?.hpa,
+        };
+        hold(hpa);
+        Ok(hpa)
     }
 
     /// Whether a stretch of memory can be mapped by userland. EINVAL.

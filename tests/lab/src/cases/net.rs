@@ -17,8 +17,9 @@ const DEVICES: &str = "-s 5,virtio-net,tap0 -s 6,virtio-net,slirp,open,hostfwd=t
 /// `printf 5-0-guest | md5sum`.
 const MAC: &str = "00:a0:98:25:06:41";
 /// Feature bits that a tap of Linux and its driver have to agree on: checksums
-/// and TCP over IPv4 in pieces, both ways, and mergeable buffers.
-const FEATURES: [usize; 5] = [0, 1, 7, 11, 15];
+/// and TCP over IPv4 in pieces, both ways, mergeable buffers, the control queue;
+/// indirect descriptors, event index, virtio 1.
+const FEATURES: [usize; 9] = [0, 1, 7, 11, 15, 17, 28, 29, 32];
 
 /// Debian's driver for the guest, in the order of its dependencies.
 const MODULES: [&str; 3] = [
@@ -147,8 +148,22 @@ fn user(host: &mut Host, want: &str) -> Result<()> {
     types(host, "nc 10.0.2.2 9001 </tmp/data")?;
     let back = host.must(RECEIVED, SHORT)?;
     ensure!(sum(&back)? == want, "the guest's file has become\n{back}");
+    // The same by IPv6, with an address by the router's advertisement.
+    types(
+        host,
+        "i=0; until ip -6 addr show dev eth1 | grep 'inet6 fec0:' | grep -qv tentative; do sleep 1; \
+         i=$((i+1)); [ $i -lt 20 ] || break; done; ip -6 route; ping -6 -c 3 -W 10 fec0::2",
+    )?;
+    let text = types(
+        host,
+        "rm /tmp/data; wget -q -O /tmp/data 'http://[fec0::2]/data'; md5sum /tmp/data",
+    )?;
+    ensure!(sum(&text)? == want, "by IPv6 came\n{text}");
     // Nobody listens there, and the guest hears so at once.
-    types(host, "! nc -w 5 10.0.2.2 9999 </dev/null")?;
+    types(
+        host,
+        "! nc -w 5 10.0.2.2 9999 </dev/null && ! nc -w 5 fec0::2 9999 </dev/null",
+    )?;
     // From the host into the guest.
     types(host, "httpd -p 80 -h /tmp")?;
     let text = host.must("wget -q -O - http://127.0.0.1:8080/data | md5sum", SHORT)?;

@@ -1,27 +1,58 @@
-//! A folder that host and guest share by virtio. The guest is Debian's kernel of
-//! the usual flavour, for the cloud's has no 9P.
+//! What host and guest share: a folder, memory, streams by ports and sockets,
+//! drives; and the kinds of interrupts that come of them. The guest is Debian's
+//! kernel of the usual flavour, for the cloud's has neither 9P nor AHCI. It is
+//! large, and its drivers do not care what runs it: where there is a choice of
+//! emulators it is the faster one.
+
+mod drives;
+mod memory;
+mod streams;
 
 use crate::apt;
+use crate::command;
 use crate::dirs::Dirs;
 use crate::guest::{Guest, Load, linux_cmdline, said, shell};
 use crate::host::{self, Config, Host, SHORT};
+use crate::machine::Engine;
 use crate::progress::step;
 use crate::runner::{Case, Group, Lab};
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use super::virtio::{kill, types};
 
 const UP: Duration = Duration::from_secs(400);
-const DEVICES: &str = "-s 3,virtio-9p,share=/tmp/share -s 4,virtio-9p,fixed=/tmp/fixed,ro";
+const DEVICES: &str = "-s 3,virtio-9p,share=/tmp/share -s 4,virtio-9p,fixed=/tmp/fixed,ro \
+     -s 5,virtio-balloon,control=/tmp/balloon \
+     -s 9,virtio-balloon,control=/tmp/fixed-balloon,noreport -s 6,virtio-console,org.lab.port=/tmp/port \
+     -s 7,virtio-vsock,cid=7,path=/tmp/vsock -s 8,ahci,hd:/tmp/disk,cd:/tmp/cd";
 /// In the order of their dependencies.
-const MODULES: [&str; 10] = [
+const MODULES: [&str; 28] = [
     "drivers/virtio/virtio_ring.ko",
     "drivers/virtio/virtio.ko",
     "drivers/virtio/virtio_pci_legacy_dev.ko",
     "drivers/virtio/virtio_pci_modern_dev.ko",
     "drivers/virtio/virtio_pci.ko",
+    "drivers/virtio/virtio_balloon.ko",
+    "drivers/char/virtio_console.ko",
+    "net/vmw_vsock/vsock.ko",
+    "net/vmw_vsock/vmw_vsock_virtio_transport_common.ko",
+    "net/vmw_vsock/vmw_vsock_virtio_transport.ko",
+    "lib/crc64.ko",
+    "lib/crc64-rocksoft.ko",
+    "crypto/crct10dif_common.ko",
+    "lib/crc-t10dif.ko",
+    "block/t10-pi.ko",
+    "drivers/scsi/scsi_common.ko",
+    "drivers/scsi/scsi_mod.ko",
+    "drivers/scsi/sd_mod.ko",
+    "drivers/cdrom/cdrom.ko",
+    "drivers/scsi/sr_mod.ko",
+    "drivers/ata/libata.ko",
+    "drivers/ata/libahci.ko",
+    "drivers/ata/ahci.ko",
     "fs/netfs/netfs.ko",
     "fs/fscache/fscache.ko",
     "net/9p/9pnet.ko",
@@ -35,7 +66,11 @@ const MODULES: [&str; 10] = [
 /// The guest's initramfs cannot be made.
 pub fn group(lab: &Lab) -> Result<Group> {
     let name = "virtio-share";
-    let mut config = Config::new(lab.engine, 256);
+    let engine = match lab.engine {
+        Engine::Bochs => Engine::Qemu,
+        other => other,
+    };
+    let mut config = Config::new(engine, 256);
     let (image, modules) = match kernel(&lab.dirs, &lab.kit.kernel.release) {
         Ok(found) => found,
         Err(e) => {
@@ -51,7 +86,11 @@ pub fn group(lab: &Lab) -> Result<Group> {
         .iter()
         .map(|m| Ok((base(m)?, modules.join(m))))
         .collect::<Result<_>>()?;
-    let initrd = host::guest_initrd_with(&lab.dirs, name, &modules)?;
+    let mut files = modules;
+    let sock = sock(&lab.dirs)?;
+    files.push(("sock".to_owned(), sock.clone()));
+    let initrd = host::guest_initrd_with(&lab.dirs, name, &files)?;
+    config.file("sock", &sock);
     config.file("guest/linux", &image);
     config.file("guest/initrd", &initrd);
     Ok(Group {
@@ -86,11 +125,36 @@ fn kernel(dirs: &Dirs, host: &str) -> Result<(PathBuf, PathBuf)> {
     Ok((image, root.join(format!("lib/modules/{release}/kernel"))))
 }
 
+/// Host's or guest's end of a stream socket.
+fn sock(dirs: &Dirs) -> Result<PathBuf> {
+    let dir = dirs.fresh("sock")?;
+    let source = dir.join("sock.c");
+    std::fs::write(&source, include_str!("../../host/sock.c"))?;
+    let program = dir.join("sock");
+    command::output(
+        Command::new("gcc")
+            .args(["-O1", "-static", "-o"])
+            .arg(&program)
+            .arg(&source),
+    )?;
+    Ok(program)
+}
+
+/// The first word of `md5sum`'s output in `text`.
+fn sum(text: &str) -> Result<&str> {
+    let mut lines = text.lines();
+    lines
+        .find_map(|l| l.trim().strip_suffix("  -"))
+        .with_context(|| format!("no checksum in:\n{text}"))
+}
+
 fn share(_: &Lab, host: &mut Host) -> Result<()> {
     host.must(
         "mkdir -p /tmp/share/sub /tmp/fixed && echo 'the host was here' >/tmp/share/file && \
          echo secret >/tmp/secret && echo fixed >/tmp/fixed/file && \
-         ln -s ../secret /tmp/share/out && ln -s /etc /tmp/share/etc",
+         ln -s ../secret /tmp/share/out && ln -s /etc /tmp/share/etc && \
+         chmod +x /sock && dd if=/dev/urandom of=/tmp/disk bs=1M count=4 && \
+         dd if=/dev/urandom of=/tmp/cd bs=1M count=1",
         SHORT,
     )?;
     let load = Load::Linux {
@@ -104,7 +168,13 @@ fn share(_: &Lab, host: &mut Host) -> Result<()> {
     for module in MODULES {
         types(host, &format!("insmod /{}", base(module)?))?;
     }
-    let done = folder(host);
+    types(host, "chmod +x /sock")?;
+    let done = folder(host)
+        .and_then(|()| streams::port(host))
+        .and_then(|()| streams::vsock(host))
+        .and_then(|()| drives::ahci(host))
+        .and_then(|()| drives::interrupts(host))
+        .and_then(|()| memory::balloon(host));
     if let Err(e) = done {
         return Err(e.context(said(host)));
     }
@@ -125,16 +195,12 @@ fn folder(host: &mut Host) -> Result<()> {
     // Two megabytes, names that change, and a listing.
     let sum = types(
         host,
-        "cd /mnt/a && i=0; while [ $i -lt 8192 ]; do printf '%256d' $i; i=$((i+1)); done >/tmp/data; \
+        "cd /mnt/a && dd if=/dev/urandom of=/tmp/data bs=64k count=32 && \
          cp /tmp/data sub/data && mkdir new && mv sub/data new/moved && ln new/moved hard && \
          ln -s new/moved soft && chmod 640 hard && echo more >>new/moved && \
          [ $(ls new sub | wc -l) = 4 ] && rmdir sub && md5sum <soft",
     )?;
-    let sum = sum
-        .lines()
-        .find_map(|l| l.strip_suffix("  -"))
-        .with_context(|| format!("no checksum in:\n{sum}"))?
-        .to_owned();
+    let sum = self::sum(&sum)?.to_owned();
     let seen = host.must(
         "md5sum </tmp/share/hard; stat -c %a /tmp/share/new/moved; ls /tmp/share",
         SHORT,
