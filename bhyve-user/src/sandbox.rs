@@ -4,8 +4,11 @@
 //! something while the guest runs says so by [`need`] when it is made; its
 //! threads begin with [`join`].
 
+use std::io;
+use std::os::fd::AsFd;
 use std::sync::{Condvar, Mutex, PoisonError};
 
+pub use bhyve_sandbox::Purpose;
 use bhyve_sandbox::{Error, Mode, Needs, Report};
 
 use crate::lock;
@@ -37,6 +40,18 @@ pub fn announce(mode: Mode) {
     if mode != Mode::Off {
         *lock(&STAGE) = Stage::Announced;
     }
+}
+
+/// Takes the rights from a descriptor that its purpose does not need, where there
+/// is to be a sandbox.
+///
+/// # Errors
+/// The host says no.
+pub fn limit(fd: impl AsFd, purpose: Purpose<'_>) -> io::Result<()> {
+    if *lock(&STAGE) == Stage::None {
+        return Ok(());
+    }
+    bhyve_sandbox::limit(fd, purpose)
 }
 
 /// To be called by a thread before it deals with anything of the guest's: waits

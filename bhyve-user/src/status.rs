@@ -166,6 +166,7 @@ fn serve_in(
         _ => {}
     }
     let listener = UnixListener::bind(&path)?;
+    sandbox::limit(&listener, sandbox::Purpose::Listener)?;
     let (vm, started) = (vm.to_owned(), now());
     std::thread::Builder::new()
         .name("status".into())

@@ -28,6 +28,7 @@ use crate::pci::bar::Windows;
 use crate::pci::intx::Router;
 use crate::pci::root::{Means, PciError, PciRoot};
 use crate::pm::{self, Pm};
+use crate::sandbox::Purpose;
 use crate::serial::backend::Spec;
 use crate::serial::port::SerialPort;
 use crate::serial::{LEGACY, terminal};
@@ -276,9 +277,11 @@ pub fn run(config: Config) -> Result<i32, Error> {
 /// Gives up what is not needed from here on.
 fn confine(vm: &Arc<Vm>) -> Result<(), Error> {
     let mode = vm.config.sandbox;
-    if vm.config.destroy_on_poweroff || boot::is_child() {
+    let destroys = vm.config.destroy_on_poweroff || boot::is_child();
+    if destroys && vmmapi::Vm::keep_control().is_err() {
         sandbox::need(|n| n.write.push("/dev/vmmctl".into()));
     }
+    limit(vm).map_err(|e| Error::System("rights of descriptors", e))?;
     let ending = Arc::clone(&vm.ending);
     let report = sandbox::enter(mode, move |call| {
         eprintln!("bhyve: the sandbox refused {call}; --sandbox=log goes on all the same\r");
@@ -292,6 +295,15 @@ fn confine(vm: &Arc<Vm>) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Takes rights from the descriptors that no device has opened.
+fn limit(vm: &Arc<Vm>) -> io::Result<()> {
+    let requests = vmmapi::Vm::requests();
+    sandbox::limit(&vm.vm, Purpose::Vm(&requests))?;
+    sandbox::limit(io::stdin(), Purpose::Terminal)?;
+    sandbox::limit(io::stdout(), Purpose::Output)?;
+    sandbox::limit(io::stderr(), Purpose::Output)
 }
 
 /// Activates a vCPU and gives it its thread.

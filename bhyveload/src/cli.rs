@@ -240,13 +240,10 @@ impl Cli {
             &self.initrd,
             &self.multiboot,
         ];
-        let mut write = vec![
+        let write = vec![
             PathBuf::from("/dev/vmmctl"),
             Path::new("/dev/vmm").join(&self.vm),
         ];
-        if self.console != "stdio" {
-            write.push(PathBuf::from(&self.console));
-        }
         Needs {
             read: files
                 .into_iter()

@@ -9,7 +9,7 @@ use crate::input::Input;
 use crate::volume::{Listed, Volume};
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open, openat};
+use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, SFlag};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,10 +29,15 @@ impl HostDir {
     /// It is not there, or is no folder.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         let name = path.display().to_string();
-        let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let dir = open(path, flags, Mode::empty())
-            .map_err(|e| LoadError::new(name.as_str(), "-h", e.desc()))?;
-        Ok(Self { dir, name })
+        let bad = |e: std::io::Error| LoadError::new(name.as_str(), "-h", e.to_string());
+        let dir = crate::opened::open(path).map_err(bad)?;
+        if !dir.metadata().map_err(bad)?.is_dir() {
+            return Err(bad(Errno::ENOTDIR.into()));
+        }
+        Ok(Self {
+            dir: dir.into(),
+            name,
+        })
     }
 
     /// Opens what a path beneath the folder leads to; a leading `/` means the

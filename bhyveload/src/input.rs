@@ -48,8 +48,8 @@ impl Input {
     /// As [`Input::from_file`], or it cannot be opened or is empty.
     pub fn open(path: &Path, limit: u64) -> Result<Self, LoadError> {
         let name = path.display().to_string();
-        let file =
-            File::open(path).map_err(|e| LoadError::new(name.as_str(), "file", e.to_string()))?;
+        let file = crate::opened::open(path)
+            .map_err(|e| LoadError::new(name.as_str(), "file", e.to_string()))?;
         let input = Self::from_file(&name, file, limit)?;
         if input.data.is_empty() {
             return Err(LoadError::new(name, "file", "is empty"));

@@ -31,6 +31,7 @@ pub mod linkerhints;
 pub mod linux;
 pub mod loader;
 pub mod multiboot;
+pub mod opened;
 pub mod partition;
 pub mod preload;
 pub mod target;

@@ -1,14 +1,14 @@
 //! bhyveload: puts a kernel into a VM without a BIOS.
 #![forbid(unsafe_code)]
 
-use bhyve_sandbox::Mode;
+use bhyve_sandbox::{Mode, Purpose};
 use bhyveload::cli::{Cli, Guest, with_config};
 use bhyveload::console::{Console, Terminal};
 use bhyveload::error::LoadError;
 use bhyveload::loader::Outcome;
 use bhyveload::target::TargetError;
 use bhyveload::vm::VmTarget;
-use bhyveload::{freebsd, linux, multiboot};
+use bhyveload::{freebsd, linux, multiboot, opened};
 use clap::Parser;
 use std::process::ExitCode;
 use vmmapi::{MemFlags, Vm};
@@ -69,7 +69,7 @@ fn in_vm(cli: &Cli, e: impl Into<TargetError>) -> LoadError {
 }
 
 /// Puts everything out of reach but the files to be loaded and this VM.
-fn confine(cli: &Cli, made: bool) -> Result<(), LoadError> {
+fn confine(cli: &Cli, vm: &Vm, made: bool) -> Result<(), LoadError> {
     let (mode, name) = (cli.sandbox, cli.vm.clone());
     let refused = move |call: &str| {
         eprintln!("bhyveload: the sandbox refused {call}; --sandbox=log goes on all the same");
@@ -81,8 +81,21 @@ fn confine(cli: &Cli, made: bool) -> Result<(), LoadError> {
             std::process::exit(1);
         }
     };
-    let report = bhyve_sandbox::enter(mode, &cli.needs(), refused)
-        .map_err(|e| LoadError::new("--sandbox", cli.sandbox.to_string(), e.to_string()))?;
+    let told = |e: String| LoadError::new("--sandbox", cli.sandbox.to_string(), e);
+    let mut needs = cli.needs();
+    if cfg!(target_os = "freebsd") && mode != Mode::Off {
+        // In capability mode nothing has a name: what is read is opened before.
+        for path in needs.read.drain(..) {
+            opened::keep(&path);
+        }
+        needs.write.clear();
+        // FreeBSD's own vmm.ko destroys by name: there, half a guest stays, as
+        // with FreeBSD's own bhyveload.
+        let _ = Vm::keep_control();
+        let limited = bhyve_sandbox::limit(vm, Purpose::Vm(&Vm::requests()));
+        limited.map_err(|e| told(e.to_string()))?;
+    }
+    let report = bhyve_sandbox::enter(mode, &needs, refused).map_err(|e| told(e.to_string()))?;
     if cli.verbose {
         for what in report.lacking {
             eprintln!("bhyveload: sandbox: {what}");
@@ -91,9 +104,8 @@ fn confine(cli: &Cli, made: bool) -> Result<(), LoadError> {
     Ok(())
 }
 
-fn load(cli: &Cli, vm: Vm, made: bool) -> Result<ExitCode, LoadError> {
+fn load(cli: &Cli, mut console: Terminal, vm: Vm, made: bool) -> Result<ExitCode, LoadError> {
     let limit = cli.memory.min(LARGEST_FILE);
-    let mut console = Terminal::open(&cli.console)?;
     let guest = if cli.has_loader() {
         console.raw()?;
         match cli.run_loader(&mut console, limit)? {
@@ -123,9 +135,15 @@ fn run(cli: &Cli) -> Result<ExitCode, LoadError> {
     }
     // The VM comes first, so that nothing need be made when files are read.
     let (vm, made) = Vm::open_or_create(&cli.vm).map_err(|e| in_vm(cli, e))?;
-    let result = confine(cli, made).and_then(|()| load(cli, vm, made));
+    let result = Terminal::open(&cli.console).and_then(|console| {
+        confine(cli, &vm, made)?;
+        load(cli, console, vm, made)
+    });
     if made && !matches!(result, Ok(ExitCode::SUCCESS)) {
-        Vm::destroy(&cli.vm).map_err(|e| in_vm(cli, e))?;
+        // Why it failed matters more.
+        if let Err(e) = Vm::destroy(&cli.vm) {
+            eprintln!("bhyveload: {e}");
+        }
     }
     result
 }

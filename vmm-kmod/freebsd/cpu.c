@@ -98,8 +98,10 @@ vmm_host_guest_begin(void)
 {
 
 	critical_enter();
-	/* The guest's bases leave through the full return to userland. */
-	set_pcb_flags(curthread->td_pcb, PCB_FULL_IRET);
+	/*
+	 * PCB_FULL_IRET is not needed: the thread's segment registers and their
+	 * bases are back before guest_end().
+	 */
 	/* Saves the thread's FPU state and sets CR0.TS. */
 	fpuexit(curthread);
 	disable_intr();

@@ -131,6 +131,8 @@ vmmdev_ioctl(struct cdev *dev __unused, u_long cmd, caddr_t data,
 		return (error);
 	if (u->segid >= 0)
 		return (ENOTTY);
+	if (__predict_true(cmd == VMM_REQ_RUN))
+		return (vmm_rust_vm_run(u->vm, *(uint32_t *)data));
 	return (vmm_rust_vm_ioctl(u->vm, (uint32_t)cmd, data,
 	    IOCPARM_LEN(cmd)));
 }

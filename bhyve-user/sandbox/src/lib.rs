@@ -17,6 +17,8 @@ mod other;
 #[cfg(not(target_os = "linux"))]
 use other as host;
 
+use std::io;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -52,6 +54,39 @@ impl std::fmt::Display for Mode {
             Mode::On => "on",
         })
     }
+}
+
+/// What a descriptor is for from now on.
+#[derive(Clone, Copy, Debug)]
+pub enum Purpose<'a> {
+    /// A VM's device: these requests, and mappings of its memory.
+    Vm(&'a [u32]),
+    /// The control device: these requests.
+    Control(&'a [u32]),
+    /// A terminal or what stands for one: both directions, and its modes.
+    Terminal,
+    /// The same, for output only.
+    Output,
+    /// A guest's disk, to be read, written, flushed and discarded.
+    Disk,
+    /// A file that is read.
+    Image,
+    /// A folder in which files are read.
+    Folder,
+    /// A network interface.
+    Packets,
+    /// A socket that others connect to, and those that have.
+    Listener,
+}
+
+/// Takes the rights from a descriptor that its purpose does not need (on FreeBSD,
+/// capsicum(4)); its duplicates keep theirs. On Linux the filter of system calls
+/// is for all descriptors together, and nothing happens here.
+///
+/// # Errors
+/// The host says no.
+pub fn limit(fd: impl AsFd, purpose: Purpose<'_>) -> io::Result<()> {
+    host::limit(fd.as_fd(), purpose)
 }
 
 /// What a program goes on needing besides memory, threads, time and the files and

@@ -11,8 +11,8 @@ use seccompiler::{
     SeccompRule, TargetArch, sock_filter,
 };
 use std::collections::BTreeMap;
-use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::io::{self, Read};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
@@ -31,6 +31,10 @@ static PATHS: OnceLock<RulesetCreated> = OnceLock::new();
 
 fn fail(what: impl std::fmt::Display) -> Error {
     Error(what.to_string())
+}
+
+pub fn limit(_: BorrowedFd<'_>, _: crate::Purpose<'_>) -> io::Result<()> {
+    Ok(())
 }
 
 pub fn enter(needs: &Needs, refused: Box<dyn Fn(&str) + Send>) -> Result<Report, Error> {

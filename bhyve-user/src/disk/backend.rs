@@ -94,14 +94,16 @@ impl Backend {
         // aligned reads.
         let mut probe = File::open(&options.path)?;
         let kind = probe.metadata()?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
+        // FreeBSD's disks are character devices.
+        let device = kind.is_block_device() || host::DISKS_ARE_CHARACTERS && kind.is_char_device();
+        if !kind.is_file() && !device {
             return Err(Error::Kind);
         }
-        let mut magic = [0; 4];
-        match probe.read_exact(&mut magic) {
-            Ok(()) if magic == QCOW2 => return Err(Error::Qcow2),
-            Err(e) if e.kind() != ErrorKind::UnexpectedEof => return Err(e.into()),
-            _ => {}
+        // Which take whole sectors only.
+        let mut start = [0; ALIGN];
+        let read = probe.read(&mut start)?;
+        if start.get(..read).is_some_and(|s| s.starts_with(&QCOW2)) {
+            return Err(Error::Qcow2);
         }
         if options.nocache {
             flags |= libc::O_DIRECT;
@@ -117,9 +119,8 @@ impl Backend {
         if size == 0 || !size.is_multiple_of(unit.into()) {
             return Err(Error::Size(size, unit));
         }
-        let can_discard = !options.read_only
-            && !options.no_delete
-            && host::can_discard(&file, kind.is_block_device(), size);
+        let can_discard =
+            !options.read_only && !options.no_delete && host::can_discard(&file, device, size);
         let at_once = if options.nocache {
             AtOnce::Never
         } else if host::is_in_memory(&file) {
@@ -130,6 +131,7 @@ impl Backend {
                 paused: 0,
             }
         };
+        crate::sandbox::limit(&file, crate::sandbox::Purpose::Disk)?;
         Ok(Backend {
             file: Arc::new(file),
             lost: Arc::default(),
@@ -297,9 +299,7 @@ impl Backend {
         if self.lost.load(Ordering::Acquire) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        self.file
-            .sync_data()
-            .inspect_err(|_| self.lost.store(true, Ordering::Release))
+        host::flush(&self.file).inspect_err(|_| self.lost.store(true, Ordering::Release))
     }
 
     /// Gives space back; what is read there later is anything.
@@ -371,6 +371,12 @@ mod host {
     use std::fs::File;
     use std::io;
 
+    pub const DISKS_ARE_CHARACTERS: bool = false;
+
+    pub fn flush(file: &File) -> io::Result<()> {
+        file.sync_data()
+    }
+
     fn call(file: &File, flags: Flags, offset: u64, len: u64) -> io::Result<()> {
         let wide = || io::Error::from(io::ErrorKind::InvalidInput);
         let offset = i64::try_from(offset).map_err(|_| wide())?;
@@ -403,20 +409,39 @@ mod host {
     }
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(target_os = "freebsd")]
 mod host {
-    //! No holes: zeroes are written, and space is not given back.
+    //! Disks, by disk(4). Files have no holes here: zeroes are written, and space
+    //! is not given back.
     use std::fs::File;
     use std::io;
+    use std::os::unix::fs::FileTypeExt;
 
-    pub fn punch(_: &File, _: u64, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    pub const DISKS_ARE_CHARACTERS: bool = true;
+
+    fn is_device(file: &File) -> bool {
+        file.metadata()
+            .is_ok_and(|m| m.file_type().is_char_device())
+    }
+
+    pub fn flush(file: &File) -> io::Result<()> {
+        if !is_device(file) {
+            return file.sync_data();
+        }
+        match vmmapi::disk::flush(file) {
+            // Without a cache of its own.
+            Err(e) if e.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => Ok(()),
+            done => done,
+        }
+    }
+    pub fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
+        vmmapi::disk::delete(file, offset, len)
     }
     pub fn zero(_: &File, _: u64, _: u64) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
-    pub fn can_discard(_: &File, _: bool, _: u64) -> bool {
-        false
+    pub fn can_discard(file: &File, device: bool, _: u64) -> bool {
+        device && vmmapi::disk::can_delete(file)
     }
     pub fn is_in_memory(_: &File) -> bool {
         false

@@ -21,6 +21,10 @@ pub struct TapPort {
 /// [`TapError`].
 pub fn open(name: &str, queues: usize) -> Result<Vec<TapPort>, TapError> {
     let tap = Arc::new(Tap::open(name, queues)?);
+    for fd in tap.descriptors() {
+        crate::sandbox::limit(fd, crate::sandbox::Purpose::Packets)
+            .map_err(|e| TapError::Host(name.into(), e))?;
+    }
     tap.set_offloads(TapOffloads::default())
         .map_err(|e| TapError::Host(name.into(), e))?;
     let ports = (0..tap.queues()).map(|queue| TapPort {

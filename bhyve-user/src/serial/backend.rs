@@ -16,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::terminal;
 use crate::lock;
+use crate::sandbox::{Purpose, limit};
 
 /// The host's side of a serial port, as `-l com1,…` names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,6 +90,8 @@ impl Spec {
                 let input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
                 let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
                 terminal::make_raw(&input, true)?;
+                limit(&input, Purpose::Terminal)?;
+                limit(&output, Purpose::Output)?;
                 Ok(Backend {
                     input: Some(Box::new(input)),
                     output: Some(Box::new(output)),
@@ -112,8 +115,11 @@ impl Spec {
                 // Raw mode has CLOCAL, so carrier matters no more.
                 let flags = OFlag::from_bits_retain(fcntl(&tty, FcntlArg::F_GETFL)?);
                 fcntl(&tty, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+                let input = tty.try_clone()?;
+                limit(&input, Purpose::Terminal)?;
+                limit(&tty, Purpose::Terminal)?;
                 Ok(Backend {
-                    input: Some(Box::new(tty.try_clone()?)),
+                    input: Some(Box::new(input)),
                     output: Some(Box::new(tty)),
                 })
             }
@@ -125,14 +131,17 @@ impl Spec {
                 // opens it: that tells whether output has a reader.
                 drop(pty.slave);
                 eprintln!("{name} is on {}", path.display());
-                let output = Pty(File::from(pty.master.try_clone()?));
+                let output = pty.master.try_clone()?;
+                limit(&output, Purpose::Terminal)?;
+                limit(&pty.master, Purpose::Terminal)?;
                 Ok(Backend {
                     input: Some(Box::new(Pty(File::from(pty.master)))),
-                    output: Some(Box::new(output)),
+                    output: Some(Box::new(Pty(File::from(output)))),
                 })
             }
             Spec::File(path) => {
                 let file = OpenOptions::new().append(true).create(true).open(path)?;
+                limit(&file, Purpose::Output)?;
                 Ok(Backend {
                     input: None,
                     output: Some(Box::new(file)),
@@ -147,10 +156,12 @@ impl Spec {
                     std::fs::remove_file(path)?;
                 }
                 let listener = UnixListener::bind(path)?;
+                limit(&listener, Purpose::Listener)?;
                 Ok(listening(move || Ok(listener.accept()?.0.into())))
             }
             Spec::Tcp(address) => {
                 let listener = TcpListener::bind(address)?;
+                limit(&listener, Purpose::Listener)?;
                 Ok(listening(move || Ok(listener.accept()?.0.into())))
             }
         }

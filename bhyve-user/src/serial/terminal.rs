@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use nix::sys::termios::{ControlFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
 use crate::lock;
+use crate::sandbox::{Purpose, limit};
 
 static SAVED: Mutex<Vec<(OwnedFd, Termios)>> = Mutex::new(Vec::new());
 
@@ -25,6 +26,8 @@ pub fn make_raw(fd: &impl AsFd, restore: bool) -> nix::Result<()> {
             .as_fd()
             .try_clone_to_owned()
             .map_err(|_| nix::errno::Errno::EMFILE)?;
+        limit(&fd, Purpose::Terminal)
+            .map_err(|e| nix::errno::Errno::from_raw(e.raw_os_error().unwrap_or_default()))?;
         lock(&SAVED).push((fd, saved));
     }
     Ok(())

@@ -34,6 +34,7 @@ impl Listener {
         };
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
         listener.socket.set_nonblocking(true)?;
+        crate::sandbox::limit(&listener.socket, crate::sandbox::Purpose::Listener)?;
         Ok(listener)
     }
 

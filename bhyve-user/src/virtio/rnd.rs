@@ -44,6 +44,7 @@ impl Rnd {
             ..Identity::default()
         };
         let source = File::open("/dev/urandom")?;
+        crate::sandbox::limit(&source, crate::sandbox::Purpose::Image)?;
         Ok((identity, Rnd { source }))
     }
 }

@@ -1,6 +1,6 @@
-//! The two pieces of a sandbox that only `unsafe` code can have: the handler of
-//! the signal by which Linux tells of a refused system call, and FreeBSD's
-//! capability mode.
+//! The pieces of a sandbox that only `unsafe` code can have: the handler of the
+//! signal by which Linux tells of a refused system call, and FreeBSD's capability
+//! mode and rights of descriptors.
 
 #[cfg(target_os = "linux")]
 mod linux {
@@ -60,17 +60,66 @@ mod linux {
 #[cfg(target_os = "linux")]
 pub use linux::on_refused_call;
 
-/// Enters capability mode (capsicum(4)): no global name can be used by this
-/// process and its children ever after.
-///
-/// # Errors
-/// The kernel has no capability mode.
 #[cfg(target_os = "freebsd")]
-pub fn enter_capability_mode() -> std::io::Result<()> {
-    // SAFETY: cap_enter takes nothing and only takes rights away.
-    let r = unsafe { libc::cap_enter() };
-    if r < 0 {
-        return Err(std::io::Error::last_os_error());
+mod freebsd {
+    use std::io;
+    use std::os::fd::{AsRawFd, BorrowedFd};
+
+    pub use libc::{
+        CAP_ACCEPT, CAP_EVENT, CAP_FCNTL, CAP_FSTAT, CAP_FSTATFS, CAP_FSYNC, CAP_GETSOCKOPT,
+        CAP_IOCTL, CAP_LOOKUP, CAP_MMAP_RW, CAP_PREAD, CAP_PWRITE, CAP_READ, CAP_SETSOCKOPT,
+        CAP_SHUTDOWN, CAP_WRITE,
+    };
+
+    fn done(r: libc::c_int) -> io::Result<()> {
+        if r < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Enters capability mode (capsicum(4)): no global name can be used by this
+    /// process and its children ever after.
+    ///
+    /// # Errors
+    /// The kernel has no capability mode.
+    pub fn enter_capability_mode() -> io::Result<()> {
+        // SAFETY: cap_enter takes nothing and only takes rights away.
+        done(unsafe { libc::cap_enter() })
+    }
+
+    /// Leaves a descriptor these rights (`CAP_*`, rights(4)) of those that it has.
+    ///
+    /// # Errors
+    /// ENOTCAPABLE: it lacks one of them. ENOSYS: the kernel has no Capsicum.
+    pub fn limit_rights(fd: BorrowedFd<'_>, rights: &[u64]) -> io::Result<()> {
+        // SAFETY: all-zero is a valid cap_rights_t, which is then initialised with
+        // the version and no right, and given the rights one by one; a 0 ends
+        // each list.
+        let set = unsafe {
+            let mut set: libc::cap_rights_t = std::mem::zeroed();
+            libc::__cap_rights_init(libc::CAP_RIGHTS_VERSION, &raw mut set, 0_u64);
+            for right in rights {
+                libc::__cap_rights_set(&raw mut set, *right, 0_u64);
+            }
+            set
+        };
+        // SAFETY: `set` is an initialised set.
+        done(unsafe { libc::cap_rights_limit(fd.as_raw_fd(), &raw const set) })
+    }
+
+    /// Leaves a descriptor these requests of ioctl(2). The kernel compares them one
+    /// after the other: the most frequent ones belong in front.
+    ///
+    /// # Errors
+    /// As [`limit_rights`].
+    pub fn limit_ioctls(fd: BorrowedFd<'_>, requests: &[u64]) -> io::Result<()> {
+        // SAFETY: the kernel reads as many requests as it is told of.
+        let r =
+            unsafe { libc::cap_ioctls_limit(fd.as_raw_fd(), requests.as_ptr(), requests.len()) };
+        done(r)
+    }
 }
+
+#[cfg(target_os = "freebsd")]
+pub use freebsd::*;

@@ -21,12 +21,14 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Only the modules `affinity`, [`confine`], [`host_pci`], `kvm`, `sys`, `title`, [`poll`], [`tap`] and [`memory`]
+//! Only the modules `affinity`, [`confine`], `disk`, [`host_pci`], `kvm`, `sys`, `title`, [`poll`], [`tap`] and [`memory`]
 //! contain `unsafe`: the system calls, and the mapping of pages shared with the kernel, of devices' registers and of guest
 //! memory. No reference into guest memory is ever handed out, because the guest changes it at will.
 
 mod affinity;
 pub mod confine;
+#[cfg(target_os = "freebsd")]
+pub mod disk;
 mod error;
 pub mod host_pci;
 #[cfg(all(feature = "kvm", target_os = "linux"))]

@@ -12,7 +12,7 @@ mod host;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 /// Bytes of the header in front of each frame.
 pub const HEADER: usize = 12;
@@ -120,6 +120,11 @@ impl Tap {
             Some(file) => host::attach_queue(file, on),
             None => Ok(()),
         }
+    }
+
+    /// Those of its queues.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.queues.iter().map(AsFd::as_fd)
     }
 
     /// The descriptor of a queue, readable when a packet waits.

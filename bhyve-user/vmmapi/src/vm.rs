@@ -9,7 +9,7 @@ use crate::vcpu::Vcpu;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use vmm_abi::layout::*;
 use vmm_abi::limits::{MAX_VM_STATS, VM_MAX_NAMELEN};
@@ -83,6 +83,13 @@ impl CpuSet {
     /// How many there are.
     pub fn count(&self) -> usize {
         self.0.iter().map(|w| w.count_ones() as usize).sum()
+    }
+}
+
+/// For limiting what the descriptor is good for; requests go through [`Vm`].
+impl AsFd for Vm {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd()
     }
 }
 
@@ -445,6 +452,29 @@ impl Vm {
         self.inner.dev.as_fd()
     }
 
+    /// The requests of a VM's device, those that run vCPUs first: for a program
+    /// that limits its own descriptor.
+    #[must_use]
+    pub fn requests() -> Vec<u32> {
+        let first = [VM_EXT_RUN_PAGE, VM_RUN];
+        let not = [VMMCTL_VM_CREATE, VMMCTL_VM_DESTROY];
+        let others = ALL.iter().map(|(request, _)| *request);
+        let others = others.filter(|r| !first.contains(r) && !not.contains(r));
+        first.into_iter().chain(others).collect()
+    }
+
+    /// Opens the control device for good, so that VMs can be made and destroyed
+    /// by a process that may not open it any more.
+    ///
+    /// # Errors
+    /// There is none (FreeBSD's own vmm.ko before 15), or it cannot be opened.
+    pub fn keep_control() -> io::Result<()> {
+        let ctl = sys::open(CTL)?;
+        // Another thread's is as good.
+        let _ = KEPT.set(ctl);
+        Ok(())
+    }
+
     pub(crate) fn request<T: Plain>(&self, request: u32, arg: &mut T) -> Result<()> {
         sys::retry(|| sys::ioctl(self.fd(), request, arg)).map_err(|e| self.error(request, None, e))
     }
@@ -498,15 +528,23 @@ enum Control {
     Refused(io::Error),
 }
 
+/// See [`Vm::keep_control`].
+static KEPT: OnceLock<File> = OnceLock::new();
+
 /// Makes or destroys a VM: by the control device, or on FreeBSD before 15 by a
 /// sysctl.
 fn control(name: &str, request: u32, sysctl: &str) -> std::result::Result<(), Control> {
-    let ctl = match sys::open(CTL) {
-        Ok(ctl) => ctl,
-        Err(e) if e.kind() == io::ErrorKind::NotFound && cfg!(target_os = "freebsd") => {
+    let opened;
+    let ctl = match KEPT.get().map_or_else(|| Err(sys::open(CTL)), Ok) {
+        Ok(kept) => kept,
+        Err(Ok(ctl)) => {
+            opened = ctl;
+            &opened
+        }
+        Err(Err(e)) if e.kind() == io::ErrorKind::NotFound && cfg!(target_os = "freebsd") => {
             return sys::sysctl_write(sysctl, name).map_err(Control::Refused);
         }
-        Err(e) => return Err(Control::Open(e)),
+        Err(Err(e)) => return Err(Control::Open(e)),
     };
     let mut arg = VmmctlVm::default();
     if !set_c_name(&mut arg.name, name.as_bytes()) {

@@ -26,7 +26,7 @@ impl FileImage {
     /// It cannot be opened, is neither a file nor a disk, or is empty.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         let bad = |problem: String| LoadError::new(path.display().to_string(), "-d", problem);
-        let mut file = File::open(path).map_err(|e| bad(e.to_string()))?;
+        let mut file = crate::opened::open(path).map_err(|e| bad(e.to_string()))?;
         let kind = file.metadata().map_err(|e| bad(e.to_string()))?.file_type();
         if kind.is_dir() {
             return Err(bad("is a folder, and -d takes a disk image".to_owned())

@@ -154,6 +154,11 @@ pub struct Vcpu {
     inner: Box<Mutex<Inner>>,
 }
 
+fn no_vcpu(id: u32, e: &vmm_hw::error::Error) -> NoMemory {
+    klog!(Error, "no vCPU {id}: {e}");
+    NoMemory
+}
+
 impl Vcpu {
     /// A vCPU in power-on state.
     pub fn new(vm: &Vm, id: u32) -> Result<Box<Vcpu>, NoMemory> {
@@ -192,21 +197,12 @@ impl Vcpu {
             thread_tss: g.thread_tss,
         };
         let lapic = Lapic::new(page, to_mailbox, config);
-        let failed = |e| {
-            klog!(Error, "no vCPU {id}: {e}");
-            NoMemory
+        let inner = match &g.backend {
+            Backend::Vmx(b) => Self::vmx(id, Arc::clone(b), hw_config, lapic, cpuid)?,
+            Backend::Svm(b) => Self::svm(id, Arc::clone(b), hw_config, lapic, cpuid)?,
         };
-        let inner: Box<Mutex<Inner>> = match &g.backend {
-            Backend::Vmx(b) => {
-                let hw = vmx::Vcpu::new(Arc::clone(b), hw_config).map_err(failed)?;
-                sync::try_box(Mutex::new(Inner::new(hw, lapic, cpuid))?)?
-            }
-            Backend::Svm(b) => {
-                let hw = svm::Vcpu::new(Arc::clone(b), hw_config).map_err(failed)?;
-                sync::try_box(Mutex::new(Inner::new(hw, lapic, cpuid))?)?
-            }
-        };
-        let mut vcpu = sync::try_box(Vcpu {
+        let (sleeper, run_page) = (Sleeper::new()?, RunPage::new()?);
+        let mut vcpu = sync::try_box_with(|| Vcpu {
             timer: None,
             mailbox,
             mode: AtomicU32::new(OUTSIDE),
@@ -214,8 +210,8 @@ impl Vcpu {
             timer_fired: AtomicBool::new(false),
             reqidle: AtomicU32::new(0),
             id,
-            sleeper: Sleeper::new()?,
-            run_page: RunPage::new()?,
+            sleeper,
+            run_page,
             stats: Stats::new(),
             inner,
         })?;
@@ -231,6 +227,35 @@ impl Vcpu {
             .wrapping_add(1);
         vcpu.timer = Some(Timer::new(target.cast::<c_void>())?);
         Ok(vcpu)
+    }
+
+    /// The part that only one at a time may touch. Of either kind it is made in a
+    /// frame of its own, and off the stack again when the rest is made.
+    #[inline(never)]
+    fn vmx(
+        id: u32,
+        backend: Arc<vmx::Backend<Os>>,
+        config: Config,
+        lapic: Lapic<MailboxRef>,
+        cpuid: Box<CpuidTable>,
+    ) -> Result<Box<Mutex<Inner>>, NoMemory> {
+        let hw = vmx::Vcpu::new(backend, config).map_err(|e| no_vcpu(id, &e))?;
+        let inner = sync::try_box(Mutex::new(Inner::new(hw, lapic, cpuid))?)?;
+        Ok(inner)
+    }
+
+    /// As `vmx`.
+    #[inline(never)]
+    fn svm(
+        id: u32,
+        backend: Arc<svm::Backend<Os>>,
+        config: Config,
+        lapic: Lapic<MailboxRef>,
+        cpuid: Box<CpuidTable>,
+    ) -> Result<Box<Mutex<Inner>>, NoMemory> {
+        let hw = svm::Vcpu::new(backend, config).map_err(|e| no_vcpu(id, &e))?;
+        let inner = sync::try_box(Mutex::new(Inner::new(hw, lapic, cpuid))?)?;
+        Ok(inner)
     }
 
     /// Has the vCPU to oneself; it is made to leave the guest if it runs.
