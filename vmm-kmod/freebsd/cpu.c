@@ -96,14 +96,18 @@ vmm_host_set_vmxe(int on)
 void
 vmm_host_guest_begin(void)
 {
+	struct thread *td = curthread;
 
-	critical_enter();
+	/* critical_enter() and _exit() without the calls that a module makes. */
+	td->td_critnest++;
+	__compiler_membar();
 	/*
 	 * PCB_FULL_IRET is not needed: the thread's segment registers and their
 	 * bases are back before guest_end().
 	 */
 	/* Saves the thread's FPU state and sets CR0.TS. */
-	fpuexit(curthread);
+	if (PCPU_GET(fpcurthread) == td)
+		fpuexit(td);
 	disable_intr();
 	clts();
 }
@@ -111,6 +115,7 @@ vmm_host_guest_begin(void)
 void
 vmm_host_guest_end(void)
 {
+	struct thread *td = curthread;
 
 	/* What is in the FPU now is nobody's: the next use traps. */
 	load_cr0(rcr0() | CR0_TS);
@@ -118,12 +123,16 @@ vmm_host_guest_end(void)
 	 * VM exits leave TR with the limit of a TSS without I/O permissions
 	 * (SDM Vol. 3C 27.5.2); this thread has some. LTR wants it not busy.
 	 */
-	if (__predict_false(curthread->td_pcb->pcb_tssp != NULL)) {
+	if (__predict_false(td->td_pcb->pcb_tssp != NULL)) {
 		PCPU_GET(tss)->sd_type = SDT_SYSTSS;
 		ltr(GSEL(GPROC0_SEL, SEL_KPL));
 	}
 	enable_intr();
-	critical_exit();
+	__compiler_membar();
+	td->td_critnest--;
+	__compiler_membar();
+	if (__predict_false(td->td_owepreempt))
+		critical_exit_preempt();
 }
 
 void

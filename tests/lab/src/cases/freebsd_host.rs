@@ -40,11 +40,29 @@ pub fn group(lab: &Lab) -> Group {
     }
 }
 
+/// What the guest does with its disk.
+const DISK: &str = "bhyvers.run=dd if=/dev/vtbd0 bs=4k skip=10 count=1 2>/dev/null | head -n 1; \
+     printf 'and so was the guest' | dd of=/dev/vtbd0 bs=512 seek=8 conv=sync";
+
 fn ours(_: &Lab, host: &mut Host) -> Result<()> {
+    host.must(
+        "dd if=/dev/zero of=/tmp/disk bs=1m count=16 2>/dev/null && \
+         printf 'the host was here\n' | dd of=/tmp/disk bs=4k seek=10 conv=notrunc 2>/dev/null",
+        SHORT,
+    )?;
     let mut guest = guest();
     guest.vcpus = 2;
+    guest.options = "-s 4,virtio-blk,/tmp/disk".to_owned();
+    guest.environment.push(DISK.to_owned());
     guest.start(host)?;
-    to_power_off(host, &guest)
+    host.guest()
+        .expect("the host was here", Duration::from_secs(300))?;
+    to_power_off(host, &guest)?;
+    host.must(
+        "dd if=/tmp/disk bs=512 skip=8 count=1 2>/dev/null | grep -q 'and so was the guest'",
+        SHORT,
+    )
+    .map(drop)
 }
 
 /// FreeBSD's own programs on our module.
