@@ -271,6 +271,22 @@ impl Vm {
         self.request(VM_EXT_CONSTANT_PORT, &mut arg)
     }
 
+    /// Offers the guest the paravirtual interface that KVM's guests know, all
+    /// that the kernel piece has of it, or none. FreeBSD's own has none.
+    ///
+    /// # Errors
+    /// ENXIO once the VM is destroyed.
+    pub fn set_pv(&self, on: bool) -> Result<()> {
+        if !self.has(EXT_F_PV) {
+            return Ok(());
+        }
+        let mut arg = VmExtPv {
+            features: if on { u32::MAX } else { 0 },
+            ..VmExtPv::default()
+        };
+        self.request(VM_EXT_PV, &mut arg)
+    }
+
     /// Makes two-byte OUTs (of `value`, or of any) to a port complete in the
     /// kernel and signal the eventfd `fd`, or ends that (`None`). False where
     /// the kernel piece cannot: then each is an exit.

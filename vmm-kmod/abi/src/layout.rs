@@ -705,6 +705,18 @@ abi_struct! {
     }
 }
 
+abi_struct! {
+    /// Argument of `VM_EXT_PV`: what of the paravirtual interface that KVM's
+    /// guests know a guest sees. A VM begins with all that there is.
+    VmExtPv, 8 {
+        /// Features as KVM's CPUID leaf has them (EAX of 4000_0001H there);
+        /// those that the kernel piece does not have are ignored.
+        features: u32 = 0,
+        /// Zero.
+        _pad0: u32 = 4,
+    }
+}
+
 /// Offset in a VM's device at which the run page of vCPU 0 can be mapped; one
 /// page a vCPU. Beyond the guest-physical addresses that exist (52 bits).
 pub const EXT_RUN_PAGES: u64 = 1 << 52;
@@ -773,6 +785,8 @@ pub const EXT_F_OUT_RING: u32 = 8;
 pub const EXT_F_DOORBELL: u32 = 16;
 /// `VmExtVersion::features`: `VM_EXT_RELEASE` is there.
 pub const EXT_F_RELEASE: u32 = 0x100;
+/// `VmExtVersion::features`: the paravirtual interface and `VM_EXT_PV` are there.
+pub const EXT_F_PV: u32 = 0x1000;
 /// `VmExtRun::flags`: set RAX before the guest goes on.
 pub const EXT_RUN_RAX: u32 = 1;
 /// `VM_EXT_RUN_PAGE`: send the run page's messages first.

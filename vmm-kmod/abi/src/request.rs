@@ -184,6 +184,8 @@ requests! {
     VM_EXT_DOORBELL = iow::<VmExtDoorbell>(GROUP, EXT_FIRST + 5);
     /// Gives memory back to the host (ours).
     VM_EXT_RELEASE = iowr::<VmExtRelease>(GROUP, EXT_FIRST + 8);
+    /// What the guest sees of the paravirtual interface (ours).
+    VM_EXT_PV = iow::<VmExtPv>(GROUP, EXT_FIRST + 16);
 }
 
 /// Name of a request, for messages.

@@ -335,7 +335,9 @@ pub enum Exit {
     Xsetbv,
     /// INVD or WBINVD: nothing to do with coherent memory.
     CacheControl,
-    /// A virtualization instruction, GETSEC, ENCLS and the like: #UD.
+    /// VMCALL on Intel's CPUs, VMMCALL on AMD's.
+    Hypercall,
+    /// Another virtualization instruction, GETSEC, ENCLS and the like: #UD.
     VirtualizationInstruction,
     /// RDPMC.
     Rdpmc,

@@ -9,6 +9,8 @@ mod xstate;
 
 pub use topology::Topology;
 
+use crate::pv::Features;
+
 /// EAX, EBX, ECX, EDX.
 pub type Regs = [u32; 4];
 
@@ -75,11 +77,12 @@ pub struct CpuidConfig {
     /// Whether the guest is told that there is a hypervisor: leaf 1 ECX bit
     /// 31 and the leaves from 0x4000_0000 on.
     pub hypervisor: bool,
-    /// Whether a second hypervisor interface, KVM's signature with no feature
-    /// set, stands at 0x4000_0100. Linux before 6.16 does not know bhyve's
-    /// signature and uses x2APIC without interrupt remapping only under a
-    /// hypervisor that it knows.
-    pub kvm_signature: bool,
+    /// Whether a second hypervisor interface, KVM's signature with these
+    /// features (perhaps none), stands at 0x4000_0100. Linux before 6.16 does
+    /// not know bhyve's signature and uses x2APIC without interrupt remapping
+    /// only under a hypervisor that it knows. FreeBSD 12.1 looks at 0x4000_0000
+    /// alone.
+    pub kvm: Option<Features>,
     /// Guest-physical address width, bits; 0 for the host's.
     pub phys_bits: u8,
     /// What the backend honours.
@@ -148,7 +151,7 @@ pub struct CpuidTable {
     basic: [Leaf; BASIC],
     ext: [Leaf; EXT],
     hv: [Regs; HV],
-    kvm: Regs,
+    kvm: [Regs; 2],
     sub: [Regs; SUB],
     used: u8,
     max_basic: u32,
@@ -166,7 +169,7 @@ impl CpuidTable {
             basic: [EMPTY; BASIC],
             ext: [EMPTY; EXT],
             hv: [ZERO; HV],
-            kvm: ZERO,
+            kvm: [ZERO; 2],
             sub: [ZERO; SUB],
             used: 0,
             max_basic: 0,
@@ -326,7 +329,7 @@ impl CpuidTable {
     fn hypervisor_leaf(&self, eax: u32) -> Regs {
         match eax & 0xffff {
             n if n < self.hv_leaves => self.hv.get(n as usize).copied().unwrap_or(ZERO),
-            0x100 => self.kvm,
+            n @ 0x100..=0x101 => self.kvm.get((n & 1) as usize).copied().unwrap_or(ZERO),
             _ => ZERO,
         }
     }
@@ -381,9 +384,9 @@ impl CpuidTable {
             self.hv[0][0] = HV_BASE + 1;
         }
         self.hv_leaves = (self.hv[0][0] & 0xff) + 1;
-        if cfg.kvm_signature {
+        if let Some(features) = cfg.kvm {
             let [b, c, d] = signature(&KVM_SIGNATURE);
-            self.kvm = [HV_BASE + 0x101, b, c, d];
+            self.kvm = [[HV_BASE + 0x101, b, c, d], [features.bits(), 0, 0, 0]];
         }
     }
 }

@@ -474,6 +474,19 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
         self.update_ppr();
     }
 
+    /// Whether the end of the interrupt that was just accepted changes nothing
+    /// but what is in service: the IOAPIC does not wait for it, and no other
+    /// interrupt does.
+    pub fn ends_quietly(&self, vector: u8) -> bool {
+        !self.page.bit(reg::TMR, vector) && self.requested().is_none()
+    }
+
+    /// The guest has ended the interrupt in service, by other means than a
+    /// write of the EOI register.
+    pub fn end_of_interrupt(&mut self) -> Effect {
+        self.eoi()
+    }
+
     /// The TPR threshold for a CPU with a TPR shadow but without
     /// virtual-interrupt delivery (SDM Vol. 3C §24.6.8): it exits when the
     /// guest lowers TPR so far that a waiting interrupt could be taken.

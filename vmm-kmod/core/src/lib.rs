@@ -35,6 +35,7 @@ pub mod lapic;
 pub mod msr;
 pub mod paging;
 pub mod pmtmr;
+pub mod pv;
 pub mod rtc;
 pub mod stats;
 pub mod time;

@@ -65,6 +65,7 @@ stats! {
     Xsetbv "number of times xsetbv was intercepted";
     TaskSwitch "vm exits due to task switch";
     VectoringExits "VM exits during event delivery";
+    Hypercall "vm exits due to hypercall";
 }
 
 /// How many counters there are; fits one `VM_STATS` answer (64).

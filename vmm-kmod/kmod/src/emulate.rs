@@ -255,6 +255,7 @@ impl<C: RunCpu> Runner<'_, C> {
         if !self.is_device(gpa) || self.inner.vectoring.is_some() {
             return None;
         }
+        let _ = self.take_eoi();
         let mem = self.vm.mem.try_lock()?;
         if mem.map.is_mapped(gpa) {
             return None;
@@ -375,6 +376,7 @@ impl<C: RunCpu> Runner<'_, C> {
         }
         if let (Ok(inst), true) = (&decoded, self.is_device(gpa)) {
             self.vcpu.stats.inc(Stat::MmioKernel);
+            self.settle_eoi();
             if let Done::Yes = self.device(&mut cpu, inst, Where { gpa, gla }, walk)? {
                 return Ok(false);
             }

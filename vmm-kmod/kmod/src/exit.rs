@@ -151,13 +151,19 @@ impl<C: RunCpu> Runner<'_, C> {
         let value = match inner.msr.rdmsr(msr) {
             MsrRead::Value(v) => Some(v),
             MsrRead::Gp => None,
-            MsrRead::Unknown => {
-                let len = inner.hw.inst_len();
-                return Some(self.user(len, UserExit::Rdmsr { msr }));
-            }
+            MsrRead::Unknown => match self.pv_rdmsr(msr) {
+                Some(v) => Some(v),
+                None => {
+                    let len = self.inner.hw.inst_len();
+                    return Some(self.user(len, UserExit::Rdmsr { msr }));
+                }
+            },
             MsrRead::Backend => inner.hw.msr(msr),
             MsrRead::ApicBase => Some(inner.lapic.apic_base()),
-            MsrRead::X2Apic(_) => inner.lapic.rdmsr(msr, os::rdtsc()).ok(),
+            MsrRead::X2Apic(_) => {
+                let _ = self.take_eoi();
+                self.inner.lapic.rdmsr(msr, os::rdtsc()).ok()
+            }
             MsrRead::TscDeadline => Some(inner.lapic.tsc_deadline(os::rdtsc())),
             MsrRead::Tsc => Some(
                 self.vm
@@ -183,7 +189,10 @@ impl<C: RunCpu> Runner<'_, C> {
             MsrWrite::Done => {}
             MsrWrite::Gp => return self.fault_with(Event::GP0),
             MsrWrite::Unknown => {
-                let len = inner.hw.inst_len();
+                if let Some(todo) = self.pv_wrmsr(msr, value) {
+                    return Some(todo);
+                }
+                let len = self.inner.hw.inst_len();
                 return Some(self.user(len, UserExit::Wrmsr { msr, value }));
             }
             MsrWrite::Backend => {
@@ -210,6 +219,8 @@ impl<C: RunCpu> Runner<'_, C> {
                 return self.effect(effect);
             }
             MsrWrite::X2Apic(_) => {
+                let _ = self.take_eoi();
+                let inner = &mut *self.inner;
                 let Ok(effect) = inner.lapic.wrmsr(msr, value, os::rdtsc()) else {
                     return self.fault_with(Event::GP0);
                 };
@@ -236,17 +247,20 @@ impl<C: RunCpu> Runner<'_, C> {
                     .wrapping_add(inner.tsc_adjust);
                 let delta = value.wrapping_sub(now);
                 inner.msr.tsc_moved(delta);
-                self.move_tsc(delta);
+                return self.move_tsc(delta);
             }
-            MsrWrite::TscAdjust(delta) => self.move_tsc(delta),
+            MsrWrite::TscAdjust(delta) => return self.move_tsc(delta),
         }
         self.finish();
         None
     }
 
-    fn move_tsc(&mut self, delta: u64) {
+    #[cold]
+    fn move_tsc(&mut self, delta: u64) -> Option<Todo> {
         self.inner.tsc_adjust = self.inner.tsc_adjust.wrapping_add(delta);
         self.inner.apply_tsc(self.vm);
+        self.finish();
+        self.pv_clock_used().then_some(Todo::PvClock)
     }
 
     /// Does what a register write of the local APIC asks for.
@@ -267,6 +281,7 @@ impl<C: RunCpu> Runner<'_, C> {
 
     fn apic_write(&mut self, offset: u16) -> Option<Todo> {
         self.vcpu.stats.inc(Stat::ApicWrite);
+        let _ = self.take_eoi();
         let effect = self.inner.lapic.apic_write_done(offset, os::rdtsc());
         self.inner.attention = true;
         self.effect(effect)
@@ -373,6 +388,7 @@ impl<C: RunCpu> Runner<'_, C> {
         self.vcpu.stats.inc(Stat::Hlt);
         self.finish();
         // An interrupt that is already there ends the halt at once.
+        let _ = self.take_eoi();
         let inner = &mut *self.inner;
         inner.lapic.sync();
         if inner.hw.reg(Reg::Rflags) & RFLAGS_IF != 0 && inner.lapic.pending().is_some() {

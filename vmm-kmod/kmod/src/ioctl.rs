@@ -54,6 +54,7 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
             | EXT_F_CONSTANT_PORT
             | EXT_F_RUN_PAGE
             | EXT_F_OUT_RING
+            | EXT_F_PV
             | if CAN_RELEASE { EXT_F_RELEASE } else { 0 }
             | bells,
     };
@@ -141,6 +142,14 @@ pub fn vm(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
                 None
             };
             vm.doorbells.set(a.port, value, event)
+        }
+        req::VM_EXT_PV => {
+            let a: &mut VmExtPv = arg(data)?;
+            if a._pad0 != 0 {
+                return Err(errno::EINVAL);
+            }
+            vm.set_pv(a.features);
+            Ok(())
         }
         req::VM_EXT_OUT_RING => {
             let a: &mut VmExtOutRing = arg(data)?;

@@ -21,6 +21,7 @@ mod memory;
 mod os;
 mod ports;
 mod ppt;
+mod pv;
 mod regs;
 mod rings;
 mod run;

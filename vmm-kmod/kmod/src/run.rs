@@ -42,6 +42,17 @@ pub enum Todo {
     Spinup,
     /// The vCPU's state could not be made this CPU's.
     NotLoaded(vmm_hw::error::Error),
+    /// WRMSR of the paravirtual interface's.
+    PvMsr {
+        /// Which.
+        msr: u32,
+        /// What is written.
+        value: u64,
+    },
+    /// The paravirtual clock has to follow the TSC.
+    PvClock,
+    /// Where the guest may have noted an end of interrupt is to be found again.
+    PvEoi,
     /// An exit of which the CPU does not tell enough, and whose instruction
     /// could not be had with interrupts off.
     Instruction(Exit),
@@ -142,6 +153,9 @@ impl<C: RunCpu> Runner<'_, C> {
                         .apic_mode_changed(self.vcpu.id as usize, virtualized)?;
                 }
                 Todo::Spinup => self.collect_spinups(),
+                Todo::PvMsr { msr, value } => self.pv_msr(msr, value),
+                Todo::PvClock => self.pv_clock_moved(),
+                Todo::PvEoi => self.settle_eoi(),
                 Todo::NotLoaded(error) => {
                     if self.not_loaded(error) {
                         return Ok(());
@@ -415,6 +429,9 @@ impl<C: RunCpu> Runner<'_, C> {
         {
             return Some(Todo::Yield);
         }
+        if !self.take_eoi() {
+            return Some(Todo::PvEoi);
+        }
         let inner = &mut *self.inner;
         if inner.lapic.take_init() {
             // The bootstrap processor would go to its firmware, of which
@@ -422,6 +439,7 @@ impl<C: RunCpu> Runner<'_, C> {
             if self.vcpu.id != 0 {
                 inner.hw.reset(Reset::Init);
                 inner.lapic.init();
+                inner.pv.init();
                 inner.vectoring = None;
                 inner.exception = None;
                 inner.wait = Wait::Sipi;
@@ -500,11 +518,13 @@ impl<C: RunCpu> Runner<'_, C> {
             if !busy && inner.hw.interruptible() {
                 inner.lapic.accept(vector);
                 inner.hw.inject(external(vector));
-                window |= inner.lapic.pending().is_some();
+                self.offer_eoi(vector);
+                window |= self.inner.lapic.pending().is_some();
             } else {
                 window = true;
             }
         }
+        let inner = &mut *self.inner;
         if virt & (ApicVirt::TPR_SHADOW | ApicVirt::INTERRUPTS) == ApicVirt::TPR_SHADOW {
             inner
                 .hw
@@ -523,6 +543,7 @@ impl<C: RunCpu> Runner<'_, C> {
             inner.hw.reg(Reg::Rflags) & vmm_core::cpu::RFLAGS_IF != 0
         });
         let id = self.vcpu.id as usize;
+        self.settle_eoi();
         let inner = &mut *self.inner;
         inner.lapic.sync();
         let now = os::rdtsc();
@@ -533,7 +554,8 @@ impl<C: RunCpu> Runner<'_, C> {
             || inner.vectoring.is_some()
             || inner.exception.is_some()
             || enabled && (inner.lapic.pending().is_some() || inner.lapic.extint_pending())
-            || inner.lapic.init_pending();
+            || inner.lapic.init_pending()
+            || self.vcpu.take_unhalt();
         if wakes {
             self.vm.halted.clear(id);
             inner.wait = Wait::No;
@@ -595,6 +617,7 @@ impl<C: RunCpu> Runner<'_, C> {
             if inner.lapic.take_init() {
                 crate::regs::with_current(&mut inner, |i| i.hw.reset(Reset::Init));
                 inner.lapic.init();
+                inner.pv.init();
             }
             if let Some(vector) = inner.lapic.take_sipi() {
                 drop(inner);
@@ -609,6 +632,7 @@ fn leave_sleep(vm: &Vm, vcpu: &Vcpu) -> bool {
     use core::sync::atomic::Ordering::SeqCst;
     vm.dying()
         || vm.suspend.load(SeqCst) != 0
+        || vcpu.unhalted()
         || vcpu.reqidle.load(SeqCst) != 0
         || vm.debug.contains(vcpu.id as usize)
 }

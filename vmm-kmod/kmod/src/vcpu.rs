@@ -24,6 +24,7 @@ use crate::ffi;
 use crate::global;
 use crate::klog;
 use crate::os::Os;
+use crate::pv::Pv;
 use crate::regs;
 use crate::run_page::RunPage;
 use crate::sync::{self, Mutex, MutexGuard, NoMemory, Sleeper, Timer};
@@ -69,6 +70,8 @@ pub enum Wait {
 pub struct Inner<C: ?Sized = dyn VirtualCpu> {
     /// Local APIC.
     pub lapic: Lapic<MailboxRef>,
+    /// What the guest uses of the paravirtual interface.
+    pub pv: Pv,
     /// CPUID answers.
     pub cpuid: Box<CpuidTable>,
     /// Emulated MSRs.
@@ -142,6 +145,8 @@ pub struct Vcpu {
     cpu: AtomicU32,
     /// The host's timer has fired since this was last asked.
     timer_fired: AtomicBool,
+    /// A hypercall ends the next HLT, or this one.
+    unhalt: AtomicBool,
     /// Threads that wait for the vCPU to leave the guest and stay out.
     pub reqidle: AtomicU32,
     /// Number.
@@ -208,6 +213,7 @@ impl Vcpu {
             mode: AtomicU32::new(OUTSIDE),
             cpu: AtomicU32::new(0),
             timer_fired: AtomicBool::new(false),
+            unhalt: AtomicBool::new(false),
             reqidle: AtomicU32::new(0),
             id,
             sleeper,
@@ -331,6 +337,22 @@ impl Vcpu {
         signal
     }
 
+    /// Ends the vCPU's HLT, or its next one, whatever its RFLAGS.IF.
+    pub fn unhalt(&self) {
+        self.unhalt.store(true, Ordering::SeqCst);
+        self.kick();
+    }
+
+    /// Whether `unhalt` was called and has not had its effect.
+    pub fn unhalted(&self) -> bool {
+        self.unhalt.load(Ordering::SeqCst)
+    }
+
+    /// The same, and now it has.
+    pub fn take_unhalt(&self) -> bool {
+        self.unhalted() && self.unhalt.swap(false, Ordering::SeqCst)
+    }
+
     /// Arms the timer that kicks the vCPU, for CPUs without a preemption
     /// timer.
     pub fn arm_timer(&self, ns: u64) {
@@ -359,6 +381,7 @@ impl<C: VirtualCpu> Inner<C> {
         lapic.use_virtual_delivery(hw.apic_virt().contains(ApicVirt::INTERRUPTS));
         Inner {
             lapic,
+            pv: Pv::default(),
             msr: MsrState::new(&msr_config(), &cpuid),
             cpuid,
             config_gen: 0,
@@ -415,6 +438,7 @@ impl<C: VirtualCpu + ?Sized> Inner<C> {
         self.hw.reset(Reset::PowerOn);
         self.hw.set_apic_mode(ApicMode::XApic);
         self.lapic.reset();
+        self.pv = Pv::default();
         self.msr = MsrState::new(&msr_config(), &self.cpuid);
         self.exit = VmExitRaw::default();
         self.next_rip = None;
@@ -461,7 +485,7 @@ fn cpuid_config(vm: &Vm, id: u32, x2apic: bool) -> CpuidConfig {
         lapic_hz: lapic_timer_hz(g.tsc_hz),
         x2apic,
         hypervisor: true,
-        kvm_signature: true,
+        kvm: Some(vm.pv_features()),
         phys_bits: 0,
         caps: g.cpuid_caps,
     }

@@ -97,7 +97,9 @@ pub struct Vm {
     making: Mutex<()>,
     /// Sockets, cores and threads, 16 bits each from the lowest up.
     topology: AtomicU64,
-    /// Changes whenever `topology` does.
+    /// `vmm_core::pv::Features` that the guest may have.
+    pub(crate) pv_wanted: AtomicU32,
+    /// Changes whenever `topology` or `pv_wanted` does.
     pub config_gen: AtomicU32,
     /// Whose turn it is among equals in lowest-priority arbitration.
     turn: AtomicU32,
@@ -243,6 +245,7 @@ impl Vm {
             nslots: AtomicUsize::new(0),
             making: Mutex::new(())?,
             topology: AtomicU64::new(1 | 1 << 16 | 1 << 32),
+            pv_wanted: AtomicU32::new(u32::MAX),
             config_gen: AtomicU32::new(1),
             turn: AtomicU32::new(0),
             apic_access,

@@ -101,6 +101,7 @@ fn boot(lab: &Lab, host: &mut Host, v: Variant, bare: &Shared<BTreeSet<String>>)
     );
     shell(console, COMMAND)?;
     memory(console, guest.memory_mib)?;
+    paravirtual(console, v.vcpus)?;
     if v.vcpus > 1 {
         both_cpus(console)?;
         hotplug(console)?;
@@ -160,6 +161,19 @@ fn memory(console: &mut Console, mib: u32) -> Result<()> {
     ensure!(
         (mib * 1024 - KERNEL_KIB..mib * 1024).contains(&total),
         "of {mib} MiB the guest sees {total} KiB"
+    );
+    Ok(())
+}
+
+/// The paravirtual interface is used, as far as Linux says so: the clock on
+/// each CPU, IPIs with more than one.
+fn paravirtual(console: &mut Console, vcpus: u32) -> Result<()> {
+    let said = ask(console, "dmesg | grep -iE 'kvm-clock|PV IPIs'")?;
+    let clock = said.contains("kvm-clock: Using msrs 4b564d01 and 4b564d00");
+    let ipis = said.contains("setup PV IPIs");
+    ensure!(
+        clock && (ipis || vcpus == 1),
+        "the guest does not use the paravirtual clock or IPIs: {said}"
     );
     Ok(())
 }

@@ -39,7 +39,7 @@ fn config() -> CpuidConfig {
         lapic_hz: lapic_timer_hz(2_399_999_871),
         x2apic: true,
         hypervisor: true,
-        kvm_signature: false,
+        kvm: None,
         phys_bits: 0,
         caps: CpuidCaps {
             invpcid: true,
@@ -175,6 +175,17 @@ fn hypervisor_leaves() {
     assert_eq!(max, 0x4000_0010);
     assert_eq!(t.get(0x4000_0010, 0, &NOW)[0], 2_400_000);
     assert_eq!(t.get(0x4000_0100, 0, &NOW), ZERO);
+    let pv = CpuidConfig {
+        kvm: Some(Features::EOI | Features::CLOCK),
+        ..config()
+    };
+    let pv = CpuidTable::new(&pv, host);
+    assert_eq!(pv.get(0x4000_0000, 0, &NOW), [max, b, c, d]);
+    let [_, b, c, d] = pv.get(0x4000_0100, 0, &NOW);
+    assert_eq!([b, c, d], [0x4b4d_564b, 0x564b_4d56, 0x4d]);
+    assert_eq!(pv.get(0x4000_0101, 0, &NOW), [0x48, 0, 0, 0]);
+    assert_eq!(pv.get(0x4000_0102, 0, &NOW), ZERO);
+    let [_, b, _, _] = t.get(0x4000_0000, 0, &NOW);
     let hidden = CpuidConfig {
         hypervisor: false,
         ..config()

@@ -133,7 +133,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
         Effect::None
     }
 
-    fn eoi(&mut self) -> Effect {
+    pub(super) fn eoi(&mut self) -> Effect {
         let Some(vector) = self.page.highest(reg::ISR) else {
             return Effect::None;
         };

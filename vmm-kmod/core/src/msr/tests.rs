@@ -11,7 +11,7 @@ fn state(caps: CpuidCaps, vendor: Vendor) -> MsrState {
         lapic_hz: 2_400_000_000,
         x2apic: true,
         hypervisor: true,
-        kvm_signature: false,
+        kvm: None,
         phys_bits: 40,
         caps,
     };

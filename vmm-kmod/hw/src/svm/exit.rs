@@ -56,6 +56,7 @@ fn plain_length(exit: Exit, bytes: &[u8]) -> Option<u8> {
         | (Exit::Rdmsr, [0x0f, 0x32, ..])
         | (Exit::Wrmsr, [0x0f, 0x30, ..])
         | (Exit::Pause, [0xf3, 0x90, ..]) => Some(2),
+        (Exit::Hypercall, [0x0f, 0x01, 0xd9, ..]) => Some(3),
         (Exit::Hlt, [0xf4, ..]) => Some(1),
         _ => None,
     }
@@ -203,6 +204,7 @@ impl<H: Host> Vcpu<H> {
             code::RDPMC => Exit::Rdpmc,
             code::MONITOR => Exit::Monitor,
             code::MWAIT | code::MWAIT_ARMED => Exit::Mwait,
+            code::VMMCALL => self.instruction(Exit::Hypercall),
             code::RSM
             | code::INVLPGA
             | code::VMRUN..=code::RDTSCP
@@ -321,6 +323,7 @@ impl<H: Host> Vcpu<H> {
             Exit::Wrmsr => (inst.op == Op::Wrmsr).then_some(exit),
             Exit::Hlt => (inst.op == Op::Hlt).then_some(exit),
             Exit::Pause => (inst.op == Op::Pause).then_some(exit),
+            Exit::Hypercall => (inst.op == Op::Vmmcall).then_some(exit),
             Exit::Xsetbv => (inst.op == Op::Xsetbv).then_some(exit),
             Exit::CacheControl => matches!(inst.op, Op::Invd | Op::Wbinvd).then_some(exit),
             Exit::Cr(_) if inst.op == Op::Lmsw => self.lmsw(inst),

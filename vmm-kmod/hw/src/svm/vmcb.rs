@@ -259,6 +259,7 @@ pub mod code {
     pub const FERR_FREEZE: u64 = 0x7e;
     pub const SHUTDOWN: u64 = 0x7f;
     pub const VMRUN: u64 = 0x80;
+    pub const VMMCALL: u64 = 0x81;
     pub const RDTSCP: u64 = 0x87;
     pub const WBINVD: u64 = 0x89;
     pub const MONITOR: u64 = 0x8a;

@@ -264,8 +264,9 @@ impl<H: Host> Vcpu<H> {
             reason::XSETBV => self.instruction(Exit::Xsetbv),
             reason::MTF => Exit::Mtf,
             reason::PML_FULL => Exit::PmlFull,
+            reason::VMCALL => self.instruction(Exit::Hypercall),
             reason::GETSEC
-            | reason::VMCALL..=reason::VMXON
+            | reason::VMCLEAR..=reason::VMXON
             | reason::INVEPT
             | reason::INVVPID
             | reason::VMFUNC

@@ -231,6 +231,7 @@ pub mod reason {
     pub const RDPMC: u32 = 15;
     pub const RDTSC: u32 = 16;
     pub const VMCALL: u32 = 18;
+    pub const VMCLEAR: u32 = 19;
     pub const VMXON: u32 = 27;
     pub const CR_ACCESS: u32 = 28;
     pub const DR_ACCESS: u32 = 29;

@@ -34,6 +34,7 @@ impl<C: RunCpu> Runner<'_, C> {
                 self.inner.spun(self.vm.active_count());
                 Some(Todo::Yield)
             }
+            Exit::Hypercall => self.hypercall(),
             Exit::Monitor | Exit::Mwait | Exit::VirtualizationInstruction => {
                 self.vcpu.stats.inc(Stat::Exceptions);
                 self.fault_with(Event::UD)
