@@ -32,15 +32,16 @@ fn usage<T>(message: impl Into<String>) -> Result<T, UsageError> {
 
 /// The help text.
 pub const USAGE: &str = "\
-Usage: bhyve [-aACDehHPSuvwWxY]
+Usage: bhyve [-aAbCDehHPSuvwWxY]
              [-c [[cpus=]numcpus][,sockets=n][,cores=n][,threads=n]] [-K layout]
              [-k file] [-l lpcdev[,conf]] [-m memsize[K|M|G|T]] [-o var=value]
              [-p vcpu:hostcpu] [-s [bus:]slot[:function],emulation[,conf]]
              [-U uuid] [--boot] [--config file] [--exit-stats file]
-             [--print-config] [--sandbox on|log|off] vmname
+             [--no-pv] [--print-config] [--sandbox on|log|off] vmname
        bhyve --config vm.toml [--boot] [option ...] [vmname]
        -a: local APIC is in xAPIC mode (the default)
        -A: create ACPI tables
+       -b: bhyve's first console, port 0x220, on standard input and output
        -c: number of CPUs and/or their topology
        -C: include guest memory in core files
        -D: destroy the VM when the guest has powered itself off
@@ -71,6 +72,7 @@ Usage: bhyve [-aACDehHPSuvwWxY]
            destroy the VM at the end; what to load is in the file's [boot]
        --config: read the VM's TOML file; options given beside it go before it
        --exit-stats: write the counts of -v as JSON
+       --no-pv: no paravirtual clock, end of interrupt and IPIs for the guest
        --print-config: print the file that says the same as this command line
        --sandbox: on (the default) gives up what is not needed any more before
            the guest runs, and ends when something beyond that is tried; log
@@ -82,11 +84,12 @@ with --boot 0 powered off.
 /// Options that want a value.
 const WITH_VALUE: &str = "cGgkKlmnopsU";
 /// Long options.
-const LONG: [&str; 6] = [
+const LONG: [&str; 7] = [
     "--boot",
     "--config",
     "--exit-stats",
     "--help",
+    "--no-pv",
     "--print-config",
     "--sandbox",
 ];
@@ -312,7 +315,9 @@ fn apply(config: &mut Config, option: &str, value: Option<&str>) -> Result<(), U
                 .map_err(|e| UsageError(format!("--sandbox {text}: {e}")))?;
         }
         "--boot" => config.boot = true,
-        "-b" | "-B" | "-M" => {
+        "--no-pv" => config.pv = false,
+        "-b" => config.bvmcons = true,
+        "-B" | "-M" => {
             return usage(format!(
                 "{option}: not supported; the console is a 16550, see -l com1,stdio"
             ));
@@ -340,6 +345,9 @@ fn check(config: &Config) -> Result<(), UsageError> {
             "-p {vcpu}:{host}: there are only CPUs 0 to {}",
             cpus.saturating_sub(1)
         ));
+    }
+    if config.bvmcons && config.serial.contains(&Some(Spec::Stdio)) {
+        return usage("-b: a serial port has standard input and output already");
     }
     Ok(())
 }

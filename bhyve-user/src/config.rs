@@ -76,6 +76,8 @@ pub struct Config {
     pub slots: Vec<PciSlot>,
     /// `-l com1` and `-l com2`.
     pub serial: [Option<Spec>; 2],
+    /// `-b`: the console at port 0x220.
+    pub bvmcons: bool,
     /// `-l pc-testdev`.
     pub testdev: bool,
     /// `-l bootrom`.
@@ -102,6 +104,8 @@ pub struct Config {
     pub utc: bool,
     /// `-x`.
     pub x2apic: bool,
+    /// Not `--no-pv`.
+    pub pv: bool,
     /// `-U`.
     pub uuid: Option<[u8; 16]>,
     /// `-p vcpu:hostcpu`, in order.
@@ -133,6 +137,7 @@ impl Config {
             memory: 256 << 20,
             slots: Vec::new(),
             serial: [None, None],
+            bvmcons: false,
             testdev: false,
             bootrom: None,
             acpi: false,
@@ -146,6 +151,7 @@ impl Config {
             virtio_msi: false,
             utc: false,
             x2apic: false,
+            pv: true,
             uuid: None,
             pins: Vec::new(),
             verbose: false,
@@ -199,12 +205,14 @@ impl Config {
             ("machine.acpi", self.acpi, new.acpi),
             ("machine.mptable", self.mptable, new.mptable),
             ("machine.x2apic", self.x2apic, new.x2apic),
+            ("machine.pv", self.pv, new.pv),
             ("machine.strict_io", self.strict_io, new.strict_io),
             ("machine.strict_msr", self.strict_msr, new.strict_msr),
             ("machine.halt_exits", self.halt_exits, new.halt_exits),
             ("machine.pause_exits", self.pause_exits, new.pause_exits),
             ("machine.rtc_utc", self.utc, new.utc),
             ("machine.virtio_msi", self.virtio_msi, new.virtio_msi),
+            ("serial.bvmcons", self.bvmcons, new.bvmcons),
             ("machine.testdev", self.testdev, new.testdev),
             ("run.verbose", self.verbose, new.verbose),
             (

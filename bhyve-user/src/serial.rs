@@ -2,6 +2,7 @@
 //! the threads between the two ([`port`]).
 
 pub mod backend;
+pub mod bvmcons;
 pub mod port;
 pub mod terminal;
 pub mod uart;

@@ -30,6 +30,7 @@ use crate::pci::root::{Means, PciError, PciRoot};
 use crate::pm::{self, Pm};
 use crate::sandbox::Purpose;
 use crate::serial::backend::Spec;
+use crate::serial::bvmcons::{self, BvmConsole};
 use crate::serial::port::SerialPort;
 use crate::serial::{LEGACY, terminal};
 use crate::stats::Stats;
@@ -188,6 +189,7 @@ pub struct Vm {
     machine: Arc<dyn Machine>,
     pm: Arc<Pm>,
     serial: Vec<SerialPort>,
+    bvmcons: Option<BvmConsole>,
     exit_stats: Option<File>,
     started: Mutex<BTreeSet<u32>>,
 }
@@ -369,6 +371,7 @@ impl Vm {
             ..Topology::default()
         })?;
         prepare(&config, &bsp)?;
+        vm.set_pv(config.pv)?;
         let flags = MemFlags {
             wired: config.wired,
             in_core: config.core_memory,
@@ -389,6 +392,19 @@ impl Vm {
         let router = Arc::new(Router::new(Arc::clone(&machine), pins));
         router.share(pm::SCI);
         let (serial, present) = serial_ports(&config, &machine, &buses, &router)?;
+        let bvmcons = match config.bvmcons {
+            true => {
+                let backend = Spec::Stdio
+                    .open("bvmcons")
+                    .map_err(|e| Error::Serial("bvmcons", e))?;
+                let console = BvmConsole::new(backend);
+                buses
+                    .ports
+                    .claim(bvmcons::PORT, 4, Arc::new(console.clone()))?;
+                Some(console)
+            }
+            false => None,
+        };
         let mut windows = Windows::new(LOWMEM_LIMIT);
         if config.testdev {
             windows.io = testdev::END.into();
@@ -437,6 +453,7 @@ impl Vm {
             machine,
             pm,
             serial,
+            bvmcons,
         });
         Ok(vm)
     }
@@ -449,6 +466,9 @@ impl Vm {
     /// Lets output go out, gives the terminal back, and tells what was asked
     /// for.
     fn finish(&self) {
+        if let Some(console) = &self.bvmcons {
+            console.drain();
+        }
         for port in &self.serial {
             port.drain(Duration::from_secs(2));
         }

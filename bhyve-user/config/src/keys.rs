@@ -168,6 +168,14 @@ pub const KEYS: &[Key] = &[
         "Local APICs are in x2APIC mode when the guest starts.",
     ),
     key(
+        "machine.pv",
+        Bool,
+        (Flag("", "--no-pv"), No, "x86.pv"),
+        "true",
+        "The guest is offered KVM's paravirtual interface (clock, end of interrupt, IPIs and wake-ups by hypercall), \
+         which Linux uses by itself. FreeBSD's own vmm.ko has none.",
+    ),
+    key(
         "machine.strict_io",
         Bool,
         (Flag("-e", ""), No, "x86.strictio"),
@@ -237,6 +245,14 @@ pub const KEYS: &[Key] = &[
         (Prefixed("-l", "com2,"), No, "lpc.com2.path"),
         "",
         "What COM2 is connected to, likewise.",
+    ),
+    key(
+        "serial.bvmcons",
+        Bool,
+        (Flag("-b", ""), No, "bvmcons"),
+        "false",
+        "The guest has bhyve's first console, at port 0x220, on standard input and output: for kernels of its time, which \
+         have \"device bvmconsole\".",
     ),
     key(
         "run.verbose",
