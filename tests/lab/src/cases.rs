@@ -5,6 +5,7 @@ mod disk;
 mod firmware;
 mod freebsd;
 mod freebsd_host;
+mod guest_drivers;
 pub mod guests;
 mod kvm_unit_tests;
 mod lifecycle;

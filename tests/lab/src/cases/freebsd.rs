@@ -1,6 +1,6 @@
 //! FreeBSD 12.1, unpatched, from a memory-disk root to power-off.
 
-use super::disk;
+use super::{disk, guest_drivers};
 use crate::guest::{Guest, Load};
 use crate::host::{Config, Host};
 use crate::images;
@@ -26,11 +26,13 @@ pub fn group(lab: &Lab) -> Group {
                 config.file("guest/root", root);
             }
             let root = image.mfsroot.is_some();
+            let drivers = root.then(|| guest_drivers::case(lab, &mut config));
             names
                 .map(|(vcpus, name)| {
                     Case::new(name, move |_, host| to_power_off(host, vcpus, root))
                 })
                 .into_iter()
+                .chain(drivers)
                 .collect()
         }
     };
