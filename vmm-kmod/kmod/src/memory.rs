@@ -174,6 +174,11 @@ impl Released {
         room.map(Released).map_err(|_| errno::ENOMEM)
     }
 
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(Option::is_none)
+    }
+
     /// Gives it back; the bytes. Nobody uses it any more.
     pub fn free(&mut self) -> u64 {
         let pieces = self.0.iter_mut().filter_map(Option::take);

@@ -270,7 +270,10 @@ impl Vm {
             let stale = mem.nested.unmap(at, CHUNK).map_err(|_| errno::ENOMEM)?;
             let left = mem.map.release(at, &mut taken);
             drop(mem);
-            if stale == Invalidation::Required {
+            if stale == Invalidation::Required || !taken.is_empty() {
+                // Not all that is there was in the nested page tables: a vCPU
+                // may know where a word of the guest's is (`Pv`).
+                self.generation.raise();
                 // As for munmap_memseg: whoever has been stopped forgets.
                 for v in self.vcpus() {
                     drop(v.freeze());
