@@ -329,17 +329,3 @@ vmm_memseg_object(struct vmm_memseg *seg)
 	vm_object_reference(seg->object);
 	return (seg->object);
 }
-
-int
-vmm_host_copyin(uint64_t user, void *kernel, size_t len)
-{
-
-	return (copyin((const void *)user, kernel, len));
-}
-
-int
-vmm_host_copyout(const void *kernel, uint64_t user, size_t len)
-{
-
-	return (copyout(kernel, (void *)user, len));
-}

@@ -1,7 +1,9 @@
 /*
  * The boundary between the Rust of vmm-kmod and the C shim of a host kernel.
  *
- * A host implements every vmm_host_* function and calls the vmm_rust_* ones.
+ * A host implements every vmm_host_* function, other than those for which its
+ * kernel has one that does the same (src/ffi.rs names it), and calls the
+ * vmm_rust_* ones.
  * All types are plain; errors are positive errno values of the host. Unless
  * said otherwise a function may be called from process context only.
  */

@@ -57,11 +57,6 @@ void *vmm_host_alloc(size_t size, size_t align)
 	return kvmalloc(size, gfp);
 }
 
-void vmm_host_free(void *p, size_t size, size_t align)
-{
-	kvfree(p);
-}
-
 void *vmm_host_alloc_pages(unsigned int order, uint64_t *pa)
 {
 	void *va = (void *)__get_free_pages(context_flags() | __GFP_ZERO |
@@ -70,11 +65,6 @@ void *vmm_host_alloc_pages(unsigned int order, uint64_t *pa)
 	if (va != NULL)
 		*pa = __pa(va);
 	return va;
-}
-
-void vmm_host_free_pages(void *va, unsigned int order)
-{
-	free_pages((unsigned long)va, order);
 }
 
 struct vmm_memseg *vmm_host_memseg_create(uint64_t len)

@@ -50,11 +50,6 @@ struct vmm_mutex *vmm_host_mutex_create(void)
 	return m;
 }
 
-void vmm_host_mutex_destroy(struct vmm_mutex *m)
-{
-	kfree(m);
-}
-
 void vmm_host_mutex_lock(struct vmm_mutex *m)
 {
 	mutex_lock(&m->m);
@@ -77,11 +72,6 @@ struct vmm_sleeper *vmm_host_sleeper_create(void)
 	if (s != NULL)
 		init_waitqueue_head(&s->queue);
 	return s;
-}
-
-void vmm_host_sleeper_destroy(struct vmm_sleeper *s)
-{
-	kfree(s);
 }
 
 void vmm_host_sleep_prepare(struct vmm_sleeper *s)
@@ -113,11 +103,6 @@ struct vmm_event *vmm_host_event_get(int fd)
 	struct eventfd_ctx *ctx = eventfd_ctx_fdget(fd);
 
 	return IS_ERR(ctx) ? NULL : (struct vmm_event *)ctx;
-}
-
-void vmm_host_event_put(struct vmm_event *e)
-{
-	eventfd_ctx_put((struct eventfd_ctx *)e);
 }
 
 void vmm_host_event_signal(struct vmm_event *e)
@@ -165,9 +150,4 @@ void vmm_host_timer_arm(struct vmm_timer *t, uint64_t ns)
 void vmm_host_timer_disarm(struct vmm_timer *t)
 {
 	hrtimer_try_to_cancel(&t->timer);
-}
-
-int64_t vmm_host_wallclock(void)
-{
-	return ktime_get_real_seconds();
 }

@@ -28,10 +28,14 @@ macro_rules! opaque {
 }
 opaque!(Memseg, HostMutex, Sleeper, Event, Timer, Node);
 
+// Where a host's kernel has the very function, that one is called: its last
+// arguments may be fewer.
 unsafe extern "C" {
     pub fn vmm_host_alloc(size: usize, align: usize) -> *mut c_void;
+    #[cfg_attr(not(feature = "freebsd"), link_name = "kvfree")]
     pub fn vmm_host_free(p: *mut c_void, size: usize, align: usize);
     pub fn vmm_host_alloc_pages(order: c_uint, pa: *mut u64) -> *mut c_void;
+    #[cfg_attr(not(feature = "freebsd"), link_name = "free_pages")]
     pub fn vmm_host_free_pages(va: *mut c_void, order: c_uint);
 
     pub fn vmm_host_memseg_create(len: u64) -> *mut Memseg;
@@ -52,7 +56,9 @@ unsafe extern "C" {
     pub fn vmm_host_page_hold(pa: u64);
     pub fn vmm_host_memseg_resident(seg: *mut Memseg) -> u64;
 
+    #[cfg_attr(feature = "freebsd", link_name = "copyin")]
     pub fn vmm_host_copyin(user: u64, kernel: *mut c_void, len: usize) -> c_int;
+    #[cfg_attr(feature = "freebsd", link_name = "copyout")]
     pub fn vmm_host_copyout(kernel: *const c_void, user: u64, len: usize) -> c_int;
 
     pub fn vmm_host_cpu() -> u32;
@@ -70,18 +76,21 @@ unsafe extern "C" {
     pub fn vmm_host_yield() -> c_int;
 
     pub fn vmm_host_mutex_create() -> *mut HostMutex;
+    #[cfg_attr(not(feature = "freebsd"), link_name = "kfree")]
     pub fn vmm_host_mutex_destroy(m: *mut HostMutex);
     pub fn vmm_host_mutex_lock(m: *mut HostMutex);
     pub fn vmm_host_mutex_trylock(m: *mut HostMutex) -> c_int;
     pub fn vmm_host_mutex_unlock(m: *mut HostMutex);
 
     pub fn vmm_host_sleeper_create() -> *mut Sleeper;
+    #[cfg_attr(not(feature = "freebsd"), link_name = "kfree")]
     pub fn vmm_host_sleeper_destroy(s: *mut Sleeper);
     pub fn vmm_host_sleep_prepare(s: *mut Sleeper);
     pub fn vmm_host_sleep(s: *mut Sleeper, ns: u64) -> c_int;
     pub fn vmm_host_wake(s: *mut Sleeper);
 
     pub fn vmm_host_event_get(fd: c_int) -> *mut Event;
+    #[cfg_attr(not(feature = "freebsd"), link_name = "eventfd_ctx_put")]
     pub fn vmm_host_event_put(e: *mut Event);
     pub fn vmm_host_event_signal(e: *mut Event);
 
@@ -90,6 +99,7 @@ unsafe extern "C" {
     pub fn vmm_host_timer_arm(t: *mut Timer, ns: u64);
     pub fn vmm_host_timer_disarm(t: *mut Timer);
 
+    #[cfg_attr(not(feature = "freebsd"), link_name = "ktime_get_real_seconds")]
     pub fn vmm_host_wallclock() -> i64;
 
     pub fn vmm_host_node_create(
