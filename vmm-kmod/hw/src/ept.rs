@@ -1,7 +1,7 @@
 //! Nested page tables: guest-physical to host-physical.
 //!
 //! The walker is generic over the entry [`Format`]; [`EptFormat`] is VT-x's
-//! (SDM Vol. 3C §28.2.2), [`NptFormat`] AMD-V's. CPUs walk the tables while they change: every entry
+//! (SDM Vol. 3C §28.2.2), [`NptFormat`] AMD-V's, [`VtdFormat`] an IOMMU's. CPUs walk the tables while they change: every entry
 //! is one atomic store, a new table is complete before it is linked, and a
 //! table that was unlinked is kept until [`Ept::reclaim`].
 
@@ -9,7 +9,7 @@ mod format;
 #[cfg(test)]
 mod tests;
 
-pub use format::{EptFormat, Format, MemType, NptFormat, Prot};
+pub use format::{EptFormat, Format, MemType, NptFormat, Prot, VtdFormat};
 
 use crate::error::Error;
 use alloc::boxed::Box;
@@ -143,6 +143,36 @@ impl<H: Host, F: Format> Ept<H, F> {
     /// Physical address of the root table.
     pub fn root_pa(&self) -> Hpa {
         self.root.pa
+    }
+
+    /// Physical address of the table that a walk of `levels` (3 or 4) begins
+    /// with; with 3 it sees the lowest 512 GiB.
+    pub fn root_of(&mut self, levels: u8) -> Result<Hpa, Error> {
+        match levels {
+            TOP => Ok(self.root.pa),
+            3 => self.descend(0, 3),
+            _ => Err(Error::Invalid),
+        }
+    }
+
+    /// Calls `f` with the physical address of each table.
+    pub fn each_table(&self, f: &mut impl FnMut(Hpa)) {
+        self.tables_below(self.root.pa, TOP, f);
+    }
+
+    fn tables_below(&self, table: Hpa, level: u8, f: &mut impl FnMut(Hpa)) {
+        f(table);
+        if level == 1 {
+            return;
+        }
+        for i in 0..512u64 {
+            let e = self
+                .entry(table, i * span(level), level)
+                .load(Ordering::Acquire);
+            if F::present(e) && !F::is_leaf(e, level) {
+                self.tables_below(F::addr(e), level - 1, f);
+            }
+        }
     }
 
     /// An entry of a table above the root that leads to the root.

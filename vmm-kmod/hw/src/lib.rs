@@ -2,7 +2,8 @@
 //! privileged registers or page tables that the CPU walks.
 //!
 //! `vmx` drives VT-x and `svm` AMD-V, both behind the traits of `backend`;
-//! `ept` owns nested page tables in a format-generic way; `mitigation` decides what a CPU's vulnerabilities cost. Locks, ioctls and
+//! `vtd` drives Intel's IOMMU, which the firmware describes in `dmar`;
+//! `ept` owns nested page tables, the IOMMU's too, in a format-generic way; `mitigation` decides what a CPU's vulnerabilities cost. Locks, ioctls and
 //! the run loop belong to `vmm-kmod`.
 //!
 //! The crate also compiles for an ordinary target, so that its pure parts run
@@ -24,6 +25,7 @@ extern crate std;
 
 pub mod backend;
 pub mod cr;
+pub mod dmar;
 pub mod ept;
 pub mod error;
 pub mod fpu;
@@ -36,3 +38,4 @@ pub mod svm;
 #[cfg(test)]
 mod testhost;
 pub mod vmx;
+pub mod vtd;

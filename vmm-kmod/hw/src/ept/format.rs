@@ -257,6 +257,69 @@ impl Format for NptFormat {
     }
 }
 
+/// VT-d second-level tables as legacy-mode translation walks them (VT-d 4.1
+/// §3.7, §9.8). There are no memory types, accessed or dirty bits.
+pub struct VtdFormat;
+
+const VTD_RIGHTS: u64 = 3;
+
+impl Format for VtdFormat {
+    const ADDR_MASK: u64 = 0x000f_ffff_ffff_f000;
+    const DIRTY: u64 = 0;
+
+    fn table(pa: Hpa) -> u64 {
+        pa & Self::ADDR_MASK | VTD_RIGHTS
+    }
+
+    fn leaf(pa: Hpa, prot: Prot, _memory: MemType, level: u8, _accessed_dirty: bool) -> u64 {
+        let rights = u64::from(prot.bits()) & VTD_RIGHTS;
+        if rights == 0 {
+            return 0;
+        }
+        let large = if level > 1 { LARGE } else { 0 };
+        pa & Self::ADDR_MASK | rights | large
+    }
+
+    fn present(e: u64) -> bool {
+        e & VTD_RIGHTS != 0
+    }
+
+    fn is_leaf(e: u64, level: u8) -> bool {
+        level == 1 || e & LARGE != 0
+    }
+
+    fn leaf_addr(e: u64, level: u8) -> Hpa {
+        e & Self::ADDR_MASK & !(super::span(level) - 1)
+    }
+
+    fn shrink_leaf(e: u64, level: u8, offset: u64) -> u64 {
+        EptFormat::shrink_leaf(e, level, offset)
+    }
+
+    fn prot(e: u64) -> Prot {
+        Prot::from_bits_truncate((e & VTD_RIGHTS) as u8)
+    }
+
+    fn with_prot(e: u64, prot: Prot) -> u64 {
+        match u64::from(prot.bits()) & VTD_RIGHTS {
+            0 => 0,
+            rights => e & !VTD_RIGHTS | rights,
+        }
+    }
+
+    fn same_but_more(old: u64, new: u64) -> bool {
+        (old ^ new) & !VTD_RIGHTS == 0 && old & VTD_RIGHTS & !new == 0
+    }
+
+    fn accessed(_: u64) -> bool {
+        false
+    }
+
+    fn dirty(_: u64) -> bool {
+        false
+    }
+}
+
 /// Writable or executable without readable is a misconfiguration, or needs a
 /// capability that not every CPU has.
 fn readable(prot: Prot) -> Prot {
