@@ -31,10 +31,11 @@ struct pci_driver vmm_ppt_driver = {
 int vmm_host_interrupts_safe(struct device *dev, struct iommu_group *group)
 {
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 3, 0)
-	return unsafe_interrupts || iommu_group_has_isolated_msi(group);
+	return unsafe_interrupts ||
+	    (group != NULL && iommu_group_has_isolated_msi(group));
 #else
 	return unsafe_interrupts || irq_domain_check_msi_remap() ||
-	    device_iommu_capable(dev, IOMMU_CAP_INTR_REMAP);
+	    (group != NULL && device_iommu_capable(dev, IOMMU_CAP_INTR_REMAP));
 #endif
 }
 

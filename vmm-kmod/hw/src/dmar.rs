@@ -244,7 +244,11 @@ mod tests {
             assert_eq!(all, [Err(Malformed(HEADER))]);
         }
         assert_eq!(structures(&[]).count(), 0);
-        for bad in [&[ENDPOINT, 0, 0, 0, 0, 0][..], &[ENDPOINT, 40, 0, 0, 0, 0], &[ENDPOINT]] {
+        for bad in [
+            &[ENDPOINT, 0, 0, 0, 0, 0][..],
+            &[ENDPOINT, 40, 0, 0, 0, 0],
+            &[ENDPOINT],
+        ] {
             assert!(!Scopes(bad).has(0, none));
         }
         // No path.

@@ -263,6 +263,14 @@ impl<H: Host, R: Registers> Unit<H, R> {
         self.until(|r| r.read32(GSTS) & TE != 0)
     }
 
+    /// Turns it on again where it has lost its state while the host slept.
+    pub fn resume(&self) -> Result<(), Refusal> {
+        if self.registers.read32(GSTS) & TE == 0 {
+            self.start()?;
+        }
+        Ok(())
+    }
+
     /// Has the unit forget all that it has cached (§6.5).
     pub fn invalidate(&self) -> Result<(), Refusal> {
         let r = &self.registers;

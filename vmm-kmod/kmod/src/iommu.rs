@@ -1,3 +1,395 @@
-//! What a VM's PCI functions see of its memory.
+//! What a VM's PCI functions see of its memory: through the host's own IOMMU
+//! driver where that is at work, otherwise through ours (VT-d).
 
-pub use crate::ppt::host::Domain;
+use alloc::vec::Vec;
+use core::ptr::{self, NonNull};
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use vmm_hw::dmar::{self, Structure};
+use vmm_hw::ept::{Ept, MemType, Options, Prot, VtdFormat};
+use vmm_hw::vtd::{Registers, Unit};
+
+use crate::errno;
+use crate::klog;
+use crate::os::Os;
+use crate::ppt::Rid;
+use crate::ppt::host::{self, Device};
+use crate::sync::{SpinLock, Timer};
+
+/// How often faults are looked for, ns.
+const FAULT_POLL: u64 = 500_000_000;
+
+/// Functions that an IOMMU puts under one domain, whatever else is wished.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Group {
+    /// As the host's driver has them.
+    Host(host::Group),
+    /// One function under our own driver.
+    Own(Rid),
+}
+
+/// A unit's registers, mapped.
+struct Mmio(NonNull<u8>);
+
+// SAFETY: the lock of `UNITS` lets one CPU at a time use them.
+unsafe impl Send for Mmio {}
+
+impl Mmio {
+    fn at<T>(&self, at: usize) -> *mut T {
+        self.0.as_ptr().wrapping_add(at).cast()
+    }
+}
+
+impl Registers for Mmio {
+    fn read32(&self, at: usize) -> u32 {
+        // SAFETY: `hw` stays within what the unit says that it has, which
+        // `REGISTERS` covers; volatile, as these are registers.
+        unsafe { self.at::<u32>(at).read_volatile() }
+    }
+    fn read64(&self, at: usize) -> u64 {
+        // SAFETY: as above.
+        unsafe { self.at::<u64>(at).read_volatile() }
+    }
+    fn write32(&self, at: usize, value: u32) {
+        // SAFETY: as above.
+        unsafe { self.at::<u32>(at).write_volatile(value) }
+    }
+    fn write64(&self, at: usize, value: u64) {
+        // SAFETY: as above.
+        unsafe { self.at::<u64>(at).write_volatile(value) }
+    }
+}
+
+impl Drop for Mmio {
+    fn drop(&mut self) {
+        host::unmap_registers(self.0.as_ptr(), REGISTERS);
+    }
+}
+
+/// Offsets in the capability registers reach this far (10 bits of 16 bytes, and
+/// 256 fault records).
+const REGISTERS: usize = 0x4000 + 0x1000;
+
+/// A unit that is on, by the address of its registers.
+struct On {
+    base: u64,
+    unit: Unit<Os, Mmio>,
+}
+
+struct Units {
+    list: Vec<On>,
+    timer: Option<Timer>,
+    /// Functions under a domain.
+    users: usize,
+}
+
+static UNITS: SpinLock<Units> = SpinLock::new(Units {
+    list: Vec::new(),
+    timer: None,
+    users: 0,
+});
+
+/// Domain numbers in use, from 2.
+static DOMAINS: AtomicU64 = AtomicU64::new(3);
+
+impl Units {
+    fn of(&mut self, base: u64) -> Option<&mut Unit<Os, Mmio>> {
+        let on = self.list.iter_mut().find(|on| on.base == base)?;
+        Some(&mut on.unit)
+    }
+}
+
+/// The unit that serves a function. ENXIO.
+fn unit_of(rid: Rid) -> Result<u64, i32> {
+    let Some(table) = host::dmar() else {
+        klog!(
+            Error,
+            "ppt {rid}: no IOMMU: the firmware describes none of Intel's (is VT-d off there?)"
+        );
+        return Err(errno::ENXIO);
+    };
+    let mut named = None;
+    let mut rest = None;
+    for s in dmar::structures(table) {
+        match s {
+            Err(e) => {
+                klog!(Error, "ppt {rid}: {e}");
+                return Err(errno::ENXIO);
+            }
+            Ok(Structure::Reserved { segment: 0, scopes }) if scopes.has(rid.0, host::buses) => {
+                klog!(
+                    Error,
+                    "ppt {rid}: the firmware uses memory through it (RMRR): it has to stay with the host"
+                );
+                return Err(errno::ENXIO);
+            }
+            Ok(Structure::Unit {
+                segment: 0,
+                base,
+                rest: others,
+                scopes,
+            }) => {
+                if scopes.has(rid.0, host::buses) {
+                    named = Some(base);
+                } else if others {
+                    rest = Some(base);
+                }
+            }
+            Ok(_) => {}
+        }
+    }
+    named.or(rest).ok_or_else(|| {
+        klog!(Error, "ppt {rid}: no IOMMU serves it");
+        errno::ENXIO
+    })
+}
+
+/// Turns the unit at `base` on, unless it is. ENXIO.
+fn turn_on(rid: Rid, base: u64) -> Result<(), i32> {
+    if UNITS.lock().of(base).is_some() {
+        return Ok(());
+    }
+    let registers = host::map_registers(base, REGISTERS).ok_or(errno::ENXIO)?;
+    let unit = Unit::new(Mmio(registers)).map_err(|e| {
+        klog!(Error, "ppt {rid}: the IOMMU at {base:#x}: {e}");
+        errno::ENXIO
+    })?;
+    let on = On { base, unit };
+    let timer = Timer::new(ptr::null_mut()).map_err(|_| errno::ENOMEM)?;
+    let mut units = UNITS.lock();
+    units.list.try_reserve(1).map_err(|_| errno::ENOMEM)?;
+    units.list.push(on);
+    if units.timer.is_none() {
+        units.timer = Some(timer);
+    } else {
+        // A timer goes where one may sleep.
+        drop(units);
+        drop(timer);
+    }
+    klog!(Info, "the IOMMU at {base:#x} is on");
+    Ok(())
+}
+
+/// The group of a function. ENXIO: no IOMMU serves it, or none that keeps it
+/// from sending any interrupt.
+pub fn group(device: &Device, rid: Rid) -> Result<Group, i32> {
+    let (group, own) = match device.group() {
+        Some(group) => (Group::Host(group), None),
+        None => (Group::Own(rid), Some(unit_of(rid)?)),
+    };
+    if !device.interrupts_safe() {
+        klog!(
+            Error,
+            "ppt {rid}: no interrupt remapping: a guest could send the host any interrupt"
+        );
+        return Err(errno::ENXIO);
+    }
+    if let Some(base) = own {
+        turn_on(rid, base)?;
+    }
+    Ok(group)
+}
+
+/// As [`group`], for a function that a VM has.
+pub fn group_again(device: &Device, rid: Rid) -> Group {
+    device.group().map_or(Group::Own(rid), Group::Host)
+}
+
+/// A function goes back to the host: its DMA passes as it is.
+pub fn release(device: &Device, rid: Rid) {
+    if device.group().is_some() || UNITS.lock().list.is_empty() {
+        return;
+    }
+    if let Ok(base) = unit_of(rid)
+        && let Some(unit) = UNITS.lock().of(base)
+        && let Err(e) = unit.pass_on(rid.0)
+    {
+        klog!(Error, "ppt {rid}: the IOMMU: {e}");
+    }
+}
+
+/// Looks for faults (interrupt context).
+pub fn poll() {
+    let units = UNITS.lock();
+    for on in &units.list {
+        on.unit.faults(|f| {
+            let what = if f.write { "write to" } else { "read from" };
+            klog!(
+                Error,
+                "ppt {}: DMA {what} {:#x} is not allowed (fault reason {})",
+                Rid(f.source),
+                f.address,
+                f.reason
+            );
+        });
+    }
+    if let (Some(timer), 1..) = (&units.timer, units.users) {
+        timer.arm(FAULT_POLL);
+    }
+}
+
+/// After the host has slept, on one CPU, interrupts off: units have lost all.
+pub fn resume() {
+    for on in &UNITS.lock().list {
+        if let Err(e) = on.unit.resume() {
+            klog!(Error, "the IOMMU at {:#x}: {e}", on.base);
+        }
+    }
+}
+
+/// The module ends: all units off.
+pub fn exit() {
+    let (list, timer) = {
+        let mut units = UNITS.lock();
+        (core::mem::take(&mut units.list), units.timer.take())
+    };
+    drop(timer);
+    drop(list);
+}
+
+/// Second-level tables of ours, and their number.
+pub struct Own {
+    tables: Ept<Os, VtdFormat>,
+    base: u64,
+    number: u16,
+    attached: AtomicU64,
+}
+
+impl Own {
+    fn new(rid: Rid) -> Result<Self, i32> {
+        let base = unit_of(rid)?;
+        let capabilities = *UNITS.lock().of(base).ok_or(errno::ENXIO)?.capabilities();
+        let tables = Ept::new(Options {
+            pages_2m: capabilities.pages_2m,
+            pages_1g: capabilities.pages_1g,
+            accessed_dirty: false,
+        })
+        .map_err(|_| errno::ENOMEM)?;
+        let limit = capabilities.domains.min(64);
+        let number = DOMAINS
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| {
+                let free = used.trailing_ones();
+                (free < limit).then(|| used | 1 << free)
+            })
+            .map_err(|_| errno::ENOSPC)?
+            .trailing_ones();
+        Ok(Own {
+            tables,
+            base,
+            number: number as u16,
+            attached: AtomicU64::new(0),
+        })
+    }
+
+    fn map(&mut self, gpa: u64, hpa: u64, len: u64, prot: Prot) -> Result<(), i32> {
+        let _ = self
+            .tables
+            .map(gpa, hpa, len, prot, MemType::WriteBack)
+            .map_err(|_| errno::ENOMEM)?;
+        if self.attached.load(Ordering::Relaxed) != 0 {
+            self.publish()?;
+        }
+        Ok(())
+    }
+
+    /// Lets the unit see what is mapped.
+    fn publish(&self) -> Result<(), i32> {
+        let mut units = UNITS.lock();
+        let unit = units.of(self.base).ok_or(errno::ENXIO)?;
+        self.tables.each_table(&mut |pa| unit.publish(pa));
+        unit.invalidate().map_err(|_| errno::EIO)
+    }
+
+    fn attach(&mut self, rid: Rid) -> Result<(), i32> {
+        if unit_of(rid)? != self.base {
+            klog!(
+                Error,
+                "ppt {rid}: another IOMMU serves it than the VM's other functions"
+            );
+            return Err(errno::ENXIO);
+        }
+        let levels = {
+            let mut units = UNITS.lock();
+            let unit = units.of(self.base).ok_or(errno::ENXIO)?;
+            unit.capabilities().levels
+        };
+        let root = self.tables.root_of(levels).map_err(|_| errno::ENOMEM)?;
+        self.publish()?;
+        let mut units = UNITS.lock();
+        let unit = units.of(self.base).ok_or(errno::ENXIO)?;
+        unit.attach(rid.0, root, self.number)
+            .map_err(|_| errno::EIO)?;
+        self.attached.fetch_add(1, Ordering::Relaxed);
+        units.users += 1;
+        if let Some(timer) = &units.timer {
+            timer.arm(FAULT_POLL);
+        }
+        Ok(())
+    }
+
+    fn detach(&self, rid: Rid) {
+        {
+            let mut units = UNITS.lock();
+            if let Some(unit) = units.of(self.base)
+                && let Err(e) = unit.block(rid.0)
+            {
+                klog!(Error, "ppt {rid}: the IOMMU: {e}");
+            }
+            units.users = units.users.saturating_sub(1);
+        }
+        self.attached.fetch_sub(1, Ordering::Relaxed);
+        // What happened at the end.
+        poll();
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        DOMAINS.fetch_and(!(1 << self.number), Ordering::AcqRel);
+    }
+}
+
+/// An address space for PCI functions.
+pub enum Domain {
+    /// Of the host's driver.
+    Host(host::Domain),
+    /// Of ours.
+    Own(Own),
+}
+
+impl Domain {
+    /// An empty one for functions like this one. ENXIO, ENOMEM.
+    pub fn new(device: &Device, group: &Group) -> Result<Self, i32> {
+        match group {
+            Group::Host(_) => host::Domain::new(device).map(Domain::Host),
+            Group::Own(rid) => Own::new(*rid).map(Domain::Own),
+        }
+    }
+
+    /// Maps memory; all three are multiples of 4 KiB. ENOMEM.
+    pub fn map(&mut self, gpa: u64, hpa: u64, len: u64, prot: Prot) -> Result<(), i32> {
+        match self {
+            Domain::Host(d) => d.map(gpa, hpa, len, prot),
+            Domain::Own(d) => d.map(gpa, hpa, len, prot),
+        }
+    }
+
+    /// Puts a group under it. EBUSY: a driver of the host uses part of it.
+    /// ENXIO, ENOMEM.
+    pub fn attach(&mut self, group: &Group) -> Result<(), i32> {
+        match (self, group) {
+            (Domain::Host(d), Group::Host(g)) => d.attach(g),
+            (Domain::Own(d), Group::Own(rid)) => d.attach(*rid),
+            _ => Err(errno::ENXIO),
+        }
+    }
+
+    /// Takes a group away from it: its DMA is blocked.
+    pub fn detach(&self, group: &Group) {
+        match (self, group) {
+            (Domain::Host(d), Group::Host(g)) => d.detach(g),
+            (Domain::Own(d), Group::Own(rid)) => d.detach(*rid),
+            _ => {}
+        }
+    }
+}

@@ -138,6 +138,7 @@ pub unsafe extern "C" fn vmm_rust_exit() {
     // SAFETY: by the caller's word.
     unsafe { global::unset() };
     ppt::exit();
+    iommu::exit();
 }
 
 fn set_vmxe(on: bool) {
@@ -156,7 +157,10 @@ pub unsafe extern "C" fn vmm_rust_cpu_online() -> c_int {
     };
     // SAFETY: CPL 0 with interrupts off.
     match unsafe { g.backend.cpu_on(set_vmxe) } {
-        Ok(()) => 0,
+        Ok(()) => {
+            iommu::resume();
+            0
+        }
         Err(e) => {
             klog!(Error, "CPU {}: {e}", os::Os::cpu());
             if e.in_use() {
@@ -187,7 +191,9 @@ pub unsafe extern "C" fn vmm_rust_cpu_offline() {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmm_rust_timer(arg: *mut c_void) {
     let p = arg.cast::<u8>();
-    if p as usize & 1 != 0 {
+    if p.is_null() {
+        iommu::poll();
+    } else if p as usize & 1 != 0 {
         // SAFETY: odd pointers are one past a vCPU, which owns the timer.
         unsafe { (*p.wrapping_sub(1).cast::<Vcpu>()).timer_fired() }
     } else {

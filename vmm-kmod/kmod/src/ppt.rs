@@ -22,10 +22,10 @@ use core::sync::atomic::{AtomicPtr, Ordering};
 use vmm_hw::ept::MemType;
 
 use self::bar::{Bar, Kind};
-use self::host::{Device, Group};
+use self::host::Device;
 use self::vector::{MAX_MSI, Vectors};
 use crate::errno;
-use crate::iommu::Domain;
+use crate::iommu::{self, Domain, Group};
 use crate::klog;
 use crate::sync::{Mutex, MutexGuard, try_box, try_slice};
 use crate::vm::Vm;
@@ -42,7 +42,7 @@ const VENDOR: u16 = 0;
 
 /// A requester ID, as `bus/slot/func`.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Rid(u16);
+pub struct Rid(pub u16);
 
 impl fmt::Display for Rid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -128,7 +128,9 @@ impl Functions {
     fn has_group(&self, group: &Group, rid: Rid) -> Option<*const Vm> {
         self.0
             .iter()
-            .find(|f| f.rid != rid && !f.vm.is_null() && f.device.group().as_ref() == Some(group))
+            .find(|f| {
+                f.rid != rid && !f.vm.is_null() && iommu::group_again(&f.device, f.rid) == *group
+            })
             .map(|f| f.vm)
     }
 
@@ -146,17 +148,7 @@ impl Functions {
             klog!(Error, "ppt {rid} does not answer");
             return Err(errno::EIO);
         }
-        let Some(group) = f.device.group() else {
-            klog!(Error, "ppt {rid}: no IOMMU, or it is off");
-            return Err(errno::ENXIO);
-        };
-        if !f.device.interrupts_safe(&group) {
-            klog!(
-                Error,
-                "ppt {rid}: no interrupt remapping: a guest could send the host any interrupt"
-            );
-            return Err(errno::ENXIO);
-        }
+        let group = iommu::group(&f.device, rid)?;
         // The group is under the VM's domain already if it has another of it.
         let attached = match self.has_group(&group, rid) {
             Some(other) if ptr::eq(other, vm) => true,
@@ -170,7 +162,7 @@ impl Functions {
         f.quiesce(false);
         let mut mem = vm.mem.lock();
         if mem.iommu.is_none() {
-            let mut domain = Domain::new(&f.device)?;
+            let mut domain = Domain::new(&f.device, &group)?;
             mem.fill(&mut domain).inspect_err(|e| {
                 if *e == errno::EINVAL {
                     klog!(Error, "ppt {rid}: the VM's memory is not wired");
@@ -178,7 +170,7 @@ impl Functions {
             })?;
             mem.iommu = Some(domain);
         }
-        if !attached && let Some(domain) = &mem.iommu {
+        if !attached && let Some(domain) = &mut mem.iommu {
             let done = domain.attach(&group).inspect_err(|e| match *e {
                 errno::EBUSY => klog!(
                     Error,
@@ -212,10 +204,10 @@ impl Functions {
             }
         }
         f.vm = ptr::null();
-        let (rid, group) = (f.rid, f.device.group());
-        let last = group.is_none_or(|g| self.has_group(&g, rid).is_none());
+        let (rid, group) = (f.rid, iommu::group_again(&f.device, f.rid));
+        let last = self.has_group(&group, rid).is_none();
         let mut mem = vm.mem.lock();
-        if let (true, Some(domain), Some(group)) = (last, &mem.iommu, group) {
+        if let (true, Some(domain)) = (last, &mem.iommu) {
             domain.detach(&group);
         }
         if vm.functions.fetch_sub(1, Ordering::Relaxed) == 1 {
@@ -322,7 +314,9 @@ pub fn remove(device: *mut c_void) {
         klog!(Warning, "a VM's PCI function is taken away from it");
         list.unbind(at, true);
     }
-    list.0.swap_remove(at).device.release();
+    let f = list.0.swap_remove(at);
+    f.device.release();
+    iommu::release(&f.device, f.rid);
 }
 
 /// Whether a VM has it.

@@ -122,10 +122,22 @@ fn tables(c: &Capabilities) -> Tables {
         .map(0, 0x4000_0000, 0x4000_0000, memory, MemType::WriteBack)
         .unwrap();
     let _ = t
-        .map(0x1_0000_0000, 0x8020_0000, 0x20_1000, memory, MemType::WriteBack)
+        .map(
+            0x1_0000_0000,
+            0x8020_0000,
+            0x20_1000,
+            memory,
+            MemType::WriteBack,
+        )
         .unwrap();
     let _ = t
-        .map(0x2_0000_0000, 0x9000_0000, 0x1000, Prot::READ, MemType::WriteBack)
+        .map(
+            0x2_0000_0000,
+            0x9000_0000,
+            0x1000,
+            Prot::READ,
+            MemType::WriteBack,
+        )
         .unwrap();
     t
 }

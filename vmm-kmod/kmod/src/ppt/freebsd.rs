@@ -2,7 +2,7 @@
 //! what is a method or inline is in the shim's ppt.c.
 
 use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use core::ptr;
+use core::ptr::{self, NonNull};
 
 use vmm_hw::ept::Prot;
 
@@ -37,6 +37,13 @@ unsafe extern "C" {
     fn pcie_get_max_completion_timeout(dev: *mut c_void) -> c_int;
     fn pcie_flr(dev: *mut c_void, max_delay: c_uint, force: bool) -> bool;
     fn pci_power_reset(dev: *mut c_void) -> c_int;
+
+    fn pci_find_bsf(bus: u8, slot: u8, func: u8) -> *mut c_void;
+
+    // contrib/dev/acpica/include/acpixf.h, vm/pmap.h
+    fn AcpiGetTable(signature: *const c_char, n: u32, table: *mut *const u8) -> u32;
+    fn pmap_mapdev(pa: u64, len: usize) -> *mut u8;
+    fn pmap_unmapdev(va: *mut u8, len: usize);
 
     // sys/bus.h
     fn bus_alloc_resource(
@@ -93,6 +100,47 @@ pub fn wanted(rid: u16) -> bool {
     })
 }
 
+/// The firmware's DMA remapping table, if there is one. It stays mapped.
+pub fn dmar() -> Option<&'static [u8]> {
+    let mut table: *const u8 = ptr::null();
+    // SAFETY: the signature has four letters, `table` is writable.
+    let status = unsafe { AcpiGetTable(c"DMAR".as_ptr(), 1, &mut table) };
+    if status != 0 || table.is_null() {
+        return None;
+    }
+    // SAFETY: an ACPI table begins with its signature and its length, and is
+    // mapped as a whole; nobody writes it.
+    unsafe {
+        let len = table.add(4).cast::<u32>().read_unaligned();
+        Some(core::slice::from_raw_parts(table, len as usize))
+    }
+}
+
+/// Maps registers, uncached.
+pub fn map_registers(pa: u64, len: usize) -> Option<NonNull<u8>> {
+    // SAFETY: what the firmware says is a unit's registers.
+    NonNull::new(unsafe { pmap_mapdev(pa, len) })
+}
+
+/// Undoes `map_registers`.
+pub fn unmap_registers(va: *mut u8, len: usize) {
+    // SAFETY: pairs with `map_registers`.
+    unsafe { pmap_unmapdev(va, len) }
+}
+
+/// The secondary and subordinate bus of a bridge.
+pub fn buses(rid: u16) -> Option<(u8, u8)> {
+    // SAFETY: any number may be asked for; a bridge stays.
+    let value = unsafe {
+        let dev = pci_find_bsf((rid >> 8) as u8, (rid >> 3 & 31) as u8, (rid & 7) as u8);
+        if dev.is_null() {
+            return None;
+        }
+        vmm_host_ppt_config(dev, 0x18)
+    };
+    Some(((value >> 8) as u8, (value >> 16) as u8))
+}
+
 /// A function that ppt holds.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Device(*mut c_void);
@@ -100,9 +148,9 @@ pub struct Device(*mut c_void);
 // SAFETY: the kernel's own functions lock what they touch.
 unsafe impl Send for Device {}
 
-/// Functions that an IOMMU cannot tell apart.
+/// Functions that the host's IOMMU driver cannot tell apart: there is none.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Group(u16);
+pub enum Group {}
 
 /// An interrupt that is set up.
 pub struct Irq {
@@ -237,37 +285,40 @@ impl Device {
         }
     }
 
-    /// Its IOMMU group, None: no IOMMU has it.
+    /// Its group under the host's own IOMMU driver, which FreeBSD offers to
+    /// none but its own vmm.ko.
     pub fn group(&self) -> Option<Group> {
         None
     }
 
-    /// FreeBSD 12 to 15 set MSI and I/O APIC up without remapping, as their
-    /// own vmm.ko finds good enough: a guest can send the host interrupts.
-    pub fn interrupts_safe(&self, _group: &Group) -> bool {
+    /// FreeBSD sets MSI up without remapping, which its own vmm.ko finds good
+    /// enough: a guest can send the host interrupts.
+    pub fn interrupts_safe(&self) -> bool {
         true
     }
 }
 
-/// An address space of the IOMMU: none yet.
-pub struct Domain(());
+/// An address space of the host's own driver: there is none.
+pub enum Domain {}
 
 impl Domain {
-    /// ENXIO: no IOMMU.
+    /// ENXIO.
     pub fn new(_device: &Device) -> Result<Self, i32> {
         Err(errno::ENXIO)
     }
 
-    /// Maps memory; all three are multiples of 4 KiB. ENOMEM.
+    /// See `iommu::Domain`.
     pub fn map(&mut self, _gpa: u64, _hpa: u64, _len: u64, _prot: Prot) -> Result<(), i32> {
-        Err(errno::ENXIO)
+        match *self {}
     }
 
-    /// Puts a group under it.
-    pub fn attach(&self, _group: &Group) -> Result<(), i32> {
-        Err(errno::ENXIO)
+    /// See `iommu::Domain`.
+    pub fn attach(&self, group: &Group) -> Result<(), i32> {
+        match *group {}
     }
 
-    /// Takes a group away from it.
-    pub fn detach(&self, _group: &Group) {}
+    /// See `iommu::Domain`.
+    pub fn detach(&self, group: &Group) {
+        match *group {}
+    }
 }

@@ -64,6 +64,14 @@ unsafe extern "C" {
         gfp: c_uint,
     ) -> c_int;
 
+    fn pci_get_domain_bus_and_slot(domain: c_int, bus: c_uint, devfn: c_uint) -> *mut c_void;
+    fn pci_dev_put(pdev: *mut c_void);
+
+    // acpi/acpixf.h, linux/io.h
+    fn acpi_get_table(signature: *const c_char, n: u32, table: *mut *const u8) -> u32;
+    fn ioremap(pa: u64, len: c_ulong) -> *mut u8;
+    fn iounmap(va: *mut u8);
+
     // linux/delay.h
     fn msleep(ms: c_uint);
 }
@@ -92,6 +100,49 @@ struct Resource {
     end: u64,
     name: *const c_char,
     flags: c_ulong,
+}
+
+/// The firmware's DMA remapping table, if there is one. It stays mapped.
+pub fn dmar() -> Option<&'static [u8]> {
+    let mut table: *const u8 = ptr::null();
+    // SAFETY: the signature has four letters, `table` is writable.
+    let status = unsafe { acpi_get_table(c"DMAR".as_ptr(), 1, &mut table) };
+    if status != 0 || table.is_null() {
+        return None;
+    }
+    // SAFETY: an ACPI table begins with its signature and its length, and is
+    // mapped as a whole; nobody writes it.
+    unsafe {
+        let len = table.add(4).cast::<u32>().read_unaligned();
+        Some(core::slice::from_raw_parts(table, len as usize))
+    }
+}
+
+/// Maps registers, uncached.
+pub fn map_registers(pa: u64, len: usize) -> Option<NonNull<u8>> {
+    // SAFETY: what the firmware says is a unit's registers.
+    NonNull::new(unsafe { ioremap(pa, len as c_ulong) })
+}
+
+/// Undoes `map_registers`.
+pub fn unmap_registers(va: *mut u8, _len: usize) {
+    // SAFETY: pairs with `map_registers`.
+    unsafe { iounmap(va) }
+}
+
+/// The secondary and subordinate bus of a bridge.
+pub fn buses(rid: u16) -> Option<(u8, u8)> {
+    let mut value = 0;
+    // SAFETY: any number may be asked for; the reference is given back.
+    unsafe {
+        let pdev = pci_get_domain_bus_and_slot(0, c_uint::from(rid >> 8), c_uint::from(rid & 0xff));
+        if pdev.is_null() {
+            return None;
+        }
+        pci_read_config_dword(pdev, 0x18, &mut value);
+        pci_dev_put(pdev);
+    }
+    Some(((value >> 8) as u8, (value >> 16) as u8))
 }
 
 /// Linux has no tunables for this: driver_override names the function's driver.
@@ -311,9 +362,11 @@ impl Device {
     }
 
     /// Whether the IOMMU keeps it from sending other interrupts than its own.
-    pub fn interrupts_safe(&self, group: &Group) -> bool {
-        // SAFETY: both are alive.
-        unsafe { vmm_host_interrupts_safe(self.generic, group.0.as_ptr()) != 0 }
+    /// Our own driver does not remap interrupts.
+    pub fn interrupts_safe(&self) -> bool {
+        let group = self.group().map_or(ptr::null_mut(), |g| g.0.as_ptr());
+        // SAFETY: both are alive; no group is NULL.
+        unsafe { vmm_host_interrupts_safe(self.generic, group) != 0 }
     }
 }
 
