@@ -1,7 +1,7 @@
 //! Nested page tables: guest-physical to host-physical.
 //!
 //! The walker is generic over the entry [`Format`]; [`EptFormat`] is VT-x's
-//! (SDM Vol. 3C §28.2.2), [`NptFormat`] AMD-V's, [`VtdFormat`] an IOMMU's. CPUs walk the tables while they change: every entry
+//! (SDM Vol. 3C §28.2.2), [`NptFormat`] AMD-V's, [`VtdFormat`] and [`AmdviFormat`] IOMMUs'. CPUs walk the tables while they change: every entry
 //! is one atomic store, a new table is complete before it is linked, and a
 //! table that was unlinked is kept until [`Ept::reclaim`].
 
@@ -9,7 +9,7 @@ mod format;
 #[cfg(test)]
 mod tests;
 
-pub use format::{EptFormat, Format, MemType, NptFormat, Prot, VtdFormat};
+pub use format::{AmdviFormat, EptFormat, Format, MemType, NptFormat, Prot, VtdFormat};
 
 use crate::error::Error;
 use alloc::boxed::Box;
@@ -177,7 +177,7 @@ impl<H: Host, F: Format> Ept<H, F> {
 
     /// An entry of a table above the root that leads to the root.
     pub fn link(&self) -> u64 {
-        F::table(self.root.pa)
+        F::table(self.root.pa, TOP + 1)
     }
 
     /// The generation counters, for vCPUs.
@@ -235,7 +235,7 @@ impl<H: Host, F: Format> Ept<H, F> {
         // A CPU may set A/D bits in the old leaf until this store; they would
         // only be lost for a page that is about to change anyway.
         self.entry(table, gpa, level)
-            .store(F::table(page.pa), Ordering::Release);
+            .store(F::table(page.pa, level), Ordering::Release);
         Ok(page.pa)
     }
 
@@ -248,7 +248,7 @@ impl<H: Host, F: Format> Ept<H, F> {
             table = if !F::present(e) {
                 let page = self.alloc_table()?;
                 self.entry(table, gpa, at)
-                    .store(F::table(page.pa), Ordering::Release);
+                    .store(F::table(page.pa, at), Ordering::Release);
                 page.pa
             } else if F::is_leaf(e, at) {
                 self.split(table, gpa, at)?

@@ -48,8 +48,8 @@ pub trait Format: 'static {
     const ADDR_MASK: u64;
     /// Dirty bit of a leaf.
     const DIRTY: u64;
-    /// An entry that points to a table, with all rights.
-    fn table(pa: Hpa) -> u64;
+    /// An entry of this level that points to a table, with all rights.
+    fn table(pa: Hpa, level: u8) -> u64;
     /// A leaf. Without rights it is "not present".
     fn leaf(pa: Hpa, prot: Prot, memory: MemType, level: u8, accessed_dirty: bool) -> u64;
     /// Whether the entry leads anywhere.
@@ -90,7 +90,7 @@ impl Format for EptFormat {
     const ADDR_MASK: u64 = 0x000f_ffff_ffff_f000;
     const DIRTY: u64 = DIRTY;
 
-    fn table(pa: Hpa) -> u64 {
+    fn table(pa: Hpa, _level: u8) -> u64 {
         pa & Self::ADDR_MASK | RIGHTS
     }
 
@@ -191,7 +191,7 @@ impl Format for NptFormat {
     const ADDR_MASK: u64 = 0x000f_ffff_ffff_f000;
     const DIRTY: u64 = NPT_DIRTY;
 
-    fn table(pa: Hpa) -> u64 {
+    fn table(pa: Hpa, _level: u8) -> u64 {
         pa & Self::ADDR_MASK | NPT_PRESENT | NPT_WRITE | NPT_USER
     }
 
@@ -267,7 +267,7 @@ impl Format for VtdFormat {
     const ADDR_MASK: u64 = 0x000f_ffff_ffff_f000;
     const DIRTY: u64 = 0;
 
-    fn table(pa: Hpa) -> u64 {
+    fn table(pa: Hpa, _level: u8) -> u64 {
         pa & Self::ADDR_MASK | VTD_RIGHTS
     }
 
@@ -309,6 +309,90 @@ impl Format for VtdFormat {
 
     fn same_but_more(old: u64, new: u64) -> bool {
         (old ^ new) & !VTD_RIGHTS == 0 && old & VTD_RIGHTS & !new == 0
+    }
+
+    fn accessed(_: u64) -> bool {
+        false
+    }
+
+    fn dirty(_: u64) -> bool {
+        false
+    }
+}
+
+/// AMD-Vi I/O page tables, version 1 (AMD I/O Virtualization Technology
+/// Specification §2.2.3). Accessed and dirty bits are not used.
+pub struct AmdviFormat;
+
+const AMDVI_PRESENT: u64 = 1;
+const AMDVI_NEXT_SHIFT: u32 = 9;
+const AMDVI_NEXT: u64 = 7 << AMDVI_NEXT_SHIFT;
+const AMDVI_COHERENT: u64 = 1 << 60;
+const AMDVI_READ: u64 = 1 << 61;
+const AMDVI_WRITE: u64 = 1 << 62;
+
+impl AmdviFormat {
+    fn rights(prot: Prot) -> u64 {
+        let mut e = 0;
+        if prot.contains(Prot::READ) {
+            e |= AMDVI_READ;
+        }
+        if prot.contains(Prot::WRITE) {
+            e |= AMDVI_WRITE;
+        }
+        e
+    }
+}
+
+impl Format for AmdviFormat {
+    const ADDR_MASK: u64 = 0x000f_ffff_ffff_f000;
+    const DIRTY: u64 = 0;
+
+    fn table(pa: Hpa, level: u8) -> u64 {
+        let next = u64::from(level - 1) << AMDVI_NEXT_SHIFT;
+        pa & Self::ADDR_MASK | next | AMDVI_PRESENT | AMDVI_READ | AMDVI_WRITE
+    }
+
+    fn leaf(pa: Hpa, prot: Prot, _memory: MemType, _level: u8, _accessed_dirty: bool) -> u64 {
+        match Self::rights(prot) {
+            0 => 0,
+            rights => pa & Self::ADDR_MASK | rights | AMDVI_PRESENT | AMDVI_COHERENT,
+        }
+    }
+
+    fn present(e: u64) -> bool {
+        e & AMDVI_PRESENT != 0
+    }
+
+    fn is_leaf(e: u64, _level: u8) -> bool {
+        e & AMDVI_NEXT == 0
+    }
+
+    fn leaf_addr(e: u64, level: u8) -> Hpa {
+        e & Self::ADDR_MASK & !(super::span(level) - 1)
+    }
+
+    fn shrink_leaf(e: u64, level: u8, offset: u64) -> u64 {
+        (Self::leaf_addr(e, level) + offset) | e & !Self::ADDR_MASK
+    }
+
+    fn prot(e: u64) -> Prot {
+        let mut prot = Prot::empty();
+        prot.set(Prot::READ, e & AMDVI_READ != 0);
+        prot.set(Prot::WRITE, e & AMDVI_WRITE != 0);
+        prot
+    }
+
+    fn with_prot(e: u64, prot: Prot) -> u64 {
+        match Self::rights(prot) {
+            0 => 0,
+            rights => e & !(AMDVI_READ | AMDVI_WRITE) | rights,
+        }
+    }
+
+    fn same_but_more(old: u64, new: u64) -> bool {
+        let rights = AMDVI_READ | AMDVI_WRITE;
+        (old ^ new) & !rights == 0 && old & rights & !new == 0
     }
 
     fn accessed(_: u64) -> bool {

@@ -1,0 +1,230 @@
+//! AMD's IOMMU (AMD-Vi): a device table with an entry for every requester ID
+//! that either lets its DMA pass as it is, blocks it, or sends it through the
+//! page tables of a domain. Sections are those of the AMD I/O Virtualization
+//! Technology Specification (48882).
+
+use core::fmt;
+use core::sync::atomic::{AtomicU64, Ordering, fence};
+
+use vmm_core::host::{Host, Hpa};
+
+use crate::page::Pages;
+use crate::vtd::{Fault, Refusal, Registers};
+
+// Offsets of the registers, §3.4.
+const DEVICE_TABLE: usize = 0;
+const COMMANDS: usize = 8;
+const EVENTS: usize = 0x10;
+const CONTROL: usize = 0x18;
+const COMMAND_HEAD: usize = 0x2000;
+const COMMAND_TAIL: usize = 0x2008;
+const EVENT_HEAD: usize = 0x2010;
+const EVENT_TAIL: usize = 0x2018;
+
+const IOMMU_EN: u64 = 1;
+const EVENT_LOG_EN: u64 = 1 << 2;
+const COHERENT: u64 = 1 << 10;
+const COMMANDS_EN: u64 = 1 << 12;
+
+/// 65,536 entries of 32 bytes.
+const DEVICE_TABLE_ORDER: u32 = 9;
+const ENTRY: usize = 32;
+/// A page of commands or events: 256 of 16 bytes, as the registers say it.
+const RING: u64 = 8 << 56;
+const RING_BYTES: u64 = 4096;
+
+// A device table entry's first quadword, §2.2.2.
+const VALID: u64 = 3;
+const READ_WRITE: u64 = 3 << 61;
+const MODE_SHIFT: u32 = 9;
+/// Levels of page tables.
+const LEVELS: u8 = 4;
+
+const COMPLETION_WAIT: u64 = 1 << 60;
+const INVALIDATE_ENTRY: u64 = 2 << 60;
+const INVALIDATE_PAGES: u64 = 3 << 60;
+/// All pages of a domain, those of tables too (§2.4.3).
+const ALL_PAGES: u64 = 0x7fff_ffff_ffff_f003;
+const STORE: u64 = 1;
+
+const IO_PAGE_FAULT: u64 = 2;
+
+/// Reads of a place until a command must be done.
+const PATIENCE: u32 = 10_000_000;
+
+/// Domain of all that passes as it is.
+const PASS_DOMAIN: u16 = 1;
+
+/// A unit that is on. Dropping it turns it off.
+pub struct Unit<H: Host, R: Registers> {
+    registers: R,
+    devices: Pages<H>,
+    commands: Pages<H>,
+    events: Pages<H>,
+    /// Where completed waits are noted.
+    done: Pages<H>,
+    sequence: AtomicU64,
+}
+
+impl<H: Host, R: Registers> fmt::Debug for Unit<H, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("amdvi::Unit")
+    }
+}
+
+/// The 64-bit word at an offset of pages that a unit reads or writes too.
+fn shared<H: Host>(pages: &Pages<H>, at: usize) -> &AtomicU64 {
+    let at = at & (pages.len() - 8);
+    // SAFETY: within the pages, aligned; all bits are valid, and accesses are
+    // atomic on both sides.
+    unsafe { &*pages.as_ptr().wrapping_add(at).cast::<AtomicU64>() }
+}
+
+impl<H: Host, R: Registers> Unit<H, R> {
+    /// Turns a unit on, everything passing.
+    pub fn new(registers: R) -> Result<Self, Refusal> {
+        if registers.read64(CONTROL) & IOMMU_EN != 0 {
+            return Err(Refusal::InUse);
+        }
+        let unit = Unit {
+            registers,
+            devices: Pages::new(DEVICE_TABLE_ORDER)?,
+            commands: Pages::new(0)?,
+            events: Pages::new(0)?,
+            done: Pages::new(0)?,
+            sequence: AtomicU64::new(0),
+        };
+        for rid in 0..=u16::MAX {
+            unit.put(rid, VALID | READ_WRITE, PASS_DOMAIN);
+        }
+        unit.start()?;
+        Ok(unit)
+    }
+
+    fn start(&self) -> Result<(), Refusal> {
+        let r = &self.registers;
+        let size = self.devices.len() as u64 / 4096 - 1;
+        r.write64(DEVICE_TABLE, self.devices.pa() | size);
+        r.write64(COMMANDS, self.commands.pa() | RING);
+        r.write64(EVENTS, self.events.pa() | RING);
+        for at in [COMMAND_HEAD, COMMAND_TAIL, EVENT_HEAD, EVENT_TAIL] {
+            r.write64(at, 0);
+        }
+        let control = r.read64(CONTROL) | COHERENT | EVENT_LOG_EN | COMMANDS_EN;
+        r.write64(CONTROL, control);
+        r.write64(CONTROL, control | IOMMU_EN);
+        self.invalidate(PASS_DOMAIN)
+    }
+
+    /// Turns it on again where it has lost its state while the host slept.
+    pub fn resume(&self) -> Result<(), Refusal> {
+        if self.registers.read64(CONTROL) & IOMMU_EN == 0 {
+            self.start()?;
+        }
+        Ok(())
+    }
+
+    /// Levels of page tables.
+    pub fn levels(&self) -> u8 {
+        LEVELS
+    }
+
+    fn command(&self, low: u64, high: u64) {
+        let tail = self.registers.read64(COMMAND_TAIL) & (RING_BYTES - 1);
+        shared(&self.commands, tail as usize).store(low, Ordering::Relaxed);
+        shared(&self.commands, tail as usize + 8).store(high, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        let next = (tail + 16) & (RING_BYTES - 1);
+        self.registers.write64(COMMAND_TAIL, next);
+    }
+
+    /// Waits until all commands so far have been obeyed.
+    fn wait(&self) -> Result<(), Refusal> {
+        let n = self.sequence.fetch_add(1, Ordering::Relaxed) + 1;
+        self.command(COMPLETION_WAIT | self.done.pa() | STORE, n);
+        for _ in 0..PATIENCE {
+            if shared(&self.done, 0).load(Ordering::Acquire) == n {
+                return Ok(());
+            }
+            core::hint::spin_loop();
+        }
+        Err(Refusal::Stuck)
+    }
+
+    /// Has the unit forget what it has cached of a domain.
+    pub fn invalidate(&self, domain: u16) -> Result<(), Refusal> {
+        self.command(INVALIDATE_PAGES | u64::from(domain) << 32, ALL_PAGES);
+        self.wait()
+    }
+
+    /// Writes a device table entry, its first half last.
+    fn put(&self, rid: u16, low: u64, domain: u16) {
+        let at = usize::from(rid) * ENTRY;
+        // Interrupts pass as they are: the entry's third quadword stays 0.
+        shared(&self.devices, at + 8).store(u64::from(domain), Ordering::Relaxed);
+        shared(&self.devices, at).store(low, Ordering::Release);
+    }
+
+    fn set(&self, rid: u16, low: u64, domain: u16) -> Result<(), Refusal> {
+        let at = usize::from(rid) * ENTRY;
+        let old = shared(&self.devices, at + 8).load(Ordering::Relaxed) as u16;
+        // Blocked while it is neither the one nor the other.
+        self.put(rid, VALID, domain);
+        self.command(INVALIDATE_ENTRY | u64::from(rid), 0);
+        self.wait()?;
+        self.put(rid, low, domain);
+        self.command(INVALIDATE_ENTRY | u64::from(rid), 0);
+        self.invalidate(old)?;
+        self.invalidate(domain)
+    }
+
+    /// Sends a function's DMA through the tables at `root`; `domain` is a
+    /// number that no other tables have, from 2.
+    pub fn attach(&self, rid: u16, root: Hpa, domain: u16) -> Result<(), Refusal> {
+        let mode = u64::from(LEVELS) << MODE_SHIFT;
+        self.set(rid, root | mode | VALID | READ_WRITE, domain)
+    }
+
+    /// Blocks a function's DMA.
+    pub fn block(&self, rid: u16) -> Result<(), Refusal> {
+        self.set(rid, VALID, PASS_DOMAIN)
+    }
+
+    /// Lets a function's DMA pass.
+    pub fn pass_on(&self, rid: u16) -> Result<(), Refusal> {
+        self.set(rid, VALID | READ_WRITE, PASS_DOMAIN)
+    }
+
+    /// Calls `f` with each fault that has been recorded, and clears them.
+    pub fn faults(&self, mut f: impl FnMut(Fault)) {
+        let r = &self.registers;
+        let tail = r.read64(EVENT_TAIL) & (RING_BYTES - 16);
+        let mut head = r.read64(EVENT_HEAD) & (RING_BYTES - 16);
+        while head != tail {
+            let event = shared(&self.events, head as usize).load(Ordering::Acquire);
+            if event >> 60 == IO_PAGE_FAULT {
+                f(Fault {
+                    source: event as u16,
+                    address: shared(&self.events, head as usize + 8).load(Ordering::Relaxed)
+                        & !0xfff,
+                    write: event >> 53 & 1 != 0,
+                    reason: IO_PAGE_FAULT as u8,
+                });
+            }
+            head = (head + 16) & (RING_BYTES - 1);
+        }
+        r.write64(EVENT_HEAD, head);
+    }
+}
+
+impl<H: Host, R: Registers> Drop for Unit<H, R> {
+    fn drop(&mut self) {
+        let r = &self.registers;
+        let control = r.read64(CONTROL);
+        r.write64(CONTROL, control & !IOMMU_EN);
+        r.write64(CONTROL, control & !(IOMMU_EN | COMMANDS_EN | EVENT_LOG_EN));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,221 @@
+//! A unit of plain memory that obeys its commands, and DMA as it would be
+//! translated.
+
+use core::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::vec;
+use std::vec::Vec;
+
+use super::*;
+use crate::ept::{AmdviFormat, Ept, MemType, Options, Prot};
+use crate::testhost::TestHost;
+
+#[derive(Clone, Default)]
+struct Fake(Rc<RefCell<State>>);
+
+#[derive(Default)]
+struct State {
+    words: BTreeMap<usize, u64>,
+    commands: Vec<(u64, u64)>,
+    stuck: bool,
+}
+
+fn quad(pa: u64, n: u64) -> u64 {
+    // SAFETY: tables of the test, whose physical addresses are virtual ones.
+    unsafe { ((pa + n * 8) as *const u64).read_volatile() }
+}
+
+fn store(pa: u64, value: u64) {
+    // SAFETY: as above.
+    unsafe { (pa as *mut u64).write_volatile(value) }
+}
+
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+impl Fake {
+    fn word(&self, at: usize) -> u64 {
+        *self.0.borrow().words.get(&at).unwrap_or(&0)
+    }
+    fn put(&self, at: usize, v: u64) {
+        self.0.borrow_mut().words.insert(at, v);
+    }
+    fn on(&self) -> bool {
+        self.word(CONTROL) & IOMMU_EN != 0
+    }
+    fn obey(&self) {
+        let all = COMMANDS_EN | IOMMU_EN;
+        if self.word(CONTROL) & all != all || self.0.borrow().stuck {
+            return;
+        }
+        let ring = self.word(COMMANDS) & ADDRESS;
+        while self.word(COMMAND_HEAD) != self.word(COMMAND_TAIL) {
+            let head = self.word(COMMAND_HEAD);
+            let (low, high) = (quad(ring + head, 0), quad(ring + head, 1));
+            self.0.borrow_mut().commands.push((low, high));
+            if low >> 60 == 1 && low & 1 != 0 {
+                store(low & 0x000f_ffff_ffff_fff8, high);
+            }
+            self.put(COMMAND_HEAD, (head + 16) & 4095);
+        }
+    }
+}
+
+impl Registers for Fake {
+    fn read32(&self, at: usize) -> u32 {
+        self.word(at) as u32
+    }
+    fn read64(&self, at: usize) -> u64 {
+        self.word(at)
+    }
+    fn write32(&self, at: usize, value: u32) {
+        self.put(at, u64::from(value));
+    }
+    fn write64(&self, at: usize, value: u64) {
+        self.put(at, value);
+        self.obey();
+    }
+}
+
+/// What the hardware makes of an access (§2.2.2, §2.2.3).
+fn translate(f: &Fake, rid: u16, at: u64, write: bool) -> Option<u64> {
+    if !f.on() {
+        return Some(at);
+    }
+    let need = if write { 1 << 62 } else { 1 << 61 };
+    let table = f.word(DEVICE_TABLE);
+    assert_eq!(table & 0x1ff, 511);
+    let mut e = quad((table & ADDRESS) + u64::from(rid) * 32, 0);
+    assert_eq!(e & 3, 3, "no entry may be without translation");
+    let mut level = e >> 9 & 7;
+    if level != 0 && at >> (12 + 9 * level) != 0 {
+        return None;
+    }
+    if level == 0 {
+        return (e & need != 0).then_some(at);
+    }
+    loop {
+        if e & 1 == 0 || e & need == 0 {
+            return None;
+        }
+        e = quad(e & ADDRESS, at >> (12 + 9 * (level - 1)) & 511);
+        let next = e >> 9 & 7;
+        if next == 0 {
+            let mask = (1 << (12 + 9 * (level - 1))) - 1;
+            return (e & 1 != 0 && e & need != 0).then_some(e & ADDRESS & !mask | at & mask);
+        }
+        assert_eq!(next, level - 1);
+        level = next;
+    }
+}
+
+#[test]
+fn only_what_is_mapped_is_reached() {
+    let before = TestHost::live();
+    let f = Fake::default();
+    let unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    let mut t = Ept::<TestHost, AmdviFormat>::new(Options {
+        pages_2m: true,
+        pages_1g: true,
+        accessed_dirty: false,
+    })
+    .unwrap();
+    let memory = Prot::READ | Prot::WRITE;
+    for (gpa, hpa, len, prot) in [
+        (0, 0x4000_0000, 0x4000_0000, memory),
+        (0x1_0000_0000, 0x8020_0000, 0x20_1000, memory),
+        (0x2_0000_0000, 0x9000_0000, 0x1000, Prot::READ),
+    ] {
+        let _ = t.map(gpa, hpa, len, prot, MemType::WriteBack).unwrap();
+    }
+    unit.attach(0x501, t.root_of(unit.levels()).unwrap(), 2)
+        .unwrap();
+    let dma = |at, write| translate(&f, 0x501, at, write);
+    assert_eq!(dma(0x1234, true), Some(0x4000_1234));
+    assert_eq!(dma(0x3fff_ffff, true), Some(0x7fff_ffff));
+    assert_eq!(dma(0x4000_0000, false), None, "beyond memory");
+    assert_eq!(dma(0x1_0020_0fff, true), Some(0x8040_0fff));
+    assert_eq!(dma(0x1_0020_1000, true), None);
+    assert_eq!(dma(0x2_0000_0010, false), Some(0x9000_0010));
+    assert_eq!(dma(0x2_0000_0010, true), None, "read-only");
+    assert_eq!(dma(1 << 50, false), None, "beyond the tables");
+    assert_eq!(translate(&f, 0x500, 0x1234, true), Some(0x1234));
+    // A large page in the middle of which a small one goes.
+    let _ = t.unmap(0x20_0000, 0x1000).unwrap();
+    assert_eq!(dma(0x20_0000, false), None);
+    assert_eq!(dma(0x20_1000, true), Some(0x4020_1000));
+    unit.block(0x501).unwrap();
+    assert_eq!(dma(0x1234, false), None);
+    unit.pass_on(0x501).unwrap();
+    assert_eq!(dma(0x1234, true), Some(0x1234));
+    drop(unit);
+    drop(t);
+    assert!(!f.on());
+    assert_eq!(TestHost::live(), before, "all tables are freed");
+}
+
+#[test]
+fn each_change_invalidates_entry_and_pages_and_waits() {
+    let f = Fake::default();
+    let unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    f.0.borrow_mut().commands.clear();
+    unit.attach(0x28, 0x1000, 7).unwrap();
+    let opcodes: Vec<(u64, u64)> =
+        f.0.borrow()
+            .commands
+            .iter()
+            .map(|(low, _)| {
+                (
+                    low >> 60,
+                    if low >> 60 == 1 {
+                        0
+                    } else {
+                        low & 0xffff_ffff_ffff
+                    },
+                )
+            })
+            .collect();
+    let (entry, pages, wait) = ((2, 0x28), |d: u64| (3, d << 32), (1, 0));
+    assert_eq!(
+        opcodes,
+        [entry, wait, entry, pages(1), wait, pages(7), wait]
+    );
+    // The ring goes round.
+    for _ in 0..100 {
+        unit.block(0x28).unwrap();
+    }
+}
+
+#[test]
+fn a_unit_in_use_or_stuck_is_refused() {
+    let f = Fake::default();
+    f.put(CONTROL, IOMMU_EN);
+    assert_eq!(Unit::<TestHost, _>::new(f).err(), Some(Refusal::InUse));
+    let f = Fake::default();
+    f.0.borrow_mut().stuck = true;
+    assert_eq!(Unit::<TestHost, _>::new(f).err(), Some(Refusal::Stuck));
+}
+
+#[test]
+fn faults_are_told_once_with_their_source() {
+    let f = Fake::default();
+    let unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    let log = f.word(EVENTS) & ADDRESS;
+    // Of another kind, and a write that was not allowed.
+    store(log, 1 << 60);
+    store(log + 16, 2 << 60 | 1 << 53 | 0x28);
+    store(log + 24, 0x0400_0010);
+    f.put(EVENT_TAIL, 32);
+    let mut seen = vec![];
+    unit.faults(|fault| seen.push(fault));
+    assert_eq!(
+        seen,
+        [Fault {
+            source: 0x28,
+            address: 0x0400_0000,
+            write: true,
+            reason: 2
+        }]
+    );
+    unit.faults(|fault| panic!("{fault:?} again"));
+}
