@@ -1,13 +1,16 @@
 //! What a VM's PCI functions see of its memory: through the host's own IOMMU
-//! driver where that is at work, otherwise through ours (VT-d).
+//! driver where that is at work, otherwise through ours (VT-d and AMD-Vi).
 
 use alloc::vec::Vec;
+use core::fmt;
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use vmm_hw::dmar::{self, Structure};
-use vmm_hw::ept::{Ept, MemType, Options, Prot, VtdFormat};
-use vmm_hw::vtd::{Registers, Unit};
+use vmm_hw::ept::{AmdviFormat, Ept, MemType, Options, Prot, VtdFormat};
+use vmm_hw::ivrs::{self, Block, Serves};
+use vmm_hw::vtd::{Fault, Refusal, Registers};
+use vmm_hw::{amdvi, vtd};
 
 use crate::errno;
 use crate::klog;
@@ -70,10 +73,110 @@ impl Drop for Mmio {
 /// 256 fault records).
 const REGISTERS: usize = 0x4000 + 0x1000;
 
+/// A unit of either kind.
+enum Unit {
+    Intel(vtd::Unit<Os, Mmio>),
+    Amd(amdvi::Unit<Os, Mmio>),
+}
+
+macro_rules! each {
+    ($self:expr, $u:ident => $e:expr) => {
+        match $self {
+            Unit::Intel($u) => $e,
+            Unit::Amd($u) => $e,
+        }
+    };
+}
+
+impl Unit {
+    /// Levels of tables.
+    fn levels(&self) -> u8 {
+        match self {
+            Unit::Intel(u) => u.capabilities().levels,
+            Unit::Amd(u) => u.levels(),
+        }
+    }
+
+    fn attach(&mut self, rid: Rid, root: u64, domain: u16) -> Result<(), Refusal> {
+        each!(self, u => u.attach(rid.0, root, domain))
+    }
+
+    fn block(&mut self, rid: Rid) -> Result<(), Refusal> {
+        each!(self, u => u.block(rid.0))
+    }
+
+    fn pass_on(&mut self, rid: Rid) -> Result<(), Refusal> {
+        each!(self, u => u.pass_on(rid.0))
+    }
+
+    fn resume(&self) -> Result<(), Refusal> {
+        each!(self, u => u.resume())
+    }
+
+    fn faults(&self, f: impl FnMut(Fault)) {
+        each!(self, u => u.faults(f));
+    }
+}
+
+/// Tables of either kind.
+enum Tables {
+    Intel(Ept<Os, VtdFormat>),
+    Amd(Ept<Os, AmdviFormat>),
+}
+
+impl Tables {
+    /// Those that a unit walks.
+    fn new(unit: &Unit) -> Result<Self, i32> {
+        let (pages_2m, pages_1g) = match unit {
+            Unit::Intel(u) => (u.capabilities().pages_2m, u.capabilities().pages_1g),
+            Unit::Amd(_) => (true, true),
+        };
+        let options = Options {
+            pages_2m,
+            pages_1g,
+            accessed_dirty: false,
+        };
+        match unit {
+            Unit::Intel(_) => Ept::new(options).map(Tables::Intel),
+            Unit::Amd(_) => Ept::new(options).map(Tables::Amd),
+        }
+        .map_err(|_| errno::ENOMEM)
+    }
+
+    fn map(&mut self, gpa: u64, hpa: u64, len: u64, prot: Prot) -> Result<(), i32> {
+        match self {
+            Tables::Intel(t) => t.map(gpa, hpa, len, prot, MemType::WriteBack),
+            Tables::Amd(t) => t.map(gpa, hpa, len, prot, MemType::WriteBack),
+        }
+        .map(|_| ())
+        .map_err(|_| errno::ENOMEM)
+    }
+
+    fn root_of(&mut self, levels: u8) -> Result<u64, i32> {
+        match self {
+            Tables::Intel(t) => t.root_of(levels),
+            Tables::Amd(t) => t.root_of(levels),
+        }
+        .map_err(|_| errno::ENOMEM)
+    }
+
+    /// Lets a unit see what is mapped.
+    fn publish(&self, unit: &Unit, number: u16) -> Result<(), Refusal> {
+        match (self, unit) {
+            (Tables::Intel(t), Unit::Intel(u)) => {
+                t.each_table(&mut |pa| u.publish(pa));
+                u.invalidate()
+            }
+            (Tables::Amd(_), Unit::Amd(u)) => u.invalidate(number),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// A unit that is on, by the address of its registers.
 struct On {
     base: u64,
-    unit: Unit<Os, Mmio>,
+    unit: Unit,
 }
 
 struct Units {
@@ -93,64 +196,116 @@ static UNITS: SpinLock<Units> = SpinLock::new(Units {
 static DOMAINS: AtomicU64 = AtomicU64::new(3);
 
 impl Units {
-    fn of(&mut self, base: u64) -> Option<&mut Unit<Os, Mmio>> {
+    fn of(&mut self, base: u64) -> Option<&mut Unit> {
         let on = self.list.iter_mut().find(|on| on.base == base)?;
         Some(&mut on.unit)
     }
 }
 
-/// The unit that serves a function. ENXIO.
-fn unit_of(rid: Rid) -> Result<u64, i32> {
-    let Some(table) = host::dmar() else {
-        klog!(
-            Error,
-            "ppt {rid}: no IOMMU: the firmware describes none of Intel's (is VT-d off there?)"
-        );
-        return Err(errno::ENXIO);
+/// The unit that serves a function, and whether it is AMD's. ENXIO.
+fn unit_of(rid: Rid) -> Result<(u64, bool), i32> {
+    let found = match (host::acpi(c"DMAR"), host::acpi(c"IVRS")) {
+        (Some(table), _) => intel(table, rid).map(|base| (base, false)),
+        (None, Some(table)) => amd(table, rid).map(|base| (base, true)),
+        (None, None) => Err(Excuse::Nothing),
     };
-    let mut named = None;
-    let mut rest = None;
+    found.map_err(|why| {
+        klog!(Error, "ppt {rid}: {why}");
+        errno::ENXIO
+    })
+}
+
+/// Why no unit serves a function.
+enum Excuse {
+    Nothing,
+    Dmar(dmar::Malformed),
+    Ivrs(ivrs::Malformed),
+    Firmware,
+    Alias(u16),
+    Unserved,
+}
+
+impl fmt::Display for Excuse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Excuse::Nothing => {
+                f.write_str("no IOMMU: the firmware describes none (is VT-d or AMD-Vi off there?)")
+            }
+            Excuse::Dmar(e) => e.fmt(f),
+            Excuse::Ivrs(e) => e.fmt(f),
+            Excuse::Firmware => f.write_str(
+                "the firmware uses memory through it (RMRR, IVMD): it has to stay with the host",
+            ),
+            Excuse::Alias(bridge) => write!(
+                f,
+                "its DMA comes in the name of the bridge {}, and that of others too",
+                Rid(*bridge)
+            ),
+            Excuse::Unserved => f.write_str("no IOMMU serves it"),
+        }
+    }
+}
+
+fn intel(table: &[u8], rid: Rid) -> Result<u64, Excuse> {
+    let (mut named, mut rest) = (None, None);
     for s in dmar::structures(table) {
-        match s {
-            Err(e) => {
-                klog!(Error, "ppt {rid}: {e}");
-                return Err(errno::ENXIO);
+        match s.map_err(Excuse::Dmar)? {
+            Structure::Reserved { segment: 0, scopes } if scopes.has(rid.0, host::buses) => {
+                return Err(Excuse::Firmware);
             }
-            Ok(Structure::Reserved { segment: 0, scopes }) if scopes.has(rid.0, host::buses) => {
-                klog!(
-                    Error,
-                    "ppt {rid}: the firmware uses memory through it (RMRR): it has to stay with the host"
-                );
-                return Err(errno::ENXIO);
-            }
-            Ok(Structure::Unit {
+            Structure::Unit {
                 segment: 0,
                 base,
                 rest: others,
                 scopes,
-            }) => {
+            } => {
                 if scopes.has(rid.0, host::buses) {
                     named = Some(base);
                 } else if others {
                     rest = Some(base);
                 }
             }
-            Ok(_) => {}
+            _ => {}
         }
     }
-    named.or(rest).ok_or_else(|| {
-        klog!(Error, "ppt {rid}: no IOMMU serves it");
-        errno::ENXIO
-    })
+    named.or(rest).ok_or(Excuse::Unserved)
+}
+
+fn amd(table: &[u8], rid: Rid) -> Result<u64, Excuse> {
+    let mut found = Err(Excuse::Unserved);
+    for b in ivrs::blocks(table) {
+        match b.map_err(Excuse::Ivrs)? {
+            Block::Reserved { first, last } if (first..=last).contains(&rid.0) => {
+                return Err(Excuse::Firmware);
+            }
+            Block::Unit {
+                segment: 0,
+                base,
+                entries,
+            } => match entries.serves(rid.0) {
+                Serves::Yes => found = Ok(base),
+                Serves::As(other) if other == rid.0 => found = Ok(base),
+                Serves::As(other) => return Err(Excuse::Alias(other)),
+                Serves::No => {}
+            },
+            _ => {}
+        }
+    }
+    found
 }
 
 /// Turns the unit at `base` on, unless it is. ENXIO.
-fn turn_on(rid: Rid, base: u64) -> Result<(), i32> {
+fn turn_on(rid: Rid, (base, amd): (u64, bool)) -> Result<(), i32> {
     if UNITS.lock().of(base).is_some() {
         return Ok(());
     }
     let registers = host::map_registers(base, REGISTERS).ok_or(errno::ENXIO)?;
-    let unit = Unit::new(Mmio(registers)).map_err(|e| {
+    let unit = if amd {
+        amdvi::Unit::new(Mmio(registers)).map(Unit::Amd)
+    } else {
+        vtd::Unit::new(Mmio(registers)).map(Unit::Intel)
+    };
+    let unit = unit.map_err(|e| {
         klog!(Error, "ppt {rid}: the IOMMU at {base:#x}: {e}");
         errno::ENXIO
     })?;
@@ -200,9 +355,9 @@ pub fn release(device: &Device, rid: Rid) {
     if device.group().is_some() || UNITS.lock().list.is_empty() {
         return;
     }
-    if let Ok(base) = unit_of(rid)
+    if let Ok((base, _)) = unit_of(rid)
         && let Some(unit) = UNITS.lock().of(base)
-        && let Err(e) = unit.pass_on(rid.0)
+        && let Err(e) = unit.pass_on(rid)
     {
         klog!(Error, "ppt {rid}: the IOMMU: {e}");
     }
@@ -249,7 +404,7 @@ pub fn exit() {
 
 /// Second-level tables of ours, and their number.
 pub struct Own {
-    tables: Ept<Os, VtdFormat>,
+    tables: Tables,
     base: u64,
     number: u16,
     attached: AtomicU64,
@@ -257,15 +412,16 @@ pub struct Own {
 
 impl Own {
     fn new(rid: Rid) -> Result<Self, i32> {
-        let base = unit_of(rid)?;
-        let capabilities = *UNITS.lock().of(base).ok_or(errno::ENXIO)?.capabilities();
-        let tables = Ept::new(Options {
-            pages_2m: capabilities.pages_2m,
-            pages_1g: capabilities.pages_1g,
-            accessed_dirty: false,
-        })
-        .map_err(|_| errno::ENOMEM)?;
-        let limit = capabilities.domains.min(64);
+        let (base, _) = unit_of(rid)?;
+        let (tables, limit) = {
+            let mut units = UNITS.lock();
+            let unit = units.of(base).ok_or(errno::ENXIO)?;
+            let limit = match unit {
+                Unit::Intel(u) => u.capabilities().domains.min(64),
+                Unit::Amd(_) => 64,
+            };
+            (Tables::new(unit)?, limit)
+        };
         let number = DOMAINS
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| {
                 let free = used.trailing_ones();
@@ -282,10 +438,7 @@ impl Own {
     }
 
     fn map(&mut self, gpa: u64, hpa: u64, len: u64, prot: Prot) -> Result<(), i32> {
-        let _ = self
-            .tables
-            .map(gpa, hpa, len, prot, MemType::WriteBack)
-            .map_err(|_| errno::ENOMEM)?;
+        self.tables.map(gpa, hpa, len, prot)?;
         if self.attached.load(Ordering::Relaxed) != 0 {
             self.publish()?;
         }
@@ -296,12 +449,13 @@ impl Own {
     fn publish(&self) -> Result<(), i32> {
         let mut units = UNITS.lock();
         let unit = units.of(self.base).ok_or(errno::ENXIO)?;
-        self.tables.each_table(&mut |pa| unit.publish(pa));
-        unit.invalidate().map_err(|_| errno::EIO)
+        self.tables
+            .publish(unit, self.number)
+            .map_err(|_| errno::EIO)
     }
 
     fn attach(&mut self, rid: Rid) -> Result<(), i32> {
-        if unit_of(rid)? != self.base {
+        if unit_of(rid)?.0 != self.base {
             klog!(
                 Error,
                 "ppt {rid}: another IOMMU serves it than the VM's other functions"
@@ -311,13 +465,13 @@ impl Own {
         let levels = {
             let mut units = UNITS.lock();
             let unit = units.of(self.base).ok_or(errno::ENXIO)?;
-            unit.capabilities().levels
+            unit.levels()
         };
-        let root = self.tables.root_of(levels).map_err(|_| errno::ENOMEM)?;
+        let root = self.tables.root_of(levels)?;
         self.publish()?;
         let mut units = UNITS.lock();
         let unit = units.of(self.base).ok_or(errno::ENXIO)?;
-        unit.attach(rid.0, root, self.number)
+        unit.attach(rid, root, self.number)
             .map_err(|_| errno::EIO)?;
         self.attached.fetch_add(1, Ordering::Relaxed);
         units.users += 1;
@@ -331,7 +485,7 @@ impl Own {
         {
             let mut units = UNITS.lock();
             if let Some(unit) = units.of(self.base)
-                && let Err(e) = unit.block(rid.0)
+                && let Err(e) = unit.block(rid)
             {
                 klog!(Error, "ppt {rid}: the IOMMU: {e}");
             }

@@ -100,11 +100,11 @@ pub fn wanted(rid: u16) -> bool {
     })
 }
 
-/// The firmware's DMA remapping table, if there is one. It stays mapped.
-pub fn dmar() -> Option<&'static [u8]> {
+/// A table of the firmware's, if there is one. It stays mapped.
+pub fn acpi(signature: &CStr) -> Option<&'static [u8]> {
     let mut table: *const u8 = ptr::null();
-    // SAFETY: the signature has four letters, `table` is writable.
-    let status = unsafe { AcpiGetTable(c"DMAR".as_ptr(), 1, &mut table) };
+    // SAFETY: the signature ends with NUL, `table` is writable.
+    let status = unsafe { AcpiGetTable(signature.as_ptr(), 1, &mut table) };
     if status != 0 || table.is_null() {
         return None;
     }

@@ -2,7 +2,7 @@
 //! exported as such are called directly; macros and inline functions are in
 //! the shim's ppt.c.
 
-use core::ffi::{c_char, c_int, c_uint, c_ulong, c_void};
+use core::ffi::{CStr, c_char, c_int, c_uint, c_ulong, c_void};
 use core::ptr::{self, NonNull};
 
 use vmm_hw::ept::Prot;
@@ -102,11 +102,11 @@ struct Resource {
     flags: c_ulong,
 }
 
-/// The firmware's DMA remapping table, if there is one. It stays mapped.
-pub fn dmar() -> Option<&'static [u8]> {
+/// A table of the firmware's, if there is one. It stays mapped.
+pub fn acpi(signature: &CStr) -> Option<&'static [u8]> {
     let mut table: *const u8 = ptr::null();
-    // SAFETY: the signature has four letters, `table` is writable.
-    let status = unsafe { acpi_get_table(c"DMAR".as_ptr(), 1, &mut table) };
+    // SAFETY: the signature ends with NUL, `table` is writable.
+    let status = unsafe { acpi_get_table(signature.as_ptr(), 1, &mut table) };
     if status != 0 || table.is_null() {
         return None;
     }
