@@ -12,6 +12,8 @@
 
 #include "shim.h"
 
+/* Some of what is done with these is the kernel's own function for what comes
+ * first in them: see vmm-kmod/kmod/src/ffi.rs. */
 struct vmm_mutex {
 	struct mutex m;
 };
@@ -53,16 +55,6 @@ struct vmm_mutex *vmm_host_mutex_create(void)
 void vmm_host_mutex_lock(struct vmm_mutex *m)
 {
 	mutex_lock(&m->m);
-}
-
-int vmm_host_mutex_trylock(struct vmm_mutex *m)
-{
-	return mutex_trylock(&m->m);
-}
-
-void vmm_host_mutex_unlock(struct vmm_mutex *m)
-{
-	mutex_unlock(&m->m);
 }
 
 struct vmm_sleeper *vmm_host_sleeper_create(void)
@@ -145,9 +137,4 @@ void vmm_host_timer_arm(struct vmm_timer *t, uint64_t ns)
 	if (ns > KTIME_MAX)
 		ns = KTIME_MAX;
 	hrtimer_start(&t->timer, ns_to_ktime(ns), HRTIMER_MODE_REL);
-}
-
-void vmm_host_timer_disarm(struct vmm_timer *t)
-{
-	hrtimer_try_to_cancel(&t->timer);
 }

@@ -79,7 +79,9 @@ unsafe extern "C" {
     #[cfg_attr(not(feature = "freebsd"), link_name = "kfree")]
     pub fn vmm_host_mutex_destroy(m: *mut HostMutex);
     pub fn vmm_host_mutex_lock(m: *mut HostMutex);
+    #[cfg_attr(not(feature = "freebsd"), link_name = "mutex_trylock")]
     pub fn vmm_host_mutex_trylock(m: *mut HostMutex) -> c_int;
+    #[cfg_attr(not(feature = "freebsd"), link_name = "mutex_unlock")]
     pub fn vmm_host_mutex_unlock(m: *mut HostMutex);
 
     pub fn vmm_host_sleeper_create() -> *mut Sleeper;
@@ -97,6 +99,7 @@ unsafe extern "C" {
     pub fn vmm_host_timer_create(arg: *mut c_void) -> *mut Timer;
     pub fn vmm_host_timer_destroy(t: *mut Timer);
     pub fn vmm_host_timer_arm(t: *mut Timer, ns: u64);
+    #[cfg_attr(not(feature = "freebsd"), link_name = "hrtimer_try_to_cancel")]
     pub fn vmm_host_timer_disarm(t: *mut Timer);
 
     #[cfg_attr(not(feature = "freebsd"), link_name = "ktime_get_real_seconds")]
