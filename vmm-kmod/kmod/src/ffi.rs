@@ -47,11 +47,7 @@ unsafe extern "C" {
         order: *mut c_uint,
     ) -> c_int;
     #[cfg(not(feature = "freebsd"))]
-    pub fn vmm_host_memseg_detach(
-        seg: *mut Memseg,
-        off: u64,
-        order: *mut c_uint,
-    ) -> *mut c_void;
+    pub fn vmm_host_memseg_detach(seg: *mut Memseg, off: u64, order: *mut c_uint) -> *mut c_void;
     #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_page_hold(pa: u64);
     pub fn vmm_host_memseg_resident(seg: *mut Memseg) -> u64;

@@ -337,7 +337,10 @@ impl Vm {
     /// a device segment, held for the caller where such pages can be released. EFAULT: there is none. ENOMEM.
     pub fn page(&self, segid: i32, off: u64) -> Result<u64, i32> {
         if segid < 0 && off >= EXT_RUN_PAGES {
-            return self.shared_page(off).inspect(|p| hold(*p)).ok_or(errno::EFAULT);
+            return self
+                .shared_page(off)
+                .inspect(|p| hold(*p))
+                .ok_or(errno::EFAULT);
         }
         let mem = self.mem.lock();
         let hpa = match usize::try_from(segid) {
