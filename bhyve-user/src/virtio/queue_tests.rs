@@ -75,6 +75,26 @@ fn chains_come_in_order_and_go_back_with_their_length() {
     assert_eq!(d.pop(), Ok(false));
 }
 
+/// CVE-2024-51563: a ring that says something else the second time.
+#[test]
+fn what_a_ring_says_is_read_once() {
+    let mut d = driver(false);
+    d.desc(0, 0x8000, 16, NEXT, 1);
+    d.desc(1, 0x9000, 512, WRITE, 0);
+    d.offer(0);
+    assert_eq!(d.pop(), Ok(true));
+    // The driver changes its mind while the device works.
+    d.desc(0, u64::MAX - 8, u32::MAX, NEXT, 0);
+    d.desc(1, u64::MAX - 8, u32::MAX, WRITE | NEXT, 1);
+    d.memory.write(AVAIL + 4, &7_u16).unwrap();
+    let buffer = |addr, len| Buffer { addr, len };
+    assert_eq!(d.chain.readable, [buffer(0x8000, 16)]);
+    assert_eq!(d.chain.writable, [buffer(0x9000, 512)]);
+    d.give_back(512);
+    assert_eq!(d.memory.read::<[u32; 2]>(USED + 4).unwrap(), [0, 512]);
+    assert_eq!(d.pop(), Ok(false));
+}
+
 #[test]
 fn rings_wrap_at_their_size_and_indices_at_65536() {
     let mut d = driver(false);
