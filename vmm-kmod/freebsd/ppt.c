@@ -9,10 +9,7 @@
 #include <sys/lock.h>
 #include <sys/malloc.h>
 #include <sys/module.h>
-#include <sys/rman.h>
 #include <sys/sysctl.h>
-
-#include <machine/resource.h>
 
 #include <dev/pci/pcireg.h>
 #include <dev/pci/pcivar.h>
@@ -25,12 +22,6 @@ SYSCTL_NODE(_hw_vmm, OID_AUTO, ppt, CTLFLAG_RW, NULL, "PCI passthrough");
 static int devices;
 SYSCTL_INT(_hw_vmm_ppt, OID_AUTO, devices, CTLFLAG_RD, &devices, 0,
     "functions that can be passed through");
-
-/* Whether the function sends MSI-X, its table and its pending bits. */
-struct ppt_softc {
-	int		rid[2];
-	struct resource	*res[2];
-};
 
 static int
 ppt_probe(device_t dev)
@@ -81,49 +72,14 @@ vmm_host_ppt_stop(device_t dev)
 	    2) & ~PCIM_CMD_BUSMASTEREN) | PCIM_CMD_INTxDIS, 2);
 }
 
+/* MSI or MSI-X with *n vectors; with n NULL whichever is on goes off. */
 int
-vmm_host_ppt_vectors(device_t dev, int msix)
+vmm_host_ppt_msi(device_t dev, int *n, int msix)
 {
 
-	return (msix ? pci_msix_count(dev) : pci_msi_count(dev));
-}
-
-void
-vmm_host_ppt_free(device_t dev)
-{
-	struct ppt_softc *sc = device_get_softc(dev);
-	int i;
-
-	pci_release_msi(dev);
-	for (i = 0; i < 2; i++) {
-		if (sc->res[i] != NULL)
-			bus_release_resource(dev, SYS_RES_MEMORY, sc->rid[i],
-			    sc->res[i]);
-		sc->res[i] = NULL;
-	}
-}
-
-int
-vmm_host_ppt_alloc(device_t dev, int n, int msix)
-{
-	struct ppt_softc *sc = device_get_softc(dev);
-	int error, i, got = n;
-
-	if (msix) {
-		/* The bus wants to see their BARs in use. */
-		sc->rid[0] = pci_msix_table_bar(dev);
-		sc->rid[1] = pci_msix_pba_bar(dev);
-		for (i = 0; i < 1 + (sc->rid[0] != sc->rid[1]); i++)
-			sc->res[i] = bus_alloc_resource_any(dev, SYS_RES_MEMORY,
-			    &sc->rid[i], RF_ACTIVE);
-		error = pci_alloc_msix(dev, &got);
-	} else {
-		error = pci_alloc_msi(dev, &got);
-	}
-	if (error == 0 && got == n)
-		return (0);
-	vmm_host_ppt_free(dev);
-	return (error != 0 ? error : ENOSPC);
+	if (n == NULL)
+		return (pci_release_msi(dev));
+	return (msix ? pci_alloc_msix(dev, n) : pci_alloc_msi(dev, n));
 }
 
 static device_method_t ppt_methods[] = {
@@ -133,7 +89,7 @@ static device_method_t ppt_methods[] = {
 	DEVMETHOD_END
 };
 
-static driver_t ppt_driver = { "ppt", ppt_methods, sizeof(struct ppt_softc) };
+static driver_t ppt_driver = { "ppt", ppt_methods, 0 };
 
 #if __FreeBSD_version < 1400000
 static devclass_t ppt_class;

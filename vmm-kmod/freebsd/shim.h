@@ -28,9 +28,7 @@ bool	vmm_can_sleep(void);
 /* What vmm-kmod/kmod/src/ppt/freebsd.rs calls, besides the kernel itself. */
 uint32_t vmm_host_ppt_config(device_t dev, int at);
 void	vmm_host_ppt_stop(device_t dev);
-int	vmm_host_ppt_vectors(device_t dev, int msix);
-int	vmm_host_ppt_alloc(device_t dev, int n, int msix);
-void	vmm_host_ppt_free(device_t dev);
+int	vmm_host_ppt_msi(device_t dev, int *n, int msix);
 /* Of a function that ppt holds, for vmm-kmod/kmod/src/ppt/freebsd.rs. */
 uint32_t vmm_host_ppt_config(device_t dev, int at);
 void	vmm_host_ppt_stop(device_t dev);

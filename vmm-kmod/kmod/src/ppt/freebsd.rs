@@ -22,9 +22,7 @@ struct PciMap {
 unsafe extern "C" {
     fn vmm_host_ppt_config(dev: *mut c_void, at: c_int) -> u32;
     fn vmm_host_ppt_stop(dev: *mut c_void);
-    fn vmm_host_ppt_vectors(dev: *mut c_void, msix: c_int) -> c_int;
-    fn vmm_host_ppt_alloc(dev: *mut c_void, n: c_int, msix: c_int) -> c_int;
-    fn vmm_host_ppt_free(dev: *mut c_void);
+    fn vmm_host_ppt_msi(dev: *mut c_void, n: *mut c_int, msix: c_int) -> c_int;
 
     // sys/systm.h
     fn kern_getenv(name: *const c_char) -> *mut c_char;
@@ -76,9 +74,14 @@ unsafe extern "C" {
 /// PCIR_BARS.
 const BAR0: c_int = 0x10;
 const SYS_RES_IRQ: c_int = 1;
+const SYS_RES_MEMORY: c_int = 3;
 const RF_ACTIVE: c_uint = 2;
 /// INTR_TYPE_NET | INTR_MPSAFE.
 const INTR_FLAGS: c_int = 4 | 512;
+
+/// Capability IDs.
+const MSI: u8 = 0x5;
+const MSIX: u8 = 0x11;
 
 /// FILTER_HANDLED: the interrupt is the device's own.
 pub const HANDLED: c_int = 2;
@@ -152,6 +155,10 @@ unsafe impl Send for Device {}
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Group {}
 
+/// What is to be kept of vectors that are on: BARs in use.
+#[derive(Default)]
+pub struct Tables([Option<(c_int, *mut c_void)>; 2]);
+
 /// An interrupt that is set up.
 pub struct Irq {
     resource: *mut c_void,
@@ -223,28 +230,90 @@ impl Device {
         }
     }
 
-    /// How many vectors the function has.
-    pub fn vectors(&self, msix: bool) -> usize {
-        // SAFETY: `self` is attached.
-        let n = unsafe { vmm_host_ppt_vectors(self.0, c_int::from(msix)) };
-        usize::try_from(n).unwrap_or(0)
+    /// Offset of a capability (PCI Local Bus 3.0 §6.7).
+    fn capability(&self, id: u8) -> Option<u16> {
+        const STATUS: u16 = 4;
+        const POINTER: u16 = 0x34;
+        if self.config(STATUS) >> 20 & 1 == 0 {
+            return None;
+        }
+        let mut at = self.config(POINTER) as u16 & 0xfc;
+        // Twice as many as there is room for: a list may be a ring.
+        for _ in 0..96 {
+            if at < 0x40 {
+                return None;
+            }
+            let word = self.config(at);
+            if word as u8 == id {
+                return Some(at);
+            }
+            at = (word >> 8) as u16 & 0xfc;
+        }
+        None
     }
 
-    /// Turns MSI or MSI-X on with `n` vectors. ENOSPC.
-    pub fn alloc_vectors(&self, n: usize, msix: bool) -> Result<(), i32> {
-        let n = c_int::try_from(n).map_err(|_| errno::EINVAL)?;
-        // SAFETY: `self` is attached.
-        match unsafe { vmm_host_ppt_alloc(self.0, n, c_int::from(msix)) } {
-            0 => Ok(()),
-            errno::ENOMEM => Err(errno::ENOMEM),
-            _ => Err(errno::ENOSPC),
+    /// How many vectors the function has (§6.8.1.3, §6.8.2.3).
+    pub fn vectors(&self, msix: bool) -> usize {
+        let control = |id| self.capability(id).map(|at| self.config(at) >> 16);
+        if msix {
+            control(MSIX).map_or(0, |c| (c as usize & 0x7ff) + 1)
+        } else {
+            control(MSI).map_or(0, |c| 1 << (c >> 1 & 7).min(5))
         }
     }
 
+    /// Turns MSI or MSI-X on with `n` vectors. ENOSPC.
+    pub fn alloc_vectors(&self, n: usize, msix: bool) -> Result<Tables, i32> {
+        let wanted = c_int::try_from(n).map_err(|_| errno::EINVAL)?;
+        let mut got = wanted;
+        let tables = if msix {
+            self.tables()
+        } else {
+            Tables::default()
+        };
+        // SAFETY: `self` is attached.
+        let error = unsafe { vmm_host_ppt_msi(self.0, &mut got, c_int::from(msix)) };
+        if error == 0 && got == wanted {
+            return Ok(tables);
+        }
+        self.free_vectors(tables);
+        if error == errno::ENOMEM {
+            Err(error)
+        } else {
+            Err(errno::ENOSPC)
+        }
+    }
+
+    /// Takes the BARs with MSI-X's table and pending bits: the bus wants to see
+    /// them in use.
+    fn tables(&self) -> Tables {
+        let Some(at) = self.capability(MSIX) else {
+            return Tables::default();
+        };
+        let rid = |at| BAR0 + (self.config(at) & 7) as c_int * 4;
+        let (table, pending) = (rid(at + 4), rid(at + 8));
+        let take = |mut rid| {
+            // SAFETY: `self` is attached.
+            let resource = unsafe {
+                bus_alloc_resource(self.0, SYS_RES_MEMORY, &mut rid, 0, u64::MAX, 1, RF_ACTIVE)
+            };
+            (!resource.is_null()).then_some((rid, resource))
+        };
+        Tables([
+            take(table),
+            (pending != table).then(|| take(pending)).flatten(),
+        ])
+    }
+
     /// Turns both off.
-    pub fn free_vectors(&self) {
-        // SAFETY: every vector has been torn down.
-        unsafe { vmm_host_ppt_free(self.0) }
+    pub fn free_vectors(&self, tables: Tables) {
+        // SAFETY: every vector has been torn down; what was taken is given back.
+        unsafe {
+            vmm_host_ppt_msi(self.0, ptr::null_mut(), 0);
+            for (rid, resource) in tables.0.into_iter().flatten() {
+                bus_release_resource(self.0, SYS_RES_MEMORY, rid, resource);
+            }
+        }
     }
 
     /// Has interrupts of vector `nr` delivered to `to`.

@@ -170,6 +170,9 @@ pub struct Group(NonNull<c_void>);
 // SAFETY: as for `Device`.
 unsafe impl Send for Group {}
 
+/// What is to be kept of vectors that are on: nothing.
+pub struct Tables;
+
 /// What is to be kept of an interrupt that is set up: nothing.
 pub struct Irq;
 
@@ -309,16 +312,18 @@ impl Device {
     }
 
     /// Turns MSI or MSI-X on with `n` vectors. ENOSPC.
-    pub fn alloc_vectors(&self, n: usize, msix: bool) -> Result<(), i32> {
+    pub fn alloc_vectors(&self, n: usize, msix: bool) -> Result<Tables, i32> {
         let flags = if msix { PCI_IRQ_MSIX } else { PCI_IRQ_MSI };
         let n = c_uint::try_from(n).map_err(|_| errno::EINVAL)?;
         // SAFETY: `self` is alive; no affinity is asked for.
         let got = unsafe { pci_alloc_irq_vectors_affinity(self.pci, n, n, flags, ptr::null_mut()) };
-        check(got).map_err(|e| if e == errno::ENOMEM { e } else { errno::ENOSPC })
+        check(got)
+            .map(|()| Tables)
+            .map_err(|e| if e == errno::ENOMEM { e } else { errno::ENOSPC })
     }
 
     /// Turns both off.
-    pub fn free_vectors(&self) {
+    pub fn free_vectors(&self, _tables: Tables) {
         // SAFETY: every vector has been torn down.
         unsafe { pci_free_irq_vectors(self.pci) }
     }

@@ -6,7 +6,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use vmm_core::apicbus::ApicMessage;
 
-use super::host::{self, Device, Irq};
+use super::host::{self, Device, Irq, Tables};
 use crate::errno;
 use crate::sync::try_slice;
 use crate::vm::Vm;
@@ -55,6 +55,7 @@ pub unsafe fn fired(vector: *mut c_void) -> c_int {
 pub struct Vectors {
     msix: bool,
     list: Box<[Vector]>,
+    tables: Option<Tables>,
 }
 
 impl Vectors {
@@ -76,8 +77,8 @@ impl Vectors {
             irq: None,
         })
         .map_err(|_| errno::ENOMEM)?;
-        device.alloc_vectors(n, msix)?;
-        *self = Vectors { msix, list };
+        let tables = Some(device.alloc_vectors(n, msix)?);
+        *self = Vectors { msix, list, tables };
         Ok(())
     }
 
@@ -115,7 +116,9 @@ impl Vectors {
         for n in 0..self.list.len() {
             self.mask(device, n);
         }
-        device.free_vectors();
+        if let Some(tables) = self.tables.take() {
+            device.free_vectors(tables);
+        }
         self.list = Box::default();
     }
 }
