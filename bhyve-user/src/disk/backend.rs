@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::libc;
 use vmmapi::GuestMemory;
+#[cfg(target_os = "linux")]
+use vmmapi::memory::Mapped;
 
 use super::SECTOR;
 use super::options::Options;
@@ -75,6 +77,10 @@ pub struct Backend {
     can_discard: bool,
     /// What reads that must not wait are worth trying.
     at_once: AtOnce,
+    /// The file as the host has it in memory, for those reads, and whether there
+    /// can be one.
+    image: Option<host::Image>,
+    can_map: bool,
     /// For `nocache`: guest memory is device memory to the host's kernel,
     /// which does no direct I/O on it, and may be unaligned.
     bounce: Option<Vec<u8>>,
@@ -133,6 +139,8 @@ impl Backend {
         };
         crate::sandbox::limit(&file, crate::sandbox::Purpose::Disk)?;
         Ok(Backend {
+            image: None,
+            can_map: kind.is_file() && !options.read_only && !options.nocache,
             file: Arc::new(file),
             lost: Arc::default(),
             at_once,
@@ -150,6 +158,7 @@ impl Backend {
     pub fn share(&self) -> Backend {
         Backend {
             file: Arc::clone(&self.file),
+            image: None,
             lost: Arc::clone(&self.lost),
             bounce: self.bounce.as_ref().map(|b| vec![0; b.len()]),
             ..*self
@@ -160,6 +169,7 @@ impl Backend {
     #[cfg(test)]
     pub fn replace_file(&mut self, file: File) {
         self.file = Arc::new(file);
+        self.image = None;
     }
 
     /// Bytes.
@@ -180,6 +190,13 @@ impl Backend {
         !matches!(self.at_once, AtOnce::Never)
     }
 
+    /// Makes [`Backend::read_at_once`] cheaper, where the host can.
+    pub fn map(&mut self) {
+        if self.can_map && self.reads_at_once() {
+            self.image = host::map(&self.file, self.size);
+        }
+    }
+
     /// Reads from `offset` on into `buffers`, which hold `len` bytes, if the
     /// host has all of it in memory. Where not, `buffers` may have changed.
     pub fn read_at_once(
@@ -190,6 +207,14 @@ impl Backend {
         len: u64,
     ) -> bool {
         let pieces = buffers.iter().map(|b| (b.addr, b.len));
+        #[cfg(target_os = "linux")]
+        if let Some(image) = &mut self.image {
+            match memory.read_mapped(image, offset, len, pieces.clone()) {
+                Ok(Mapped::Done) => return true,
+                Ok(Mapped::Absent) | Err(_) => {}
+                Ok(Mapped::Broken) => self.image = None,
+            }
+        }
         match &mut self.at_once {
             AtOnce::Never => false,
             AtOnce::Always => memory
@@ -367,11 +392,20 @@ fn aligned(buffer: &mut [u8], len: usize) -> io::Result<&mut [u8]> {
 mod host {
     //! Holes, by fallocate(2); what a file system is.
     use nix::fcntl::{FallocateFlags as Flags, fallocate};
-    use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
+    use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
     use std::fs::File;
     use std::io;
 
     pub const DISKS_ARE_CHARACTERS: bool = false;
+
+    pub use vmmapi::memory::Image;
+
+    /// A writable file as the host has it in memory, if that can be looked at.
+    pub fn map(file: &File, size: u64) -> Option<Image> {
+        // Its pages are larger than a SIGBUS can be mended by.
+        let huge = fstatfs(file).is_ok_and(|s| s.filesystem_type() == HUGETLBFS_MAGIC);
+        (!huge).then(|| Image::map(file, size).ok()).flatten()
+    }
 
     pub fn flush(file: &File) -> io::Result<()> {
         file.sync_data()
@@ -418,6 +452,13 @@ mod host {
     use std::os::unix::fs::FileTypeExt;
 
     pub const DISKS_ARE_CHARACTERS: bool = true;
+
+    /// There is none: reads that must not wait are not tried.
+    pub enum Image {}
+
+    pub fn map(_: &File, _: u64) -> Option<Image> {
+        None
+    }
 
     fn is_device(file: &File) -> bool {
         file.metadata()

@@ -8,9 +8,13 @@
 //! rust-vmm (virtio-queue, linux-loader) work on it.
 
 mod file;
+#[cfg(target_os = "linux")]
+mod image;
 mod regions;
 mod size;
 
+#[cfg(target_os = "linux")]
+pub use image::{Image, Mapped};
 pub use regions::Region;
 pub use size::parse_memsize;
 

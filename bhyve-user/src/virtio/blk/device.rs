@@ -117,7 +117,10 @@ impl Blk {
         let more = (1..queues).map(|_| backend.share());
         let mut backends: Vec<Backend> = more.collect();
         backends.push(backend);
-        let parts = backends.into_iter().map(|backend| Blk { backend, serial });
+        let parts = backends.into_iter().map(|mut backend| {
+            backend.map();
+            Blk { backend, serial }
+        });
         Ok((identity, parts.collect()))
     }
 

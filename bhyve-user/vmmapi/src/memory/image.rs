@@ -1,0 +1,462 @@
+//! A file as the host has it in memory, read without a system call.
+//!
+//! The file is mapped, and what is resident is copied. Two things can go wrong with
+//! a mapped file, and neither may end a VM: a page that is not in memory would make
+//! the reader wait, so mincore(2) is asked before a stretch is touched for the first
+//! time; and a file that somebody makes shorter, or that the host cannot read, is a
+//! SIGBUS, whose handler here puts a page of zeroes in the place and leaves word: the
+//! copy ends, is not believed, and the file is not read in this way again.
+//!
+//! Pages that are mapped count as this process's. No more than [`MOST`] stretches
+//! are, and then all are let go of at once.
+
+use super::GuestMemory;
+use std::arch::asm;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// Files that can be mapped at a time.
+const FILES: usize = 128;
+/// Bytes of a stretch: what Linux maps around a page that is touched.
+const STRETCH: u64 = 64 << 10;
+/// Stretches that are mapped at most: 1 MiB.
+const MOST: usize = 16;
+/// Reads from this size on are worth touching a stretch for; shorter ones if they
+/// come back to it.
+const LONG: u64 = 16 << 10;
+const PAGE: usize = 4096;
+
+/// What the handler of SIGBUS needs to know of a mapped file.
+struct Place {
+    base: AtomicUsize,
+    len: AtomicUsize,
+    /// Something was not there.
+    hit: AtomicBool,
+}
+
+static PLACES: [Place; FILES] = [const {
+    Place {
+        base: AtomicUsize::new(0),
+        len: AtomicUsize::new(0),
+        hit: AtomicBool::new(false),
+    }
+}; FILES];
+
+/// What was done at SIGBUS before.
+static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+
+/// Puts a page of zeroes where a mapped file has none. Only calls mmap(2) and
+/// sigaction(2), which a handler may.
+extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid siginfo, and for SIGBUS it has an address.
+    let at = unsafe { (*info).si_addr() } as usize;
+    for place in &PLACES {
+        let base = place.base.load(Ordering::Acquire);
+        if base == 0 || at.wrapping_sub(base) >= place.len.load(Ordering::Acquire) {
+            continue;
+        }
+        let page = (at & !(PAGE - 1)) as *mut libc::c_void;
+        let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: the page is within a mapping that belongs to an `Image`, which
+        // nothing has a reference into; errno is put back.
+        let done = unsafe {
+            let errno = *libc::__errno_location();
+            let done = libc::mmap(page, PAGE, libc::PROT_READ, flags, -1, 0) == page;
+            *libc::__errno_location() = errno;
+            done
+        };
+        if done {
+            place.hit.store(true, Ordering::Release);
+            return;
+        }
+    }
+    // Not ours: the access is repeated, and then it is as it was before.
+    let before: *const libc::sigaction = BEFORE.get().map_or(ptr::null(), |b| b);
+    // SAFETY: a disposition that sigaction gave, or nothing, which changes nothing;
+    // without one the default is asked for.
+    unsafe {
+        if before.is_null() {
+            libc::signal(libc::SIGBUS, libc::SIG_DFL);
+        } else {
+            libc::sigaction(libc::SIGBUS, before, ptr::null_mut());
+        }
+    }
+}
+
+fn handle_sigbus() -> io::Result<()> {
+    static DONE: OnceLock<bool> = OnceLock::new();
+    let done = DONE.get_or_init(|| {
+        // SAFETY: all zeroes is a valid sigaction, and the handler has the
+        // signature that SA_SIGINFO asks for.
+        unsafe {
+            let mut before: libc::sigaction = std::mem::zeroed();
+            if libc::sigaction(libc::SIGBUS, ptr::null(), &mut before) != 0 {
+                return false;
+            }
+            let _ = BEFORE.set(before);
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_sigbus as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            libc::sigaction(libc::SIGBUS, &action, ptr::null_mut()) == 0
+        }
+    });
+    match done {
+        true => Ok(()),
+        false => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+    }
+}
+
+/// A mapped file.
+#[derive(Debug)]
+pub struct Image {
+    base: *mut u8,
+    len: usize,
+    place: usize,
+    /// Stretches that were resident and have been touched since.
+    touched: Vec<u64>,
+    /// The stretch that the last short read was in vain for.
+    wanted: u64,
+}
+
+// SAFETY: the mapping is only read, by copies from raw pointers, and belongs to
+// nobody else.
+unsafe impl Send for Image {}
+
+/// What became of a read from an [`Image`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapped {
+    /// All of it was copied.
+    Done,
+    /// The host does not have all of it in memory, or it is not worth it;
+    /// nothing was copied.
+    Absent,
+    /// The file is not what it was: the image is to be used no more.
+    Broken,
+}
+
+impl Image {
+    /// Maps the first `len` bytes of a regular file. To be told what is in memory
+    /// one must be allowed to write the file (mincore(2)).
+    ///
+    /// # Errors
+    /// Too many files, or what the host says.
+    pub fn map(file: &File, len: u64) -> io::Result<Image> {
+        let wide = |_| io::Error::from_raw_os_error(libc::EFBIG);
+        let len = usize::try_from(len).map_err(wide)?;
+        handle_sigbus()?;
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping, which the kernel puts where there is room.
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_READ,
+                flags,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // Else letting go of a page costs as much as a read of it: the host takes
+        // note that it was used.
+        // SAFETY: advice on a mapping of ours.
+        unsafe { libc::madvise(base, len, libc::MADV_SEQUENTIAL) };
+        let claim = |p: &Place| {
+            let free = (0, base as usize);
+            let (order, fail) = (Ordering::AcqRel, Ordering::Relaxed);
+            p.base.compare_exchange(free.0, free.1, order, fail).is_ok()
+        };
+        let Some(place) = PLACES.iter().position(claim) else {
+            // SAFETY: the mapping is ours, and nothing uses it.
+            unsafe { libc::munmap(base, len) };
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        };
+        PLACES[place].hit.store(false, Ordering::Release);
+        PLACES[place].len.store(len, Ordering::Release);
+        Ok(Image {
+            base: base.cast(),
+            len,
+            place,
+            touched: Vec::with_capacity(MOST),
+            wanted: u64::MAX,
+        })
+    }
+
+    /// Whether all of a stretch can be read without waiting.
+    fn is_resident(&mut self, stretch: u64, long: bool) -> bool {
+        if self.touched.contains(&stretch) {
+            return true;
+        }
+        if !long && self.wanted != stretch {
+            self.wanted = stretch;
+            return false;
+        }
+        let at = (stretch * STRETCH) as usize;
+        let len = (self.len - at).min(STRETCH as usize);
+        let mut pages = [0_u8; STRETCH as usize / PAGE];
+        // SAFETY: the range is within the mapping, and the array has a byte for
+        // each of its pages.
+        let r = unsafe { libc::mincore(self.base.add(at).cast(), len, pages.as_mut_ptr()) };
+        let count = len.div_ceil(PAGE);
+        if r != 0 || pages.iter().take(count).any(|p| p & 1 == 0) {
+            return false;
+        }
+        if self.touched.len() == MOST {
+            // SAFETY: the mapping is ours; what is dropped is read from the file again.
+            unsafe { libc::madvise(self.base.cast(), self.len, libc::MADV_DONTNEED) };
+            self.touched.clear();
+        }
+        self.touched.push(stretch);
+        true
+    }
+
+    fn was_hit(&self) -> bool {
+        PLACES[self.place].hit.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        // Nobody reads it any more, so no SIGBUS can come from it; and once it is
+        // unmapped the address may be anybody's.
+        PLACES[self.place].len.store(0, Ordering::Release);
+        PLACES[self.place].base.store(0, Ordering::Release);
+        // SAFETY: the mapping is ours.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}
+
+impl GuestMemory {
+    /// Copies `len` bytes from `offset` of an image on into pieces of guest memory,
+    /// (address, bytes), which hold as many.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] where a piece is not guest memory; some may
+    /// be filled.
+    pub fn read_mapped(
+        &self,
+        image: &mut Image,
+        offset: u64,
+        len: u64,
+        pieces: impl IntoIterator<Item = (u64, u32)>,
+    ) -> io::Result<Mapped> {
+        let end = offset.checked_add(len);
+        let Some(end) = end.filter(|&e| len > 0 && e <= image.len as u64) else {
+            return Ok(Mapped::Absent);
+        };
+        for stretch in offset / STRETCH..=(end - 1) / STRETCH {
+            if !image.is_resident(stretch, len >= LONG) {
+                return Ok(Mapped::Absent);
+            }
+        }
+        let mut from = offset;
+        for (gpa, n) in pieces {
+            let at = self
+                .offset(gpa, n as usize)
+                .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+            let next = from + u64::from(n);
+            if next > end {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            // SAFETY: [at, at + n) is guest memory, and [from, next) lies within the
+            // image, whose pages are there or are put there by the handler. Both may
+            // change at any time; `copy` knows no more of them than a device would.
+            unsafe {
+                copy(
+                    self.map.base.add(at),
+                    image.base.add(from as usize),
+                    n as usize,
+                );
+            }
+            from = next;
+        }
+        Ok(match (image.was_hit(), from == end) {
+            (true, _) => Mapped::Broken,
+            (false, true) => Mapped::Done,
+            (false, false) => Mapped::Absent,
+        })
+    }
+}
+
+/// Copies bytes that others may read and write meanwhile. With AVX 32 at a time: the
+/// instruction for it is slow where a CPU's fast strings are off, as in an emulator.
+///
+/// # Safety
+/// Both ranges are mapped, and do not overlap.
+unsafe fn copy(to: *mut u8, from: *const u8, len: usize) {
+    const BLOCK: usize = 256;
+    let wide = if std::arch::is_x86_feature_detected!("avx") {
+        len / BLOCK * BLOCK
+    } else {
+        0
+    };
+    if wide > 0 {
+        // SAFETY: reads and writes [0, wide) of both, which is within `len`; AVX is
+        // there and the system saves its registers. The upper halves are left clean.
+        unsafe {
+            asm!(
+                "2:",
+                "vmovdqu ymm0, [{from} + {n}]",
+                "vmovdqu ymm1, [{from} + {n} + 32]",
+                "vmovdqu ymm2, [{from} + {n} + 64]",
+                "vmovdqu ymm3, [{from} + {n} + 96]",
+                "vmovdqu ymm4, [{from} + {n} + 128]",
+                "vmovdqu ymm5, [{from} + {n} + 160]",
+                "vmovdqu ymm6, [{from} + {n} + 192]",
+                "vmovdqu ymm7, [{from} + {n} + 224]",
+                "vmovdqu [{to} + {n}], ymm0",
+                "vmovdqu [{to} + {n} + 32], ymm1",
+                "vmovdqu [{to} + {n} + 64], ymm2",
+                "vmovdqu [{to} + {n} + 96], ymm3",
+                "vmovdqu [{to} + {n} + 128], ymm4",
+                "vmovdqu [{to} + {n} + 160], ymm5",
+                "vmovdqu [{to} + {n} + 192], ymm6",
+                "vmovdqu [{to} + {n} + 224], ymm7",
+                "add {n}, 256",
+                "jnz 2b",
+                "vzeroupper",
+                from = in(reg) from.add(wide),
+                to = in(reg) to.add(wide),
+                n = inout(reg) -(wide as isize) => _,
+                out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _,
+                out("ymm4") _, out("ymm5") _, out("ymm6") _, out("ymm7") _,
+                options(nostack),
+            );
+        }
+    }
+    // SAFETY: the rest of both; MOVSB goes upwards, for the direction flag is clear.
+    unsafe {
+        asm!(
+            "rep movsb",
+            inout("rcx") len - wide => _,
+            inout("rsi") from.add(wide) => _,
+            inout("rdi") to.add(wide) => _,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(content: &[u8]) -> File {
+        use std::os::fd::FromRawFd;
+        // SAFETY: a new descriptor, which the file owns from here on.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"image".as_ptr(), 0)) };
+        std::os::unix::fs::FileExt::write_all_at(&file, content, 0).unwrap();
+        file
+    }
+
+    fn pattern(len: u32) -> Vec<u8> {
+        (0..len).map(|i| (i * 7 + i / 4096) as u8).collect()
+    }
+
+    #[test]
+    fn what_is_in_memory_is_copied_whatever_its_shape() {
+        let content = pattern(300_000);
+        let file = file(&content);
+        let m = GuestMemory::anonymous(1 << 20).unwrap();
+        let mut image = Image::map(&file, content.len() as u64).unwrap();
+        // Odd sizes and places, over the borders of stretches.
+        for (offset, sizes) in [
+            (0_u64, &[65536_u32][..]),
+            (65000, &[4096, 1, 255, 256, 257, 20000]),
+            (131_071, &[100_003]),
+            (300_000 - 16384, &[16384]),
+        ] {
+            let mut at = 0x1003;
+            let pieces: Vec<(u64, u32)> = sizes
+                .iter()
+                .map(|&n| {
+                    at += 77;
+                    let gpa = at;
+                    at += u64::from(n);
+                    (gpa, n)
+                })
+                .collect();
+            let len: u64 = sizes.iter().map(|&n| u64::from(n)).sum();
+            m.fill(0, 1 << 20, 0xee).unwrap();
+            let r = m.read_mapped(&mut image, offset, len, pieces.iter().copied());
+            assert_eq!(r.unwrap(), Mapped::Done);
+            let mut from = offset as usize;
+            for (gpa, n) in pieces {
+                let mut back = vec![0; n as usize + 2];
+                m.read_bytes(gpa - 1, &mut back).unwrap();
+                assert_eq!(back[0], 0xee);
+                assert!(back[1..=n as usize] == content[from..from + n as usize]);
+                assert_eq!(back[n as usize + 1], 0xee);
+                from += n as usize;
+            }
+        }
+        // What is written to the file is seen.
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0x11; 512], 1024).unwrap();
+        let r = m.read_mapped(&mut image, 1024, 512, [(0, 512)]);
+        assert_eq!(r.unwrap(), Mapped::Done);
+        assert_eq!(m.read::<[u8; 512]>(0).unwrap(), [0x11; 512]);
+        // Neither beyond the end nor beyond the memory.
+        let r = m.read_mapped(&mut image, 299_999, 2, [(0, 2)]);
+        assert_eq!(r.unwrap(), Mapped::Absent);
+        let r = m.read_mapped(&mut image, 0, 16384, [((1 << 20) - 1, 16384)]);
+        assert_eq!(r.unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn holes_are_left_to_the_host() {
+        let file = file(b"data");
+        file.set_len(1 << 20).unwrap();
+        let m = GuestMemory::anonymous(1 << 20).unwrap();
+        let mut image = Image::map(&file, 1 << 20).unwrap();
+        let r = m.read_mapped(&mut image, 1 << 19, 65536, [(0, 65536)]);
+        assert_eq!(r.unwrap(), Mapped::Absent);
+        use std::os::unix::fs::MetadataExt;
+        assert_eq!(file.metadata().unwrap().blocks(), 8, "a page, and no more");
+    }
+
+    #[test]
+    fn short_reads_map_what_they_come_back_to() {
+        let file = file(&pattern(4 << 20));
+        let m = GuestMemory::anonymous(1 << 20).unwrap();
+        let mut image = Image::map(&file, 4 << 20).unwrap();
+        let mut read = |at| m.read_mapped(&mut image, at, 4096, [(0, 4096)]).unwrap();
+        assert_eq!(read(0), Mapped::Absent);
+        assert_eq!(read(1 << 20), Mapped::Absent);
+        assert_eq!(read((1 << 20) + 4096), Mapped::Done);
+        assert_eq!(read(0), Mapped::Absent);
+        // All stretches of the file, which is more than stay mapped.
+        for stretch in 0..64 {
+            let r = m.read_mapped(&mut image, stretch * STRETCH, STRETCH, [(0, 65536)]);
+            assert_eq!(r.unwrap(), Mapped::Done);
+            assert!(image.touched.len() <= MOST);
+        }
+    }
+
+    #[test]
+    fn a_file_that_becomes_shorter_ends_nothing_but_the_image() {
+        let content = pattern(1 << 20);
+        let file = file(&content);
+        let m = GuestMemory::anonymous(1 << 20).unwrap();
+        let mut image = Image::map(&file, 1 << 20).unwrap();
+        let mut other = Image::map(&file, 1 << 20).unwrap();
+        let read = |image: &mut Image| {
+            let r = m.read_mapped(image, 1 << 19, 65536, [(0, 65536)]);
+            r.unwrap()
+        };
+        // It is known to be there, and goes.
+        assert_eq!(read(&mut image), Mapped::Done);
+        file.set_len((1 << 19) + 4096).unwrap();
+        assert_eq!(read(&mut image), Mapped::Broken);
+        assert_eq!(read(&mut image), Mapped::Broken, "for good");
+        drop(image);
+        // Who had not looked sees what is there now.
+        assert_eq!(read(&mut other), Mapped::Absent);
+        let r = m.read_mapped(&mut other, 0, 65536, [(0, 65536)]);
+        assert_eq!(r.unwrap(), Mapped::Done);
+    }
+}
