@@ -341,6 +341,7 @@ pub fn bare(
         let initramfs = fs::read(initrd)?;
         let archive_mib = u32::try_from(initramfs.len() >> 20)?;
         let spec = Spec {
+            disk: None,
             engine,
             cpus: 1,
             count_instructions: false,

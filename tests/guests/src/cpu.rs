@@ -48,6 +48,17 @@ pub fn inb(port: u16) -> u8 {
     value
 }
 
+/// Reads a word from a port.
+#[inline(always)]
+pub fn inw(port: u16) -> u16 {
+    let value: u16;
+    // SAFETY: as outb.
+    unsafe {
+        asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags))
+    };
+    value
+}
+
 /// Reads a doubleword from a port.
 #[inline(always)]
 pub fn inl(port: u16) -> u32 {

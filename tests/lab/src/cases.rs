@@ -11,6 +11,7 @@ mod kvm_unit_tests;
 mod lifecycle;
 mod linux;
 mod net;
+pub mod powercut;
 mod share;
 mod virtio;
 
@@ -61,6 +62,9 @@ pub fn all(lab: &Lab) -> Result<Vec<Group>> {
         groups.push(guests::group(lab, Engine::Qemu));
     }
     groups.push(virtio::group(lab)?);
+    if lab.engine != Engine::Kvm {
+        groups.push(powercut::group(lab)?);
+    }
     groups.push(share::group(lab)?);
     groups.extend(kvm_unit_tests::groups(lab)?);
     Ok(groups)

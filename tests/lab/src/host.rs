@@ -188,6 +188,8 @@ pub struct Config {
     pub cmdline: String,
     /// Files for the host: path in the host (relative to `/`), path here.
     pub files: Vec<(String, PathBuf)>,
+    /// [`Spec::disk`].
+    pub disk: Option<PathBuf>,
     /// The host is FreeBSD.
     pub freebsd: Option<freebsd_host::Image>,
 }
@@ -203,6 +205,7 @@ impl Config {
             pci: Pci::default(),
             cmdline: String::new(),
             files: Vec::new(),
+            disk: None,
             freebsd: None,
         }
     }
@@ -230,6 +233,8 @@ pub struct Host {
     freebsd: bool,
     /// A guest's end, announced while another line was waited for.
     guest_exit: Option<i32>,
+    /// [`Self::cut`].
+    gone: bool,
 }
 
 impl Host {
@@ -253,6 +258,7 @@ impl Host {
             engine: config.engine,
             freebsd: kit.freebsd.is_some(),
             guest_exit: None,
+            gone: false,
         })
     }
 
@@ -310,6 +316,7 @@ impl Host {
             pci: config.pci.clone(),
             kernel: kit.kernel.image.clone(),
             initramfs,
+            disk: config.disk.clone(),
             cmdline: format!(
                 "console=ttyS0,115200 quiet nokaslr {LEAN} {} {} {}",
                 engine.kernel_parameters(),
@@ -318,6 +325,21 @@ impl Host {
             ),
         };
         Machine::start(&spec, dir)
+    }
+
+    /// A power cut: the machine is killed, and with it all that runs on it. What
+    /// the guest's console has said.
+    ///
+    /// # Errors
+    /// It cannot be killed.
+    pub fn cut(&mut self) -> Result<String> {
+        self.gone = true;
+        self.machine.cut()
+    }
+
+    /// There was a power cut.
+    pub fn is_gone(&self) -> bool {
+        self.gone
     }
 
     /// Loads vmm.ko with these options, and those that the engine needs.

@@ -155,6 +155,8 @@ pub struct Spec {
     pub initramfs: Vec<u8>,
     /// Kernel command line.
     pub cmdline: String,
+    /// A disk image for a virtio-blk of the machine's own; QEMU only.
+    pub disk: Option<PathBuf>,
 }
 
 /// A running machine. Dropping it ends it.
@@ -224,6 +226,25 @@ impl Machine {
             std::thread::sleep(Duration::from_millis(50));
         }
         Ok(())
+    }
+}
+
+impl Machine {
+    /// A power cut: SIGKILL. What COM2 has said until then, all of it.
+    ///
+    /// # Errors
+    /// The machine cannot be killed, or its port stays open.
+    pub fn cut(&mut self) -> Result<String> {
+        self.child.kill().context("cannot kill the emulator")?;
+        self.child.wait()?;
+        // What is on its way still arrives.
+        let deadline = std::time::Instant::now() + CONNECT;
+        while self.com2.take(Duration::from_millis(100)).is_some() {
+            if std::time::Instant::now() > deadline {
+                bail!("the killed machine's serial port stays open");
+            }
+        }
+        Ok(self.com2.text())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::machine::{Engine, Iommu, Spec};
 use anyhow::{Context, Result};
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -20,6 +21,13 @@ pub fn spawn(spec: &Spec, dir: &Path, ports: [u16; 2]) -> Result<Child> {
         .arg("-initrd")
         .arg(&initramfs)
         .args(["-append", &spec.cmdline]);
+    if let Some(disk) = &spec.disk {
+        // QEMU's flush is fdatasync(2): what it has acknowledged survives it.
+        let mut drive = OsString::from("if=none,id=disk,format=raw,cache=writeback,file=");
+        drive.push(disk);
+        command.arg("-drive").arg(drive);
+        command.args(["-device", "virtio-blk-pci,drive=disk"]);
+    }
     logged(command, dir)
 }
 

@@ -34,6 +34,7 @@ impl Lab {
             memory_mib: 512,
             count_instructions: false,
             pci: Pci::default(),
+            disk: None,
             kernel: image.clone(),
             initramfs: std::fs::read(&self.kit.guest_initrd)?,
             cmdline: format!("{cmdline} {}", self.engine.kernel_parameters()),
@@ -196,6 +197,9 @@ fn run_group(lab: &Lab, group: &Group) -> Tally {
             Ok(()) => {
                 println!("{}: ok ({seconds:.1} s)", case.name);
                 tally.passed += 1;
+                if host.as_ref().is_some_and(Host::is_gone) {
+                    host = None;
+                }
             }
             Err(e) => {
                 println!(
@@ -216,6 +220,9 @@ fn run_group(lab: &Lab, group: &Group) -> Tally {
 fn run_case(lab: &Lab, case: &Case, host: &mut Host) -> Result<()> {
     host.load_vmm("")?;
     (case.body)(lab, host)?;
+    if host.is_gone() {
+        return Ok(());
+    }
     let nodes = host.must("ls /dev/vmm 2>/dev/null || true", SHORT)?;
     ensure!(
         nodes.trim().is_empty(),

@@ -43,6 +43,13 @@ enum Verb {
     Test(check::Options),
     /// Measure vmm.ko and bhyve against KVM and the bare machine
     Bench(bench::Options),
+    /// Cut the power of a host whose guest writes, again and again, and count what
+    /// acknowledged writes are lost
+    PowerCut {
+        /// How often
+        #[arg(long, default_value_t = 50)]
+        rounds: u32,
+    },
     /// Run a fuzz target for some time
     Fuzz(fuzz::Options),
     /// Build vmm.ko, for Debian's cloud kernel unless told otherwise, and print its path
@@ -117,6 +124,12 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         Verb::Boot(options) => boot::run(&dirs, &options),
         Verb::Test(options) => check::run(&dirs, &options),
         Verb::Bench(options) => bench::run(&dirs, &options),
+        Verb::PowerCut { rounds } => {
+            host::prerequisites(&[Engine::Qemu])?;
+            let kit = host::Kit::build(&dirs)?.with_guests(&dirs)?;
+            lab::cases::powercut::run(&dirs, &kit, rounds)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Verb::Fuzz(options) => fuzz::run(&dirs, &options),
         Verb::Kmod {
             host: KmodHost::Freebsd,
@@ -201,6 +214,7 @@ fn bare(
     };
     let initramfs = std::fs::read(host::guest_initrd(dirs)?)?;
     let spec = Spec {
+        disk: None,
         engine,
         cpus,
         memory_mib: 1024,

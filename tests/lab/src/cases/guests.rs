@@ -175,6 +175,7 @@ pub fn programs(dir: &std::path::Path) -> Vec<PathBuf> {
         "exitcost",
         "hlt",
         "msr",
+        "powercut",
         "preload",
         "triple",
         "xsave",
