@@ -544,6 +544,11 @@ impl<C: RunCpu> Runner<'_, C> {
         });
         let id = self.vcpu.id as usize;
         self.settle_eoi();
+        // Before the first look at what may wake it: who finds all halted
+        // (below) then also finds what it was woken by.
+        if self.vm.halted.contains(id) {
+            self.vm.halted.clear(id);
+        }
         let inner = &mut *self.inner;
         inner.lapic.sync();
         let now = os::rdtsc();
@@ -557,14 +562,16 @@ impl<C: RunCpu> Runner<'_, C> {
             || inner.lapic.init_pending()
             || self.vcpu.take_unhalt();
         if wakes {
-            self.vm.halted.clear(id);
             inner.wait = Wait::No;
             inner.attention = true;
             return Ok(false);
         }
         if !enabled {
             self.vm.halted.set(id);
-            if crate::global::get().halt_detection && self.vm.active.subset_of(&self.vm.halted) {
+            if crate::global::get().halt_detection
+                && self.vm.active.subset_of(&self.vm.halted)
+                && !self.vm.woken()
+            {
                 // Nobody is left to wake anybody: as FreeBSD's vmm has it,
                 // the machine has halted.
                 let _ = self.vm.suspend(SuspendHow::Halt.raw());

@@ -453,6 +453,14 @@ impl Vm {
         true
     }
 
+    /// Whether an active vCPU has been sent something that it has not looked at:
+    /// by one that went to sleep itself since.
+    pub fn woken(&self) -> bool {
+        self.vcpus().any(|v| {
+            self.active.contains(v.id as usize) && (v.unhalted() || v.mailbox.pending())
+        })
+    }
+
     /// How many vCPUs are active.
     #[inline]
     pub fn active_count(&self) -> u32 {
