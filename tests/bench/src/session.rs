@@ -2,27 +2,33 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use lab::dirs::Dirs;
+use anyhow::{Context, Result, bail};
 use lab::guest::{Guest, Load};
-use lab::host::{Config, GUEST_EXIT, Host, Kit, SHORT};
-use lab::machine::Engine;
+use lab::host::{Config, GUEST_EXIT, Host, SHORT};
+use lab::runner::Lab;
 use lab::stats;
 
+use crate::files::Files;
 use crate::results::Column;
 use crate::tools::Tools;
-use crate::workload::Files;
+use crate::workload;
 
 /// A guest's memory, MiB; the compiler's guest has to hold its own disk.
 pub const GUEST_MIB: u32 = 512;
 /// A guest from start to end.
-const RUN: Duration = Duration::from_secs(600);
+const RUN: Duration = Duration::from_secs(1200);
 /// KVM and what it stands on.
 const KVM_MODULES: [&str; 3] = [
     "virt/lib/irqbypass.ko",
     "arch/x86/kvm/kvm.ko",
     "arch/x86/kvm/kvm-intel.ko",
 ];
+
+/// A kind of exit: its name, what it is, and how many.
+pub type Reason = (&'static str, &'static str, u64);
+
+/// A tap for the guest's network card.
+const TUN: &str = "drivers/net/tun.ko";
 
 /// The host, with one hypervisor loaded.
 pub struct Session {
@@ -38,15 +44,9 @@ impl Session {
     ///
     /// # Errors
     /// Either does not come up.
-    pub fn boot(
-        dirs: &Dirs,
-        kit: &Kit,
-        engine: Engine,
-        tools: &Tools,
-        files: &Files,
-        column: Column,
-    ) -> Result<Session> {
-        let mut config = Config::new(engine, GUEST_MIB);
+    pub fn boot(lab: &Lab, tools: &Tools, files: &Files, column: Column) -> Result<Session> {
+        let kit = &lab.kit;
+        let mut config = Config::new(lab.engine, GUEST_MIB);
         config.file("guest/linux", &kit.kernel.image);
         for guest in &kit.guests {
             if let Some(name) = guest.file_name() {
@@ -58,15 +58,16 @@ impl Session {
         for (name, path) in files.in_host() {
             config.file(name, path);
         }
+        config.file("tun.ko", &kit.kernel.modules.join(TUN));
         if column == Column::Kvm {
             for module in KVM_MODULES {
                 config.file(&format!("kvm/{module}"), &kit.kernel.modules.join(module));
             }
         }
         let mut host = lab::progress::step(&format!("host for {}", column.name()), || {
-            Host::boot(dirs, kit, &config, &format!("bench-{}", column.name()))
+            Host::boot(&lab.dirs, kit, &config, &format!("bench-{}", column.name()))
         })?;
-        host.must("chmod +x /tools/*", SHORT)?;
+        host.must("chmod +x /tools/* && insmod /tun.ko", SHORT)?;
         match column {
             Column::Kvm => {
                 for module in KVM_MODULES {
@@ -117,21 +118,97 @@ impl Session {
         Ok(())
     }
 
-    /// Types a line into the guest's shell; its output.
+    /// As [`workload::types`], in the guest.
     ///
     /// # Errors
-    /// Its status is not 0, or it does not end.
+    /// As there.
     pub fn types(&mut self, line: &str) -> Result<String> {
-        let console = self.host.guest();
-        console.send(format!("{line}; echo lab-status=$? lab-'end'\r").as_bytes())?;
-        let found = console.expect(r"lab-status=(\d+) lab-end", RUN)?;
-        ensure!(
-            found.group(1) == "0",
-            "`{line}` in the guest gives status {}:\n{}",
-            found.group(1),
-            found.before
-        );
-        Ok(found.before)
+        workload::types(self.host.guest(), line)
+    }
+
+    /// Exits of the running guest so far, all and by reason: a name, what it is,
+    /// and how many.
+    ///
+    /// # Errors
+    /// Nobody tells.
+    pub fn reasons(&mut self) -> Result<Vec<Reason>> {
+        let table: [(Reason, &[&str], &[&str]); 7] = [
+            (
+                ("boot_exits", "the same", 0),
+                &["total number of vm exits"],
+                &["exits"],
+            ),
+            (
+                ("boot_exits_io", "of these: port I/O", 0),
+                &["number of times in/out was intercepted"],
+                &["io_exits"],
+            ),
+            (
+                ("boot_exits_memory", "EPT violations and MMIO", 0),
+                &[
+                    "vm exits due to nested page fault",
+                    "vm exits for instruction emulation",
+                ],
+                &["pf_taken"],
+            ),
+            (
+                (
+                    "boot_exits_interrupt",
+                    "interrupts of the host's, timer included",
+                    0,
+                ),
+                &[
+                    "vm exits due to external interrupt",
+                    "vm exits due to preemption timer",
+                ],
+                &["irq_exits"],
+            ),
+            (
+                ("boot_exits_window", "interrupt window", 0),
+                &["vm exits due to interrupt window opening"],
+                &["irq_window_exits"],
+            ),
+            (
+                ("boot_exits_hlt", "HLT", 0),
+                &["number of times hlt was intercepted"],
+                &["halt_exits"],
+            ),
+            (
+                (
+                    "boot_exits_userland",
+                    "to userland, for port I/O or MMIO",
+                    0,
+                ),
+                &["number of vm exits handled in userspace"],
+                &["io_exits", "mmio_exits"],
+            ),
+        ];
+        let mut counts = Vec::new();
+        if self.column == Column::Kvm {
+            for (reason, _, files) in table {
+                let mut sum = 0;
+                for file in files {
+                    sum += self.kvm(file)?;
+                }
+                counts.push((reason.0, reason.1, sum));
+            }
+            return Ok(counts);
+        }
+        let stats = self.host.stats("guest", 1)?;
+        for (reason, names, _) in table {
+            let sum = names.iter().filter_map(|n| stats.get(*n)).sum();
+            counts.push((reason.0, reason.1, sum));
+        }
+        Ok(counts)
+    }
+
+    /// A count of KVM's own.
+    fn kvm(&mut self, name: &str) -> Result<u64> {
+        let line = format!("cat /sys/kernel/debug/kvm/{name}");
+        let text = self.host.must(&line, SHORT)?;
+        text.trim()
+            .parse()
+            .with_context(|| format!("KVM's count {name}"))
     }
 
     /// All exits of the running guest so far.
@@ -140,8 +217,7 @@ impl Session {
     /// Nobody tells.
     pub fn exits(&mut self) -> Result<u64> {
         if self.column == Column::Kvm {
-            let text = self.host.must("cat /sys/kernel/debug/kvm/exits", SHORT)?;
-            return text.trim().parse().context("KVM's count of exits");
+            return self.kvm("exits");
         }
         let stats = self.host.stats("guest", 1)?;
         match stats.get("total number of vm exits") {

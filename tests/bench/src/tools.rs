@@ -1,13 +1,11 @@
 //! Programs of the benchmark's own: what runs in the host, and the meter that
 //! runs in the guest.
 
-use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 
 use anyhow::Result;
-use lab::command::output;
 use lab::dirs::Dirs;
+use lab::meter;
 use lab::progress::step;
 
 /// Paths of static programs.
@@ -27,22 +25,12 @@ pub struct Tools {
 /// A compiler fails.
 pub fn build(dirs: &Dirs) -> Result<Tools> {
     step("the benchmark's programs", || {
-        let out =
-            lab::programs::static_programs(dirs, &["bench-tools"], &["kvm-monitor", "first-exit"])?;
-        let dir = dirs.fresh("meter")?;
-        let meter = dir.join("meter");
-        output(
-            Command::new("gcc")
-                .args(["-static", "-O2", "-Wall", "-o"])
-                .arg(&meter)
-                .arg(dirs.root.join("tests/bench/guest/meter.c")),
-        )?;
-        output(Command::new("strip").arg(&meter))?;
-        fs::metadata(&meter)?;
+        let monitor = "kvm-monitor";
+        let out = lab::programs::static_programs(dirs, &["bench-tools"], &[monitor])?;
         Ok(Tools {
-            kvm_monitor: out.join("kvm-monitor"),
-            first_exit: out.join("first-exit"),
-            meter,
+            kvm_monitor: out.join(monitor),
+            first_exit: lab::first_exit::build(dirs)?,
+            meter: meter::build(dirs)?,
         })
     })
 }

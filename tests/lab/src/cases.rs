@@ -55,11 +55,11 @@ pub fn all(lab: &Lab) -> Result<Vec<Group>> {
         lifecycle::group(lab),
         freebsd::group(lab),
         freebsd_host::group(lab),
-        guests::group(lab, lab.engine),
+        guests::group(lab, lab.engine)?,
     ];
     if lab.engine == Engine::Bochs {
         // The other kind of CPU in every run.
-        groups.push(guests::group(lab, Engine::Qemu));
+        groups.push(guests::group(lab, Engine::Qemu)?);
     }
     groups.push(virtio::group(lab)?);
     if lab.engine != Engine::Kvm {

@@ -2,6 +2,7 @@
 
 use crate::console::Console;
 use crate::host::{GUEST_EXIT, Host, LEAN, SHORT};
+use crate::machine::Engine;
 use anyhow::{Result, bail, ensure};
 use std::time::Duration;
 
@@ -197,6 +198,18 @@ pub fn shell(console: &mut Console, limit: Duration) -> Result<()> {
 /// A Linux guest's command line where nothing else is asked.
 pub fn linux_cmdline() -> String {
     format!("console=ttyS0,115200 {LEAN}")
+}
+
+/// The same where instructions are counted, in a guest and on the bare `engine`
+/// alike: without what mitigates a speculation that does not happen, and without
+/// randomness in the addresses of kernel and programs.
+pub fn counted_cmdline(engine: Engine) -> String {
+    format!(
+        "{} nokaslr norandmaps {} {}",
+        linux_cmdline(),
+        engine.kernel_parameters(),
+        engine.host_parameters()
+    )
 }
 
 /// What bhyve and the host's kernel have said of late.

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod apt;
+pub mod baseline;
 pub mod bochs;
 pub mod busybox;
 pub mod cases;
@@ -15,6 +16,8 @@ pub mod console;
 pub mod core_src;
 pub mod cpio;
 pub mod dirs;
+pub mod exitcost;
+pub mod first_exit;
 pub mod freebsd_host;
 pub mod guest;
 pub mod host;
@@ -24,6 +27,7 @@ pub mod iso;
 pub mod kmod;
 pub mod kmod_freebsd;
 pub mod machine;
+pub mod meter;
 pub mod programs;
 pub mod programs_freebsd;
 pub mod progress;

@@ -5,19 +5,38 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use bench::results::Results;
+use bench::results::{Column, Results};
 use bench::{Plan, baseline, chart};
 use clap::Args;
+use lab::baseline as committed;
 use lab::dirs::Dirs;
 use lab::host::{self, Kit};
 use lab::machine::Engine;
+use lab::runner::Lab;
 
 /// Options of `cargo xtask bench`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Only exits, boot and disk, without KVM and the compiler
+    /// Only ours, without the compiler
     #[arg(long)]
     quick: bool,
+    /// Only the parts whose name contains one of these: exits, first-exit,
+    /// compile-memory, idle, blk, net, compile-disk
+    #[arg(
+        long,
+        value_name = "TEXT,...",
+        value_delimiter = ',',
+        conflicts_with = "quick"
+    )]
+    only: Vec<String>,
+    /// Only these: ours, kvm, bare
+    #[arg(
+        long,
+        value_name = "COLUMN,...",
+        value_delimiter = ',',
+        conflicts_with = "quick"
+    )]
+    columns: Vec<ColumnName>,
     /// Write all numbers as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -29,18 +48,65 @@ pub struct Options {
     save: bool,
 }
 
+/// A column of the table.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum ColumnName {
+    /// vmm.ko and bhyve
+    Ours,
+    /// Linux's KVM under bhyve's devices
+    Kvm,
+    /// No hypervisor
+    Bare,
+}
+
+impl From<ColumnName> for Column {
+    fn from(name: ColumnName) -> Self {
+        match name {
+            ColumnName::Ours => Self::Ours,
+            ColumnName::Kvm => Self::Kvm,
+            ColumnName::Bare => Self::Bare,
+        }
+    }
+}
+
+impl Options {
+    fn plan(&self) -> Plan {
+        if self.quick {
+            let only = ["exits", "first-exit", "idle", "blk", "net"];
+            return Plan {
+                columns: vec![Column::Ours],
+                only: only.map(str::to_owned).to_vec(),
+            };
+        }
+        let columns = if self.columns.is_empty() {
+            Column::ALL.to_vec()
+        } else {
+            self.columns.iter().map(|c| Column::from(*c)).collect()
+        };
+        Plan {
+            columns,
+            only: self.only.clone(),
+        }
+    }
+}
+
 /// Measures and compares; fails where a number is worse than the baseline.
 ///
 /// # Errors
 /// Something cannot be built or does not run.
 pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     host::prerequisites(&[Engine::Bochs])?;
-    let kit = Kit::build(dirs)?.with_guests(dirs)?;
-    let plan = Plan {
-        quick: options.quick,
+    let lab = Lab {
+        dirs: dirs.clone(),
+        kit: Kit::build(dirs)?.with_guests(dirs)?,
+        engine: Engine::Bochs,
     };
-    let results = bench::run(dirs, &kit, Engine::Bochs, plan)?;
+    let outcome = bench::run(&lab, &options.plan())?;
+    let results = outcome.results;
     println!("{results}");
+    for line in &outcome.failures {
+        println!("failed: {line}");
+    }
     if let Some(file) = &options.json {
         let text = serde_json::to_string_pretty(&results)? + "\n";
         fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
@@ -48,16 +114,21 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     if let Some(folder) = &options.charts {
         charts(folder, &results)?;
     }
-    let file = dirs.root.join("tests/bench/baseline.json");
+    let file = committed::file(&dirs.root);
+    let good = outcome.failures.is_empty();
     if options.save {
         baseline::save(&file, &results)?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(if good {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        });
     }
-    let worse = baseline::regressions(&baseline::read(&file)?, &results);
+    let worse = baseline::regressions(&committed::read(&file)?, &results);
     for line in &worse {
         println!("worse than the baseline: {line}");
     }
-    Ok(if worse.is_empty() {
+    Ok(if good && worse.is_empty() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -67,13 +138,18 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
 fn charts(folder: &std::path::Path, results: &Results) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     type Choice = (&'static str, &'static str, fn(&str) -> bool);
-    let all: [Choice; 3] = [
+    let all: [Choice; 4] = [
         ("exits.svg", "What an exit costs", |n| {
             n.starts_with("exit_") && n != "exit_ept"
         }),
-        ("disk.svg", "A disk request", |n| n.starts_with("blk_")),
-        ("work.svg", "Boot and compile", |n| {
-            ["boot", "compile", "compile_disk", "first_exit", "exit_ept"].contains(&n)
+        ("io.svg", "A disk's requests, a network's packets", |n| {
+            (n.starts_with("blk_") || n.starts_with("net_")) && !n.ends_with("_least")
+        }),
+        ("boot.svg", "A VM's start and a Linux boot", |n| {
+            n.starts_with("boot") || ["first_exit", "exit_ept"].contains(&n)
+        }),
+        ("work.svg", "A compile, an idle guest, memory", |n| {
+            n.starts_with("compile") || n.starts_with("idle") || n == "resident"
         }),
     ];
     for (name, title, chosen) in all {

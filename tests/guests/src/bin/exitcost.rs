@@ -22,7 +22,11 @@ const HPET: u64 = 0xfed0_0000;
 const HPET_COUNTER: u64 = HPET + 0xf0;
 /// No device of bhyve claims it: below the PCI range at 0x2000, above the ISA ones.
 const UNCLAIMED: u16 = 0x1ee0;
+/// Bus 0, slot 0, function 0 in PCI's memory-mapped configuration space, which
+/// userland answers for.
+const PCI_CONFIGURATION: u64 = 0xe000_0000;
 const TIMER_VECTOR: u8 = 0x40;
+const IPI_VECTOR: u8 = 0x41;
 
 struct Cost {
     least: u64,
@@ -83,6 +87,29 @@ static WOKEN_AT: AtomicU64 = AtomicU64::new(0);
 fn on_timer(_: &mut Frame) {
     WOKEN_AT.store(cpu::rdtsc(), Ordering::SeqCst);
     Apic::current().eoi();
+}
+
+/// An IPI of the CPU to itself. Interrupts are off: it stays pending, one bit
+/// however often it is sent.
+fn ipi(meter: &Meter, r: &mut Report, name: &str) {
+    let apic = Apic::current();
+    let me = apic.id();
+    let vector = u32::from(IPI_VECTOR);
+    meter.measure(name, || apic.ipi(me, vector));
+    r.check(
+        "an IPI to itself is pending",
+        apic.bit(register::IRR, IPI_VECTOR),
+    );
+    cpu::enable_interrupts();
+    for _ in 0..1000 {
+        // STI holds interrupts off for one more instruction.
+        cpu::pause();
+        if !apic.bit(register::IRR, IPI_VECTOR) {
+            break;
+        }
+    }
+    cpu::disable_interrupts();
+    r.check("and is delivered", !apic.bit(register::IRR, IPI_VECTOR));
 }
 
 /// From the deadline of a timer to the first instruction of its handler, with
@@ -209,6 +236,12 @@ extern "C" fn guest_main() -> ! {
     meter.measure("MMIO_HPET_READ", || {
         black_box(memory::mmio_read(HPET_COUNTER));
     });
+    meter.measure("MMIO_PCI_READ", || {
+        black_box(memory::mmio_read(PCI_CONFIGURATION));
+    });
+    trap::handle(IPI_VECTOR, |_| Apic::current().eoi());
+    meter.measure("APIC_EOI", || apic.eoi());
+    ipi(&meter, &mut r, "APIC_IPI");
 
     if apic::has_x2apic() {
         apic::enter_x2apic();
@@ -220,14 +253,7 @@ extern "C" fn guest_main() -> ! {
         });
         meter.measure("X2APIC_TPR", || apic.write(register::TPR, 0));
         meter.measure("X2APIC_EOI", || apic.eoi());
-        // Interrupts are off: the IPI stays pending, one bit however often it is sent.
-        let me = apic.id();
-        trap::handle(0x41, |_| Apic::current().eoi());
-        meter.measure("X2APIC_ICR", || apic.ipi(me, 0x41));
-        r.check("an IPI to itself is pending", apic.bit(register::IRR, 0x41));
-        cpu::enable_interrupts();
-        cpu::disable_interrupts();
-        r.check("and is delivered", !apic.bit(register::IRR, 0x41));
+        ipi(&meter, &mut r, "X2APIC_ICR");
     } else {
         r.skip("x2APIC", "CPUID does not offer it");
     }

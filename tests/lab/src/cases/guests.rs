@@ -3,7 +3,9 @@
 use crate::guest::{Guest, Load};
 use crate::host::{Config, Host, SHORT};
 use crate::machine::Engine;
+use crate::progress::step;
 use crate::runner::{Case, Group, Lab};
+use crate::{baseline, exitcost, first_exit};
 use anyhow::{Context, Result, ensure};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,6 +16,8 @@ const POWERED_OFF: i32 = 1;
 const TRIPLE_FAULT: i32 = 3;
 /// A guest's whole run.
 const RUN: Duration = Duration::from_secs(120);
+/// Where the program that times a VM's first exit is in the host.
+const FIRST_EXIT: &str = "tools/first-exit";
 /// Host instructions that a CPUID exit may cost with VT-x, and with AMD-V on a CPU
 /// that does not tell the instruction's length.
 const CPUID_COST: u64 = 300;
@@ -31,7 +35,10 @@ const CHECKS: [(&str, u32); 6] = [
 
 /// The host on `engine` and its tests. On an engine that is not the run's own
 /// they are fewer: one of each kind of CPU is enough for what takes long.
-pub fn group(lab: &Lab, engine: Engine) -> Group {
+///
+/// # Errors
+/// A program does not compile.
+pub fn group(lab: &Lab, engine: Engine) -> Result<Group> {
     let own = engine == lab.engine;
     let prefix = if own {
         String::new()
@@ -70,12 +77,19 @@ pub fn group(lab: &Lab, engine: Engine) -> Group {
         triple_fault,
     ));
     let name = format!("{prefix}guest-exit-cost");
-    cases.push(Case::new(name, move |_, host| exit_cost(engine, host)));
-    Group {
+    cases.push(Case::new(name, move |lab, host| {
+        exit_cost(lab, engine, host)
+    }));
+    if own && engine.counts_instructions() {
+        let program = step("first-exit", || first_exit::build(&lab.dirs))?;
+        config.file(FIRST_EXIT, &program);
+        cases.push(Case::new("vm-first-exit", vm_first_exit));
+    }
+    Ok(Group {
         name: format!("{prefix}guests"),
         config,
         cases,
-    }
+    })
 }
 
 fn name(path: &std::path::Path) -> String {
@@ -147,8 +161,15 @@ fn triple_fault(_: &Lab, host: &mut Host) -> Result<()> {
     guest.destroy(host)
 }
 
-fn exit_cost(engine: Engine, host: &mut Host) -> Result<()> {
+fn exit_cost(lab: &Lab, engine: Engine, host: &mut Host) -> Result<()> {
     let text = passes(host, &small("exitcost"))?;
+    if engine == Engine::Bochs {
+        let counts: Vec<(&str, f64)> = exitcost::costs(&text)?
+            .into_iter()
+            .filter_map(|(kind, cost)| kind.exact.then_some((kind.name, cost)))
+            .collect();
+        baseline::check(&lab.dirs.root, "exits", &counts)?;
+    }
     let minimum = text
         .lines()
         .find_map(|l| l.strip_prefix("exitcost CPUID ")?.split_whitespace().next())
@@ -165,6 +186,14 @@ fn exit_cost(engine: Engine, host: &mut Host) -> Result<()> {
         "a CPUID exit costs {minimum} instructions of the host, more than {bar}"
     );
     Ok(())
+}
+
+/// What it takes from no VM to its first exit in userland, by the committed
+/// baseline.
+fn vm_first_exit(lab: &Lab, host: &mut Host) -> Result<()> {
+    let line = format!("chmod +x /{FIRST_EXIT} && /{FIRST_EXIT} vmm");
+    let count = first_exit::instructions(&host.must(&line, SHORT)?)?;
+    baseline::check(&lab.dirs.root, "first-exit", &[("first_exit", count)])
 }
 
 /// Names of the guests' programs.

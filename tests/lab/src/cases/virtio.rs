@@ -2,11 +2,11 @@
 //! write, and the host's entropy.
 
 use crate::console::Found;
-use crate::guest::{Guest, Load, linux_cmdline, shell};
+use crate::guest::{Guest, Load, counted_cmdline, shell};
 use crate::host::{self, Config, Host, SHORT};
 use crate::images;
 use crate::runner::{Case, Group, Lab};
-use crate::stats;
+use crate::{baseline, meter, stats};
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -49,7 +49,8 @@ pub fn group(lab: &Lab) -> Result<Group> {
             Ok((base(&path)?, path))
         })
         .collect::<Result<_>>()?;
-    let modules = [modules, super::net::modules(lab)?].concat();
+    let mut modules = [modules, super::net::modules(lab)?].concat();
+    modules.push(("meter".to_owned(), meter::build(&lab.dirs)?));
     let initrd = host::guest_initrd_with(&lab.dirs, "guest-virtio", &modules)?;
     config.file("guest/linux", &lab.kit.kernel.image);
     config.file("guest/initrd", &initrd);
@@ -115,12 +116,12 @@ pub fn kill(host: &mut Host, guest: &Guest) -> Result<()> {
     guest.destroy(host)
 }
 
-fn linux(_: &Lab, host: &mut Host) -> Result<()> {
+fn linux(lab: &Lab, host: &mut Host) -> Result<()> {
     disk(host)?;
     host.must("cp /tmp/disk /tmp/nvme", SHORT)?;
     let load = Load::Linux {
         initrd: Some("/guest/initrd".to_owned()),
-        cmdline: linux_cmdline(),
+        cmdline: counted_cmdline(lab.engine),
     };
     let mut guest = Guest::new("/guest/linux", load);
     guest.options = format!("{DEVICES},serial=LAB-DISK -s 5,nvme,/tmp/nvme,ser=LAB-NVME");
@@ -136,6 +137,9 @@ fn linux(_: &Lab, host: &mut Host) -> Result<()> {
     )?;
     for wanted in ["32768", "LAB-DISK", "the host was here"] {
         ensure!(text.contains(wanted), "no {wanted:?} in:\n{text}");
+    }
+    if lab.engine.counts_instructions() {
+        instructions_per_read(lab, host)?;
     }
     let random = types(
         host,
@@ -228,6 +232,13 @@ fn freebsd(_: &Lab, host: &mut Host) -> Result<()> {
     let after = host.must("md5sum /tmp/disk", SHORT)?;
     ensure!(before == after, "a read-only disk has changed");
     host.must("rm /tmp/disk", SHORT).map(drop)
+}
+
+/// What reading a block takes, guest and host together, by the committed baseline.
+fn instructions_per_read(lab: &Lab, host: &mut Host) -> Result<()> {
+    let text = types(host, "chmod +x /meter; /meter read /dev/vda 4096 300")?;
+    let least = meter::reading(&text)?.least;
+    baseline::check(&lab.dirs.root, "blk", &[("blk_read_4k_least", least)])
 }
 
 /// The exits to bhyve that reading a block takes, from its own counters.

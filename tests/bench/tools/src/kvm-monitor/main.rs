@@ -33,7 +33,7 @@ use bhyveload::freebsd::FreeBsd;
 use bhyveload::input::Input;
 use bhyveload::{freebsd, linux};
 use clap::Parser;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmmapi::GuestMemory;
 
@@ -150,7 +150,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let memory = GuestMemory::anonymous(arguments.memory << 20)?;
     vmmapi::kvm::set_memory(&vm, &memory)?;
     let mut vcpu = vm.create_vcpu(0).context("KVM_CREATE_VCPU")?;
-    vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
+    vcpu.set_cpuid2(&cpuid(&kvm)?)?;
 
     let machine: Arc<dyn Machine> = Arc::new(KvmMachine::new(Arc::clone(&vm)));
     let buses = Arc::new(Buses::default());
@@ -199,6 +199,21 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     how?;
     drop::<VmFd>(Arc::into_inner(vm).map_or_else(|| kvm.create_vm(), Ok)?);
     Ok(ExitCode::from(machine::POWERED_OFF))
+}
+
+/// What KVM supports, its paravirtual leaves included, and two bits of
+/// CPUID.01H:ECX that it leaves to the monitor: the timer's TSC deadline, which
+/// comes with its interrupt controllers, and that there is a hypervisor.
+fn cpuid(kvm: &Kvm) -> Result<CpuId> {
+    const TSC_DEADLINE: u32 = 1 << 24;
+    const HYPERVISOR: u32 = 1 << 31;
+    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    for leaf in cpuid.as_mut_slice() {
+        if leaf.function == 1 {
+            leaf.ecx |= TSC_DEADLINE | HYPERVISOR;
+        }
+    }
+    Ok(cpuid)
 }
 
 fn number(data: &[u8]) -> u64 {

@@ -1,10 +1,12 @@
 /*
  * Counts time-stamp ticks around work in a Linux guest (or on the bare
- * emulator). Prints "meter NAME TICKS COUNT".
+ * emulator). Prints "meter NAME TICKS COUNT LEAST": all ticks, pieces of work,
+ * and the fewest ticks of one.
  *
  *   meter tsc
  *   meter read|write FILE SIZE COUNT   one block over and over, around the cache
  *   meter ping A.B.C.D SIZE COUNT      echo requests, each with its answer
+ *   meter send A.B.C.D SIZE COUNT      datagrams to the discard port
  *   meter run PROGRAM ARGUMENT...      a program, start to end
  */
 #define _GNU_SOURCE
@@ -37,10 +39,22 @@ fail(const char *what)
 	return (1);
 }
 
+/* Of all pieces of work, and of the one that took the fewest ticks. */
+static uint64_t total, least = UINT64_MAX;
+
 static void
-result(const char *name, uint64_t ticks, long count)
+took(uint64_t ticks)
 {
-	printf("meter %s %llu %ld\n", name, (unsigned long long)ticks, count);
+	total += ticks;
+	if (ticks < least)
+		least = ticks;
+}
+
+static void
+result(const char *name, long count)
+{
+	printf("meter %s %llu %ld %llu\n", name, (unsigned long long)total,
+	    count, (unsigned long long)least);
 }
 
 static int
@@ -49,21 +63,22 @@ disk(const char *name, const char *file, long size, long count)
 	int writes = strcmp(name, "write") == 0;
 	int fd = open(file, (writes ? O_WRONLY : O_RDONLY) | O_DIRECT);
 	void *buf;
-	uint64_t start = 0;
+	uint64_t start;
 
 	if (fd < 0 || posix_memalign(&buf, 4096, size) != 0)
 		return (fail(file));
 	memset(buf, 'm', size);
 	/* The first ones find cold caches. */
 	for (long i = -16; i < count; i++) {
-		if (i == 0)
-			start = rdtsc();
+		start = rdtsc();
 		ssize_t n = writes ? pwrite(fd, buf, size, 0) :
 		    pread(fd, buf, size, 0);
 		if (n != size)
 			return (fail(file));
+		if (i >= 0)
+			took(rdtsc() - start);
 	}
-	result(name, rdtsc() - start, count);
+	result(name, count);
 	return (0);
 }
 
@@ -86,7 +101,7 @@ ping(const char *address, long size, long count)
 	unsigned char out[1500] = { 0 }, in[2000];
 	struct icmphdr *icmp = (struct icmphdr *)out;
 	int s = socket(AF_INET, SOCK_RAW, IPPROTO_ICMP);
-	uint64_t start = 0;
+	uint64_t start;
 
 	if (s < 0 || inet_pton(AF_INET, address, &to.sin_addr) != 1 ||
 	    size < (long)sizeof(*icmp) || size > (long)sizeof(out))
@@ -94,8 +109,7 @@ ping(const char *address, long size, long count)
 	struct timeval patience = { .tv_sec = 5 };
 	setsockopt(s, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
 	for (long i = -16; i < count; i++) {
-		if (i == 0)
-			start = rdtsc();
+		start = rdtsc();
 		icmp->type = ICMP_ECHO;
 		icmp->un.echo.sequence = htons(i & 0x7fff);
 		icmp->checksum = 0;
@@ -112,8 +126,34 @@ ping(const char *address, long size, long count)
 			    got->un.echo.sequence == icmp->un.echo.sequence)
 				break;
 		}
+		if (i >= 0)
+			took(rdtsc() - start);
 	}
-	result("ping", rdtsc() - start, count);
+	result("ping", count);
+	return (0);
+}
+
+/* Linux answers only a few a second with "nobody listens". */
+static int
+datagrams(const char *address, long size, long count)
+{
+	struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons(9) };
+	static char data[65000];
+	int s = socket(AF_INET, SOCK_DGRAM, 0);
+	uint64_t start;
+
+	if (s < 0 || inet_pton(AF_INET, address, &to.sin_addr) != 1 ||
+	    size < 1 || size > (long)sizeof(data))
+		return (fail(address));
+	for (long i = -16; i < count; i++) {
+		start = rdtsc();
+		/* Blocks while the queue is full. */
+		if (sendto(s, data, size, 0, (void *)&to, sizeof(to)) < 0)
+			return (fail("send"));
+		if (i >= 0)
+			took(rdtsc() - start);
+	}
+	result("send", count);
 	return (0);
 }
 
@@ -130,7 +170,8 @@ run(char **argv)
 	}
 	if (pid < 0 || waitpid(pid, &status, 0) < 0)
 		return (fail(argv[0]));
-	result("run", rdtsc() - start, 1);
+	took(rdtsc() - start);
+	result("run", 1);
 	return (WIFEXITED(status) ? WEXITSTATUS(status) : 1);
 }
 
@@ -140,15 +181,18 @@ main(int argc, char **argv)
 	const char *what = argc > 1 ? argv[1] : "";
 
 	if (strcmp(what, "tsc") == 0) {
-		result("tsc", rdtsc(), 1);
+		took(rdtsc());
+		result("tsc", 1);
 		return (0);
 	}
 	if (argc == 5 && (strcmp(what, "read") == 0 || strcmp(what, "write") == 0))
 		return (disk(what, argv[2], atol(argv[3]), atol(argv[4])));
 	if (argc == 5 && strcmp(what, "ping") == 0)
 		return (ping(argv[2], atol(argv[3]), atol(argv[4])));
+	if (argc == 5 && strcmp(what, "send") == 0)
+		return (datagrams(argv[2], atol(argv[3]), atol(argv[4])));
 	if (argc > 2 && strcmp(what, "run") == 0)
 		return (run(argv + 2));
-	fprintf(stderr, "meter: tsc, read, write, ping or run\n");
+	fprintf(stderr, "meter: tsc, read, write, ping, send or run\n");
 	return (2);
 }

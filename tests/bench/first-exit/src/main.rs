@@ -14,13 +14,14 @@ const AT: u64 = 0x1000;
 /// `out 0x99, al`: nobody in the kernel has that port.
 const CODE: [u8; 2] = [0xe6, 0x99];
 const PORT: u16 = 0x99;
+const ROUNDS: u32 = 12;
 /// A CPU's state after INIT does not find the code: flat real mode does.
 const RFLAGS: u64 = 2;
 
 fn main() -> ExitCode {
     let kvm = std::env::args().nth(1).as_deref() == Some("kvm");
-    // The second time nothing is paid for that only happens once.
-    for _ in 0..3 {
+    // Whoever reads this takes the least.
+    for _ in 0..ROUNDS {
         let started = Instant::now();
         let result = if kvm { on_kvm() } else { on_vmm() };
         let took = started.elapsed().as_nanos();
