@@ -134,17 +134,17 @@ impl Session {
     pub fn reasons(&mut self) -> Result<Vec<Reason>> {
         let table: [(Reason, &[&str], &[&str]); 7] = [
             (
-                ("boot_exits", "the same", 0),
+                ("boot_exits", "exits of that boot", 0),
                 &["total number of vm exits"],
                 &["exits"],
             ),
             (
-                ("boot_exits_io", "of these: port I/O", 0),
+                ("boot_exits_io", "of these, port I/O", 0),
                 &["number of times in/out was intercepted"],
                 &["io_exits"],
             ),
             (
-                ("boot_exits_memory", "EPT violations and MMIO", 0),
+                ("boot_exits_memory", "of these, EPT violations and MMIO", 0),
                 &[
                     "vm exits due to nested page fault",
                     "vm exits for instruction emulation",
@@ -154,7 +154,7 @@ impl Session {
             (
                 (
                     "boot_exits_interrupt",
-                    "interrupts of the host's, timer included",
+                    "of these, interrupts and timers of the host",
                     0,
                 ),
                 &[
@@ -164,21 +164,17 @@ impl Session {
                 &["irq_exits"],
             ),
             (
-                ("boot_exits_window", "interrupt window", 0),
+                ("boot_exits_window", "of these, interrupt window", 0),
                 &["vm exits due to interrupt window opening"],
                 &["irq_window_exits"],
             ),
             (
-                ("boot_exits_hlt", "HLT", 0),
+                ("boot_exits_hlt", "of these, HLT", 0),
                 &["number of times hlt was intercepted"],
                 &["halt_exits"],
             ),
             (
-                (
-                    "boot_exits_userland",
-                    "to userland, for port I/O or MMIO",
-                    0,
-                ),
+                ("boot_exits_userland", "of these, to userland", 0),
                 &["number of vm exits handled in userspace"],
                 &["io_exits", "mmio_exits"],
             ),

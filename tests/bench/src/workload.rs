@@ -235,14 +235,14 @@ fn idle(session: &mut Session, results: &mut Results) -> Result<()> {
     results.add(
         column,
         "idle",
-        "idle Linux guest, a second",
+        "idle Linux guest, exits a second",
         "exits",
         second(exits),
     );
     results.add(
         column,
         "idle_busy",
-        "the same, guest and host",
+        "idle Linux guest, guest and host, a second",
         "instructions",
         second(ticks),
     );

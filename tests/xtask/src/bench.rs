@@ -43,6 +43,9 @@ pub struct Options {
     /// Write charts into this folder
     #[arg(long, value_name = "FOLDER")]
     charts: Option<PathBuf>,
+    /// Measure nothing: show what --json has written
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "only", "columns", "json"])]
+    from: Option<PathBuf>,
     /// Make our numbers the committed baseline
     #[arg(long)]
     save: bool,
@@ -95,6 +98,13 @@ impl Options {
 /// # Errors
 /// Something cannot be built or does not run.
 pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
+    if let Some(file) = &options.from {
+        let text =
+            fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let results: Results = serde_json::from_str(&text)
+            .with_context(|| format!("{} is no result of --json", file.display()))?;
+        return shown(dirs, options, &results, true);
+    }
     host::prerequisites(&[Engine::Bochs])?;
     let lab = Lab {
         dirs: dirs.clone(),
@@ -103,7 +113,6 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
     };
     let outcome = bench::run(&lab, &options.plan())?;
     let results = outcome.results;
-    println!("{results}");
     for line in &outcome.failures {
         println!("failed: {line}");
     }
@@ -111,20 +120,26 @@ pub fn run(dirs: &Dirs, options: &Options) -> Result<ExitCode> {
         let text = serde_json::to_string_pretty(&results)? + "\n";
         fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
     }
+    shown(dirs, options, &results, outcome.failures.is_empty())
+}
+
+/// The table, the charts, and what the baseline makes of them; `good` if nothing
+/// failed.
+fn shown(dirs: &Dirs, options: &Options, results: &Results, good: bool) -> Result<ExitCode> {
+    println!("{results}");
     if let Some(folder) = &options.charts {
-        charts(folder, &results)?;
+        charts(folder, results)?;
     }
     let file = committed::file(&dirs.root);
-    let good = outcome.failures.is_empty();
     if options.save {
-        baseline::save(&file, &results)?;
+        baseline::save(&file, results)?;
         return Ok(if good {
             ExitCode::SUCCESS
         } else {
             ExitCode::FAILURE
         });
     }
-    let worse = baseline::regressions(&committed::read(&file)?, &results);
+    let worse = baseline::regressions(&committed::read(&file)?, results);
     for line in &worse {
         println!("worse than the baseline: {line}");
     }
