@@ -74,7 +74,7 @@ pub fn run(lab: &Lab, plan: &Plan) -> Result<Outcome> {
         Plan::parts().collect::<Vec<_>>().join(", ")
     );
     let mut outcome = Outcome::default();
-    let tools = tools::build(&lab.dirs)?;
+    let tools = tools::build(&lab.dirs, plan.columns.contains(&Column::Kvm))?;
     let files = Files::build(&lab.dirs, &lab.kit, &tools)?;
     for column in [Column::Ours, Column::Kvm] {
         if plan.columns.contains(&column)

@@ -53,7 +53,9 @@ impl Session {
                 config.file(&format!("guests/{}", name.to_string_lossy()), guest);
             }
         }
-        config.file("tools/kvm-monitor", &tools.kvm_monitor);
+        if let Some(monitor) = &tools.kvm_monitor {
+            config.file("tools/kvm-monitor", monitor);
+        }
         config.file("tools/first-exit", &tools.first_exit);
         for (name, path) in files.in_host() {
             config.file(name, path);

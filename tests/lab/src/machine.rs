@@ -84,9 +84,11 @@ impl Engine {
         match self {
             // CPUID promises the model's 3.5 GHz; the machine has BOCHS_IPS.
             // Bochs 2.7 gives the standard format's size for the compacted one
-            // (CPUID.0DH.1:EBX), and Linux then turns XSAVE off altogether.
+            // (CPUID.0DH.1:EBX), and Linux then turns XSAVE off altogether. Its
+            // IA32_MISC_ENABLE says that REP MOVS is slow, which bhyve's does not: a guest
+            // would then count a byte as an instruction where the bare machine copies words.
             Self::Bochs => format!(
-                "tsc_early_khz={} tsc=reliable clearcpuid=xsavec,xsaves",
+                "tsc_early_khz={} tsc=reliable clearcpuid=xsavec,xsaves,erms,rep_good",
                 bochs::IPS / 1000
             ),
             Self::Qemu => "tsc=reliable".to_owned(),
