@@ -456,9 +456,8 @@ impl Vm {
     /// Whether an active vCPU has been sent something that it has not looked at:
     /// by one that went to sleep itself since.
     pub fn woken(&self) -> bool {
-        self.vcpus().any(|v| {
-            self.active.contains(v.id as usize) && (v.unhalted() || v.mailbox.pending())
-        })
+        self.vcpus()
+            .any(|v| self.active.contains(v.id as usize) && (v.unhalted() || v.mailbox.pending()))
     }
 
     /// How many vCPUs are active.

@@ -48,7 +48,7 @@ impl FromStr for Options {
     }
 }
 
-/// A function as any of the programs that know one writes it; see [`FORMS`].
+/// A function as any of the programs that know one writes it; see `FORMS`.
 pub fn parse_which(s: &str) -> Option<Which> {
     if let Some(unit) = s.strip_prefix("ppt") {
         return unit.parse().ok().map(Which::Unit);
