@@ -193,6 +193,58 @@ pub fn pci_config(data: &[u8]) {
 }
 
 #[derive(Arbitrary, Debug)]
+enum PassedStep {
+    /// Register in units of four bytes, value.
+    Config(u8, u32),
+    /// Offset in the MSI-X table, its size, value.
+    Table(u16, u8, u32),
+    /// MSI-X's control word.
+    Control(u16),
+}
+
+/// A passed function: a configuration space that may be anything, what the guest
+/// writes to it, and to the MSI-X table.
+pub fn passthru(data: &[u8]) {
+    use bhyve::pci::passthru::msix::Table;
+    use bhyve::pci::passthru::request::Rules;
+
+    let mut image = [0; 256];
+    let (head, rest) = data.split_at(data.len().min(256));
+    for (i, b) in image.iter_mut().zip(head) {
+        *i = *b;
+    }
+    let (rules, mut config) = Rules::new(&image);
+    let mut table = Table::new(rules.msix.map_or(1, |m| m.vectors));
+    let own: Vec<u16> = [rules.msi.map(|m| m.at), rules.msix.map(|m| m.at)]
+        .into_iter()
+        .flatten()
+        .collect();
+    steps(rest, |step| match step {
+        PassedStep::Config(register, value) => {
+            let offset = u16::from(register % 64) * 4;
+            rules.merge(offset, 4, config.get(offset, 4), value);
+            for (at, size, _) in rules.write(&mut config, offset, 4, value) {
+                let reached = at..at + u16::from(size);
+                assert!(
+                    !reached.clone().any(|o| o < 6 || (0x10..0x28).contains(&o)),
+                    "a BAR or the command register of the device is written"
+                );
+                assert!(
+                    !own.iter().any(|c| reached.contains(&(c + 2))),
+                    "MSI's or MSI-X's control of the device is written"
+                );
+            }
+        }
+        PassedStep::Table(offset, size, value) => {
+            let size = 1 << (size % 3);
+            table.read(offset.into(), size);
+            table.write(offset.into(), size, value);
+        }
+        PassedStep::Control(value) => drop(table.control(value)),
+    });
+}
+
+#[derive(Arbitrary, Debug)]
 enum NvmeStep {
     /// A submission entry: queue, opcode, flags, namespace, PRPs, dwords.
     Command(u8, u8, u8, u32, [u16; 2], [u32; 3]),

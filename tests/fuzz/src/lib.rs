@@ -90,6 +90,10 @@ pub const TARGETS: &[Target] = &[
         run: devices::nvme,
     },
     Target {
+        name: "passthru",
+        run: devices::passthru,
+    },
+    Target {
         name: "pci_config",
         run: devices::pci_config,
     },

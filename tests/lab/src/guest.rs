@@ -50,6 +50,8 @@ pub struct Guest {
     pub vcpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// More options for bhyveload.
+    pub load_options: String,
     /// More options for bhyve.
     pub options: String,
 }
@@ -64,6 +66,7 @@ impl Guest {
             environment: Vec::new(),
             vcpus: 1,
             memory_mib: 256,
+            load_options: String::new(),
             options: String::new(),
         }
     }
@@ -103,6 +106,9 @@ impl Guest {
         }
         for variable in &self.environment {
             option("-e", variable);
+        }
+        if !self.load_options.is_empty() {
+            words.push(self.load_options.clone());
         }
         words.push(self.vm.clone());
         // Nobody sits at the loader, so it does not wait for a key.

@@ -84,12 +84,14 @@ pub struct Survey {
     pub ppt: bool,
     /// An IOMMU is in use; `None` where the host does not tell.
     pub iommu: Option<bool>,
+    /// A device could send the host any interrupt, and nobody has allowed that.
+    pub interrupts_open: bool,
 }
 
 /// Why a function cannot be passed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Obstacle {
-    /// One of `no-iommu`, `bridge`, `no-msi`, `group`, `driver`, `vmm`.
+    /// One of `no-iommu`, `interrupts`, `bridge`, `no-msi`, `group`, `driver`, `vmm`.
     pub kind: &'static str,
     /// In words, the function being the subject.
     pub text: String,
@@ -153,6 +155,11 @@ impl Survey {
         } else if self.iommu == Some(true) && f.group.is_none() {
             let text = "is not behind the host's IOMMU".into();
             add("no-iommu", text, Vec::new());
+        }
+        if self.interrupts_open {
+            let text = "could send the host any interrupt: the host does not use its IOMMU, and \
+                        vmm.ko's own driver for it does not remap interrupts";
+            add("interrupts", text.into(), platform::interrupt_commands());
         }
         if !self.ppt {
             let text = "needs the driver ppt, which comes with vmm.ko: that is not loaded".into();

@@ -151,10 +151,16 @@ fn without_iommu_or_module_everything_says_so() {
     let t = Tree::new();
     t.add("0000:06:00.0", 0x02_0000, &config(0, &[0x05]), "", None);
     fs::remove_dir(t.path("bus/pci/drivers/ppt")).unwrap();
-    assert_eq!(
-        kinds(&t.survey(), "0000:06:00.0"),
-        ["no-iommu", "vmm", "driver"]
-    );
+    let all = ["no-iommu", "vmm", "driver"];
+    assert_eq!(kinds(&t.survey(), "0000:06:00.0"), all);
+    // VT-d that the host leaves alone is vmm.ko's to use.
+    fs::create_dir_all(t.path("firmware/acpi/tables")).unwrap();
+    fs::write(t.path("firmware/acpi/tables/DMAR"), "").unwrap();
+    let open = ["interrupts", "vmm", "driver"];
+    assert_eq!(kinds(&t.survey(), "0000:06:00.0"), open);
+    fs::create_dir_all(t.path("module/vmm/parameters")).unwrap();
+    fs::write(t.path("module/vmm/parameters/unsafe_interrupts"), "Y\n").unwrap();
+    assert_eq!(kinds(&t.survey(), "0000:06:00.0"), open[1..]);
 }
 
 #[test]

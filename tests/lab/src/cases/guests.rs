@@ -98,7 +98,8 @@ fn name(path: &std::path::Path) -> String {
         .unwrap_or_default()
 }
 
-fn small(guest: &str) -> Guest {
+/// A guest of ours by its name, with 128 MiB.
+pub fn small(guest: &str) -> Guest {
     let load = Load::FreeBsd {
         mfsroot: None,
         modules: Vec::new(),
@@ -109,7 +110,10 @@ fn small(guest: &str) -> Guest {
 }
 
 /// Runs a guest to its verdict and power-off; returns what it said.
-fn passes(host: &mut Host, guest: &Guest) -> Result<String> {
+///
+/// # Errors
+/// It fails, or does not end.
+pub fn passes(host: &mut Host, guest: &Guest) -> Result<String> {
     guest.start(host)?;
     let console = host.guest();
     let verdict = console.expect(r"(?m)^(PASS|FAIL|panic: .*)\r?$", RUN)?;
@@ -200,6 +204,7 @@ fn vm_first_exit(lab: &Lab, host: &mut Host) -> Result<()> {
 pub fn programs(dir: &std::path::Path) -> Vec<PathBuf> {
     [
         "apic",
+        "edu",
         "exceptions",
         "exitcost",
         "hlt",

@@ -100,13 +100,20 @@ pub fn group(lab: &Lab) -> Result<Group> {
     })
 }
 
-fn base(module: &str) -> Result<String> {
+/// A module's file name.
+///
+/// # Errors
+/// It has none.
+pub fn base(module: &str) -> Result<String> {
     let name = Path::new(module).file_name().context("no file name")?;
     Ok(name.to_string_lossy().into_owned())
 }
 
 /// Debian's usual kernel of the same version as the host's: bzImage, modules.
-fn kernel(dirs: &Dirs, host: &str) -> Result<(PathBuf, PathBuf)> {
+///
+/// # Errors
+/// It is not there and cannot be fetched.
+pub fn kernel(dirs: &Dirs, host: &str) -> Result<(PathBuf, PathBuf)> {
     let release = host.replace("-cloud", "");
     let root = dirs.cache.join("guest").join(&release);
     let image = root.join(format!("boot/vmlinuz-{release}"));

@@ -32,6 +32,7 @@ pub(super) fn host() -> Result<Survey, String> {
         } else {
             None
         },
+        interrupts_open: false,
     })
 }
 
@@ -52,6 +53,11 @@ pub(super) fn iommu_commands() -> Vec<String> {
          hw.vmm.iommu.enable=0 out of /boot/loader.conf"
             .into(),
     ]
+}
+
+/// FreeBSD never says that interrupts are open.
+pub(super) fn interrupt_commands() -> Vec<String> {
+    Vec::new()
 }
 
 pub(super) fn vmm_commands() -> Vec<String> {

@@ -49,11 +49,29 @@ pub(super) fn survey(sys: &Path) -> Result<Survey, String> {
     let mut groups = fs::read_dir(sys.join("kernel/iommu_groups"))
         .into_iter()
         .flatten();
+    let iommu = match groups.next() {
+        Some(_) => Some(true),
+        // One that the host does not use: vmm.ko may.
+        None if sys.join("firmware/acpi/tables/DMAR").exists() => None,
+        None => Some(false),
+    };
+    let allowed = fs::read_to_string(sys.join(ALLOWED)).unwrap_or_default();
     Ok(Survey {
         functions,
         ppt: sys.join("bus/pci/drivers/ppt").exists(),
-        iommu: Some(groups.next().is_some()),
+        iommu,
+        interrupts_open: iommu.is_none() && !allowed.starts_with('Y'),
     })
+}
+
+/// vmm.ko's parameter.
+const ALLOWED: &str = "module/vmm/parameters/unsafe_interrupts";
+
+pub(super) fn interrupt_commands() -> Vec<String> {
+    vec![format!(
+        "add intel_iommu=on to the kernel's command line; or, if the guest is to be trusted: \
+         echo 1 > /sys/{ALLOWED}"
+    )]
 }
 
 pub(super) fn iommu_commands() -> Vec<String> {
