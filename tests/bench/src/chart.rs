@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 
 use crate::results::{Column, Results, number};
 
-const WIDTH: f64 = 840.0;
-const LABEL: f64 = 330.0;
+const WIDTH: f64 = 940.0;
+const LABEL: f64 = 430.0;
 const BAR: f64 = 14.0;
 const GAP: f64 = 12.0;
 
