@@ -62,6 +62,13 @@ vmm_host_yield(void)
 	return (VMM_AST_OTHER(td));
 }
 
+void
+vmm_host_give_way(void)
+{
+
+	kern_yield(PRI_USER);
+}
+
 struct vmm_mutex *
 vmm_host_mutex_create(void)
 {

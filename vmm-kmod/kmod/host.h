@@ -95,6 +95,8 @@ const volatile unsigned long *vmm_host_thread_flags(void);
 /* Gives way to other threads; non-zero when this one has to return to
  * userland: a signal waits, or other work that is done there. */
 int vmm_host_yield(void);
+/* Lets another thread that wants this CPU have it, though nobody asks for it. */
+void vmm_host_give_way(void);
 struct vmm_mutex;
 struct vmm_mutex *vmm_host_mutex_create(void);
 void vmm_host_mutex_destroy(struct vmm_mutex *m);

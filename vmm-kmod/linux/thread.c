@@ -43,6 +43,11 @@ int vmm_host_yield(void)
 	    (_TIF_NOTIFY_RESUME | _TIF_NOTIFY_SIGNAL)) != 0;
 }
 
+void vmm_host_give_way(void)
+{
+	yield();
+}
+
 struct vmm_mutex *vmm_host_mutex_create(void)
 {
 	struct vmm_mutex *m = kzalloc(sizeof(*m), GFP_KERNEL_ACCOUNT);

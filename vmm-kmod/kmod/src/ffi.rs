@@ -70,6 +70,7 @@ unsafe extern "C" {
 
     pub fn vmm_host_thread_flags() -> *const c_ulong;
     pub fn vmm_host_yield() -> c_int;
+    pub fn vmm_host_give_way();
 
     pub fn vmm_host_mutex_create() -> *mut HostMutex;
     #[cfg_attr(not(feature = "freebsd"), link_name = "kfree")]

@@ -225,6 +225,12 @@ pub fn yield_now() -> bool {
     unsafe { ffi::vmm_host_yield() != 0 }
 }
 
+/// Lets another thread that wants this CPU have it, though nobody asks for it.
+pub fn give_way() {
+    // SAFETY: process context, no lock held that forbids sleeping.
+    unsafe { ffi::vmm_host_give_way() }
+}
+
 /// Seconds since 1970 UTC.
 pub fn wallclock() -> i64 {
     // SAFETY: no preconditions.

@@ -20,6 +20,8 @@ use crate::vm::Vm;
 pub enum Todo {
     /// The host wants the CPU, or something has to be looked at outside.
     Yield,
+    /// To let another thread have the CPU, if one wants it.
+    GiveWay,
     /// The exit in `inner.exit` is for userland.
     User,
     /// HLT.
@@ -132,6 +134,7 @@ impl<C: RunCpu> Runner<'_, C> {
             }
             match self.window() {
                 Todo::Yield => {}
+                Todo::GiveWay => os::give_way(),
                 Todo::User => {
                     self.vcpu.stats.inc(Stat::UserExits);
                     return Ok(());

@@ -30,9 +30,14 @@ impl<C: RunCpu> Runner<'_, C> {
                 if self.inner.pause_exit {
                     return Some(self.user(0, UserExit::Pause));
                 }
-                // Somebody else may hold what the guest spins for.
-                self.inner.spun(self.vm.active_count());
-                Some(Todo::Yield)
+                // Another vCPU, which wants this CPU, may hold what the guest spins for.
+                let active = self.vm.active_count();
+                self.inner.spun(active);
+                Some(if active > 1 {
+                    Todo::GiveWay
+                } else {
+                    Todo::Yield
+                })
             }
             Exit::Hypercall => self.hypercall(),
             Exit::Monitor | Exit::Mwait | Exit::VirtualizationInstruction => {
