@@ -10,7 +10,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch, sock_filter,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -131,9 +131,9 @@ fn filter(needs: &Needs) -> Result<BpfProgram, Error> {
     if files(needs).any(|(_, writable)| writable) {
         allowed.extend(calls::WRITE);
     }
-    let mut rules: Rules = allowed.into_iter().map(|c| (c, Vec::new())).collect();
+    let mut rules = Rules::new();
     if needs.network || needs.unix {
-        rules.extend(calls::SOCKETS.iter().map(|c| (*c, Vec::new())));
+        allowed.extend(calls::SOCKETS);
         let mut kinds = Vec::new();
         let families = [
             (needs.network, libc::AF_INET),
@@ -151,11 +151,12 @@ fn filter(needs: &Needs) -> Result<BpfProgram, Error> {
     }
     let not_executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        let all = match needs.executable_memory {
-            true => Vec::new(),
-            false => vec![rule(vec![where_argument(2, not_executable.clone(), 0)?])?],
-        };
-        rules.insert(call, all);
+        if needs.executable_memory {
+            allowed.push(call);
+        } else {
+            let condition = where_argument(2, not_executable.clone(), 0)?;
+            rules.insert(call, vec![rule(vec![condition])?]);
+        }
     }
     // Threads, no processes.
     let thread = libc::CLONE_THREAD as u64;
@@ -190,37 +191,157 @@ fn filter(needs: &Needs) -> Result<BpfProgram, Error> {
         TargetArch::x86_64,
     );
     let rules: BpfProgram = rules.map_err(fail)?.try_into().map_err(fail)?;
-    Ok(first().into_iter().chain(rules).collect())
+    let mut program = first(&by_number(&allowed)?);
+    program.extend(rules);
+    Ok(program)
 }
 
-/// What comes before the rules. ioctl, which runs the guest, is answered at once: the
-/// rules go by number, and every exit to userland would pay for those before it.
-/// clone3's flags are behind a pointer, where no filter can look: it is told to be
-/// unknown, and the C library takes clone.
-fn first() -> [sock_filter; 10] {
-    // Classic BPF on struct seccomp_data: nr at 0, arch at 4, args[1] at 24.
-    let instruction = |code: u32, jt, jf, k| sock_filter {
+/// Classic BPF on struct seccomp_data: nr at 0, arch at 4, args[1] at 24.
+const fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
+    sock_filter {
         code: code as u16,
         jt,
         jf,
         k,
-    };
-    let load = |at| instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, at);
-    // Skips so many instructions if equal, or if not.
-    let equal = |k, yes, no| instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, yes, no, k);
-    let answer = |k| instruction(libc::BPF_RET | libc::BPF_K, 0, 0, k);
-    [
+    }
+}
+
+const fn load(at: u32) -> sock_filter {
+    instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, at)
+}
+
+/// Skips so many instructions if equal, or if not.
+const fn equal(k: u32, yes: u8, no: u8) -> sock_filter {
+    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, yes, no, k)
+}
+
+/// Skips so many instructions if not below.
+const fn at_least(k: u32, yes: u8) -> sock_filter {
+    instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, yes, 0, k)
+}
+
+/// Skips so many instructions.
+const fn skip(k: usize) -> sock_filter {
+    instruction(libc::BPF_JMP | libc::BPF_JA, 0, 0, k as u32)
+}
+
+const fn answer(k: u32) -> sock_filter {
+    instruction(libc::BPF_RET | libc::BPF_K, 0, 0, k)
+}
+
+/// What comes before the rules, which look at arguments. lseek and ioctl, which run
+/// the guest, are answered at once, then the calls of which the number is enough:
+/// `numbers` has [`by_number`]'s instructions. (From Linux 5.11 on the kernel finds
+/// out beforehand which these are, by executing the filter in its mind for every
+/// number there is, and does not execute it for them at all: a short way through it
+/// is for the sake of that, too.)
+/// clone3's flags are behind a pointer, where no filter can look: it is told to be
+/// unknown, and the C library takes clone.
+fn first(numbers: &[sock_filter]) -> BpfProgram {
+    let mut program = vec![
         load(4),
         // Calls of other kinds are the rules' to refuse.
-        equal(AUDIT_ARCH_X86_64, 0, 8),
+        equal(AUDIT_ARCH_X86_64, 1, 0),
+        skip(numbers.len() + 10),
         load(0),
+        equal(libc::SYS_lseek as u32, 6, 0),
         equal(libc::SYS_ioctl as u32, 2, 0),
-        equal(libc::SYS_clone3 as u32, 0, 5),
+        equal(libc::SYS_clone3 as u32, 0, 6),
         answer(libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32),
         // On any open file, but not to type into the terminal that we run on.
         load(24),
         equal(TIOCSTI, 2, 0),
         equal(TIOCLINUX, 1, 0),
         answer(libc::SECCOMP_RET_ALLOW),
-    ]
+        skip(numbers.len()),
+    ];
+    program.extend_from_slice(numbers);
+    program
+}
+
+/// Instructions that allow the call whose number is loaded if it is one of these, by
+/// binary search, and go on behind themselves if not.
+fn by_number(allowed: &[c_long]) -> Result<BpfProgram, Error> {
+    let set: BTreeSet<u32> = allowed.iter().map(|c| *c as u32).collect();
+    // Where the answer changes: at the first number of each run, and behind its last.
+    let mut edges = Vec::new();
+    for &n in &set {
+        if edges.last() == Some(&n) {
+            edges.pop();
+        } else {
+            edges.push(n);
+        }
+        edges.push(n + 1);
+    }
+    let mut program = Vec::new();
+    search(&edges, false, &mut program)?;
+    let len = program.len();
+    for (at, i) in program.iter_mut().enumerate() {
+        if *i == skip(0) {
+            *i = skip(len - at - 1);
+        }
+    }
+    Ok(program)
+}
+
+/// Appends the search among `edges`; below the first of them the answer is
+/// `allowed`. A `skip(0)` stands for the way out.
+fn search(edges: &[u32], allowed: bool, program: &mut BpfProgram) -> Result<(), Error> {
+    let middle = edges.len() / 2;
+    let (below, above) = edges.split_at(middle);
+    let Some((edge, above)) = above.split_first() else {
+        program.push(if allowed {
+            answer(libc::SECCOMP_RET_ALLOW)
+        } else {
+            skip(0)
+        });
+        return Ok(());
+    };
+    let at = program.len();
+    program.push(at_least(*edge, 0));
+    search(below, allowed, program)?;
+    let left = program.len() - at - 1;
+    // Far from it: the calls are a few dozen runs of numbers.
+    let left = u8::try_from(left).map_err(|_| fail("too many system calls"))?;
+    program[at] = at_least(*edge, left);
+    search(above, allowed ^ (middle % 2 == 0), program)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether the program allows a call, and if not, whether it fell off its end.
+    fn run(program: &[sock_filter], number: u32) -> bool {
+        let mut at = 0;
+        while let Some(i) = program.get(at) {
+            at += 1;
+            match u32::from(i.code) {
+                c if c == libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K => {
+                    at += usize::from(if number >= i.k { i.jt } else { i.jf });
+                }
+                c if c == libc::BPF_JMP | libc::BPF_JA => at += i.k as usize,
+                c if c == libc::BPF_RET | libc::BPF_K => {
+                    assert_eq!(i.k, libc::SECCOMP_RET_ALLOW);
+                    return true;
+                }
+                other => panic!("instruction {other:#x}"),
+            }
+        }
+        assert_eq!(at, program.len(), "out of the program");
+        false
+    }
+
+    #[test]
+    fn numbers_are_found_by_halves() {
+        let everything: Vec<c_long> =
+            [calls::ALWAYS, calls::READ, calls::WRITE, calls::SOCKETS].concat();
+        for allowed in [calls::ALWAYS, &everything, &[], &[0], &[7, 8, 9]] {
+            let program = by_number(allowed).unwrap();
+            for n in (0..600).chain([u32::MAX]) {
+                let wanted = allowed.contains(&c_long::from(n));
+                assert_eq!(run(&program, n), wanted, "call {n} of {}", allowed.len());
+            }
+        }
+    }
 }
