@@ -93,7 +93,7 @@ vmm_host_set_vmxe(int on)
 		load_cr4(rcr4() & ~CR4_VMXE);
 }
 
-void
+int
 vmm_host_guest_begin(void)
 {
 	struct thread *td = curthread;
@@ -110,10 +110,11 @@ vmm_host_guest_begin(void)
 		fpuexit(td);
 	disable_intr();
 	clts();
+	return (0);
 }
 
 void
-vmm_host_guest_end(void)
+vmm_host_guest_end(int fpu_live __unused)
 {
 	struct thread *td = curthread;
 
@@ -135,7 +136,7 @@ vmm_host_guest_end(void)
 		critical_exit_preempt();
 }
 
-void
+int
 vmm_host_irq_window(void)
 {
 	struct thread *td = curthread;
@@ -150,4 +151,5 @@ vmm_host_irq_window(void)
 	 */
 	if (__predict_false(td->td_owepreempt))
 		VMM_AST_SET_SCHED(td);
+	return (0);
 }

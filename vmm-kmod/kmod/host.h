@@ -29,6 +29,7 @@ struct vmm_host_info {
 	uint32_t fill_rsb;        /* fill the return-stack buffer after VM exits */
 	uint32_t thread_tss;      /* threads may have a TSS of their own */
 	uint32_t events;          /* vmm_host_event_get() is of use */
+	uint32_t run_by_seek;     /* lseek() of a VM's node calls vmm_rust_vm_run() */
 	uint32_t no_halt_detection; /* all CPUs in HLT, interrupts off, is no end */
 };
 
@@ -81,13 +82,15 @@ unsigned long vmm_host_irq_save(void);
 void vmm_host_irq_restore(unsigned long flags);
 
 /*
- * guest_begin: no preemption, host FPU state saved, interrupts off;
- * guest_end undoes it. irq_window: takes pending interrupts between two VM
- * entries, preemption still off.
+ * guest_begin: interrupts off. 0: the host's FPU state is saved. Else the FPU
+ * registers hold the calling thread's, and are to hold it again at guest_end, which
+ * undoes guest_begin and is told what it said. irq_window: takes pending interrupts
+ * between two VM entries, no preemption and no other use of the FPU; non-zero: the
+ * host has more to do, after guest_end.
  */
-void vmm_host_guest_begin(void);
-void vmm_host_guest_end(void);
-void vmm_host_irq_window(void);
+int vmm_host_guest_begin(void);
+void vmm_host_guest_end(int fpu_live);
+int vmm_host_irq_window(void);
 
 /* ---- threads, time ---------------------------------------------------- */
 /* Flags of the calling thread, volatile; see vmm_host_info.thread_flags. */
@@ -184,6 +187,10 @@ int vmm_rust_ppt_busy(void *device);
 /* From this offset on a VM's node has pages that are no guest memory; they are
  * mapped by vmm_rust_vm_mmap_ok and vmm_rust_vm_page. */
 #define VMM_EXT_PAGES	(1ULL << 52)
+/* Offsets from there that tell a run page and flags, and what vmm_rust_vm_run()
+ * takes for them. */
+#define VMM_RUN_OFFSETS	0xffffff0ffULL
+#define VMM_RUN_ARG(at)	((uint32_t)((at) >> 12 | (at) << 24))
 /* The one segment behind [off, off+len), and where in it that starts; it lives
  * as long as the VM. For a host that maps segments as a whole. */
 int vmm_rust_vm_segment(void *vm, int segid, uint64_t off, uint64_t len,

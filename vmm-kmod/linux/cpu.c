@@ -1,8 +1,11 @@
 /* CPUs: cross calls, kicks, and the window in which a guest runs. */
 #include <linux/irqflags.h>
 #include <linux/preempt.h>
+#include <linux/bottom_half.h>
+#include <linux/interrupt.h>
 #include <linux/smp.h>
 #include <linux/sched.h>
+#include <linux/version.h>
 #include <asm/desc.h>
 #include <asm/fpu/api.h>
 #include <asm/tlbflush.h>
@@ -51,27 +54,74 @@ void vmm_host_set_vmxe(int on)
 		cr4_clear_bits_irqsoff(X86_CR4_VMXE);
 }
 
-void vmm_host_guest_begin(void)
+/*
+ * Nobody but this thread uses the FPU between two stays with interrupts off if
+ * softirqs are off as well: that is fpregs_lock(), which irq_fpu_usable() respects
+ * in hard interrupts from 5.19 on, but with PREEMPT_RT.
+ */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 19, 0) && !defined(CONFIG_PREEMPT_RT)
+#define FPU_BY_CALLER 1
+#else
+#define FPU_BY_CALLER 0
+#endif
+
+int vmm_host_guest_begin(void)
 {
-	/* Disables preemption as well. The registers get the guest's values
-	 * next: no part of them needs to be put in order. */
+	local_irq_disable();
+	/* The registers are this thread's own: the caller switches them. */
+	if (FPU_BY_CALLER && likely(!test_thread_flag(TIF_NEED_FPU_LOAD)))
+		return 1;
+	/* They are nobody's, but the kernel may believe that they still hold what
+	 * some thread saved: it has to be told. Disables preemption as well. No
+	 * part of them needs to be put in order. */
+	local_irq_enable();
 	kernel_fpu_begin_mask(0);
 	local_irq_disable();
+	return 0;
 }
 
-void vmm_host_guest_end(void)
+/* Out of the way of guest_end, which every exit to userland goes through. */
+static noinline void reload_tss(void)
+{
+	invalidate_tss_limit();
+}
+
+static noinline void run_softirqs(void)
+{
+	local_bh_disable();
+	local_bh_enable();
+}
+
+void vmm_host_guest_end(int fpu_live)
 {
 	/* A VM exit leaves TR's limit at 67H, short of the I/O bitmap
 	 * (SDM Vol. 3C 27.5.2). */
-	invalidate_tss_limit();
+	this_cpu_write(__tss_limit_invalid, true);
+	if (unlikely(test_thread_flag(TIF_IO_BITMAP)))
+		reload_tss();
 	local_irq_enable();
-	kernel_fpu_end();
+	if (unlikely(!fpu_live))
+		kernel_fpu_end();
+	/* Those that irq_window left. */
+	if (FPU_BY_CALLER && unlikely(local_softirq_pending()))
+		run_softirqs();
 }
 
-void vmm_host_irq_window(void)
+int vmm_host_irq_window(void)
 {
+#if FPU_BY_CALLER
+	/* No preemption, and no softirqs, which may use the FPU. */
+	local_bh_disable();
+#endif
 	local_irq_enable();
 	/* STI takes effect after the next instruction. */
 	asm volatile("nop");
 	local_irq_disable();
+#if FPU_BY_CALLER
+	/* Does not run them. */
+	_local_bh_enable();
+	return local_softirq_pending() != 0;
+#else
+	return 0;
+#endif
 }

@@ -119,6 +119,24 @@ static long vmmdev_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 	return error;
 }
 
+/*
+ * SEEK_DATA from a vCPU's run page on goes to its next exit: VMM_REQ_RUN without
+ * what every ioctl costs before it gets here (security modules look at each).
+ */
+static loff_t vmmdev_llseek(struct file *file, loff_t offset, int whence)
+{
+	struct open_vm *open = file->private_data;
+	uint64_t at = (uint64_t)offset - VMM_EXT_PAGES;
+
+	if (unlikely((at & ~VMM_RUN_OFFSETS) != 0 || whence != SEEK_DATA ||
+	    open->segid >= 0)) {
+		if (whence == SEEK_DATA || whence == SEEK_HOLE)
+			return -EINVAL;
+		return noop_llseek(file, offset, whence);
+	}
+	return -vmm_rust_vm_run(open->vm, VMM_RUN_ARG(at));
+}
+
 static vm_fault_t vmmdev_fault(struct vm_fault *vmf)
 {
 	struct open_vm *open = vmf->vma->vm_file->private_data;
@@ -165,7 +183,7 @@ static const struct file_operations vmmdev_fops = {
 	.release = vmmdev_release,
 	.unlocked_ioctl = vmmdev_ioctl,
 	.mmap = vmmdev_mmap,
-	.llseek = noop_llseek,
+	.llseek = vmmdev_llseek,
 };
 
 static long ctl_ioctl(struct file *file, unsigned int cmd, unsigned long arg)

@@ -80,6 +80,7 @@ static int __init vmm_init(void)
 		.account = account,
 		.use_apic_vid = use_apic_vid,
 		.events = 1,
+		.run_by_seek = 1,
 		.fill_rsb = boot_cpu_has(X86_FEATURE_RSB_VMEXIT) ||
 		    boot_cpu_has(X86_FEATURE_RSB_VMEXIT_LITE),
 		/* What this kernel does not trust, guests should not either. */

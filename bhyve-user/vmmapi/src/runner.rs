@@ -10,8 +10,8 @@ use std::mem::offset_of;
 use std::sync::atomic::Ordering;
 use vmm_abi::exit::Inout;
 use vmm_abi::layout::{
-    EXT_F_RUN_PAGE, EXT_RUN_MSI, EXT_RUN_MSIS, EXT_RUN_PAGES, EXT_RUN_RAX, EXT_RUN_SHIFT,
-    VmExtRunPage,
+    EXT_F_RUN_PAGE, EXT_F_RUN_SEEK, EXT_RUN_MSI, EXT_RUN_MSIS, EXT_RUN_PAGES, EXT_RUN_RAX,
+    EXT_RUN_SHIFT, VmExtRunPage,
 };
 use vmm_abi::raw_exit::{InoutRaw, VmExitRaw};
 use vmm_abi::request::VM_EXT_RUN_PAGE;
@@ -49,7 +49,7 @@ impl RunPage {
                 put(at + 8, data);
             }
         });
-        EXT_RUN_MSI << EXT_RUN_SHIFT
+        EXT_RUN_MSI
     }
 
     fn exit(&self) -> VmExitRaw {
@@ -120,6 +120,8 @@ enum Last {
 pub struct Runner<'a> {
     vcpu: &'a Vcpu,
     page: Option<RunPage>,
+    /// Where the run page is in the VM's device, if a seek there runs the vCPU.
+    seek: Option<u64>,
     last: Last,
 }
 
@@ -131,8 +133,8 @@ impl<'a> Runner<'a> {
     pub fn new(vcpu: &'a Vcpu) -> Result<Runner<'a>> {
         let vm = vcpu.vm();
         let small = vcpu.id() >> EXT_RUN_SHIFT == 0;
+        let offset = EXT_RUN_PAGES + u64::from(vcpu.id()) * Page::SIZE as u64;
         let page = if small && vcpu.vm().has(EXT_F_RUN_PAGE) {
-            let offset = EXT_RUN_PAGES + u64::from(vcpu.id()) * Page::SIZE as u64;
             let page = Page::map(vcpu.vm().fd(), offset).map_err(|e| Error::Map {
                 vm: vcpu.vm().name().into(),
                 gpa: offset,
@@ -148,6 +150,7 @@ impl<'a> Runner<'a> {
         }
         Ok(Runner {
             vcpu,
+            seek: (page.is_some() && vm.has(EXT_F_RUN_SEEK)).then_some(offset),
             page,
             last: Last::Exit(Box::new(bogus())),
         })
@@ -162,17 +165,24 @@ impl<'a> Runner<'a> {
         let Some(page) = &self.page else {
             return self.run_copied(rax);
         };
-        let mut arg = self.vcpu.id();
+        let mut flags = 0;
         if let Some(rax) = rax {
             page.set_rax(rax);
-            arg |= EXT_RUN_RAX << EXT_RUN_SHIFT;
+            flags |= EXT_RUN_RAX;
         }
         if WAITING.with(|w| w.count.get() != 0) {
-            arg |= page.put_msis();
+            flags |= page.put_msis();
         }
-        match sys::ioctl_int(self.vcpu.vm().fd(), VM_EXT_RUN_PAGE, arg as i32) {
-            Ok(()) => {}
-            Err(e) => return self.stopped(e),
+        let fd = self.vcpu.vm().fd();
+        let done = match self.seek {
+            Some(at) => sys::seek_data(fd, at | u64::from(flags)),
+            None => {
+                let arg = self.vcpu.id() | flags << EXT_RUN_SHIFT;
+                sys::ioctl_int(fd, VM_EXT_RUN_PAGE, arg as i32)
+            }
+        };
+        if let Err(e) = done {
+            return self.stopped(e);
         }
         let code = page.word(offset_of!(VmExitRaw, exitcode)) as u32;
         if code == ExitCode::Inout.raw() {

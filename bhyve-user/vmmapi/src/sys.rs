@@ -56,6 +56,18 @@ pub(crate) fn ioctl_int(fd: BorrowedFd<'_>, request: u32, arg: i32) -> io::Resul
     }
 }
 
+/// lseek(2) with SEEK_DATA.
+#[inline]
+pub(crate) fn seek_data(fd: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
+    // SAFETY: takes numbers only.
+    let r = unsafe { libc::lseek(fd.as_raw_fd(), offset as libc::off_t, libc::SEEK_DATA) };
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
 /// A page of the kernel's that both sides write to.
 #[derive(Debug)]
 pub(crate) struct Page(NonNull<u8>);

@@ -783,6 +783,11 @@ pub const EXT_F_RUN_PAGE: u32 = 4;
 pub const EXT_F_OUT_RING: u32 = 8;
 /// `VmExtVersion::features`: `VM_EXT_DOORBELL` is there.
 pub const EXT_F_DOORBELL: u32 = 16;
+/// `VmExtVersion::features`: lseek(2) with SEEK_DATA from a run page's place does
+/// what `VM_EXT_RUN_PAGE` does: goes on to the vCPU's next exit. The flags
+/// (`EXT_RUN_*`) are the offset in the page; the result is 0. For hosts where that
+/// system call costs less than ioctl(2).
+pub const EXT_F_RUN_SEEK: u32 = 32;
 /// `VmExtVersion::features`: `VM_EXT_RELEASE` is there.
 pub const EXT_F_RELEASE: u32 = 0x100;
 /// `VmExtVersion::features`: the paravirtual interface and `VM_EXT_PV` are there.

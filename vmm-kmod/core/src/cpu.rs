@@ -212,21 +212,85 @@ bitflags! {
 }
 
 /// An IN, OUT, INS or OUTS that left the guest.
+///
+/// What most exits are: so it stays in the word in which VT-x tells it
+/// (SDM Vol. 3C table 27-5) until somebody asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IoExit {
-    /// Port number.
-    pub port: u16,
-    /// Operand size: 1, 2 or 4 bytes.
-    pub size: u8,
-    /// True for IN and INS.
-    pub input: bool,
-    /// True for INS and OUTS.
-    pub string: bool,
-    /// True with a REP prefix.
-    pub rep: bool,
+    word: u32,
     /// For INS and OUTS, what the CPU itself says of them; `None` where it
     /// says nothing and the instruction must be decoded.
     pub string_info: Option<IoString>,
+}
+
+impl IoExit {
+    const INPUT: u32 = 1 << 3;
+    const STRING: u32 = 1 << 4;
+    const REP: u32 = 1 << 5;
+
+    /// IN or OUT of 1, 2 or 4 bytes.
+    #[inline(always)]
+    pub const fn new(port: u16, size: u8, input: bool) -> IoExit {
+        let input = if input { Self::INPUT } else { 0 };
+        IoExit {
+            word: (port as u32) << 16 | input | size as u32 - 1,
+            string_info: None,
+        }
+    }
+
+    /// From an exit qualification of VT-x.
+    #[inline(always)]
+    pub const fn from_qualification(q: u64) -> IoExit {
+        IoExit {
+            word: q as u32 & 0xffff_003f,
+            string_info: None,
+        }
+    }
+
+    /// Made an INS or OUTS.
+    pub const fn string_of(self, rep: bool, info: Option<IoString>) -> IoExit {
+        let rep = if rep { Self::REP } else { 0 };
+        IoExit {
+            word: self.word & !Self::REP | Self::STRING | rep,
+            string_info: info,
+        }
+    }
+
+    /// Bits 31 to 16: port. 5: REP. 4: string. 3: input. 2 to 0: size less 1.
+    #[inline(always)]
+    pub const fn word(&self) -> u32 {
+        self.word
+    }
+
+    /// Port number.
+    #[inline(always)]
+    pub const fn port(&self) -> u16 {
+        (self.word >> 16) as u16
+    }
+
+    /// Operand size: 1, 2 or 4 bytes.
+    #[inline(always)]
+    pub const fn size(&self) -> u8 {
+        (self.word & 7) as u8 + 1
+    }
+
+    /// True for IN and INS.
+    #[inline(always)]
+    pub const fn input(&self) -> bool {
+        self.word & Self::INPUT != 0
+    }
+
+    /// True for INS and OUTS.
+    #[inline(always)]
+    pub const fn string(&self) -> bool {
+        self.word & Self::STRING != 0
+    }
+
+    /// True with a REP prefix.
+    #[inline(always)]
+    pub const fn rep(&self) -> bool {
+        self.word & Self::REP != 0
+    }
 }
 
 /// Address size and segment of INS or OUTS (SDM Vol. 3C §27.2.5,

@@ -203,12 +203,14 @@ pub trait RunCpu: VirtualCpu + Sized {
     /// is. Otherwise [`RunCpu::wants_instruction`] is to be asked.
     const DESCRIBES_EXITS: bool;
 
-    /// Makes this vCPU's state the CPU's.
+    /// Makes this vCPU's state the CPU's, and says which that is. With `fpu_live` the FPU's registers hold
+    /// the calling thread's state, which `unload` puts back.
     ///
     /// # Safety
-    /// Interrupts off; preemption off until `unload`; the host's FPU state is
-    /// saved and CR0.TS clear; nobody else runs this vCPU.
-    unsafe fn load(&mut self) -> Result<(), Error>;
+    /// Interrupts off; no preemption and no other use of the FPU until `unload`;
+    /// the host's FPU state is saved, unless `fpu_live`; CR0.TS is clear; nobody
+    /// else runs this vCPU.
+    unsafe fn load(&mut self, fpu_live: bool) -> Result<u32, Error>;
     /// Puts the host's state back.
     ///
     /// # Safety

@@ -8,15 +8,49 @@ use crate::page::Pages;
 use core::arch::asm;
 use vmm_core::host::Host;
 
-/// The save area and XCR0.
+/// The save areas and XCR0.
 pub struct Fpu<H: Host> {
     area: Pages<H>,
+    /// For the thread that runs the vCPU, where the host leaves that to us.
+    thread: Pages<H>,
+    /// `thread` is to be loaded by `save`.
+    thread_live: bool,
     /// The guest's XCR0.
     xcr0: u64,
     /// The host's, which is the same at all times and read on each new CPU.
     host_xcr0: u64,
-    /// Components that are switched; 0 without XSAVE.
-    mask: u64,
+    /// Components that are switched, of which there is none above 31; 0 without
+    /// XSAVE. The guest cannot reach others: they stay the thread's.
+    mask: u32,
+}
+
+/// # Safety
+/// CPL 0, CR0.TS clear; the area is 64-byte aligned and large enough for the
+/// components in `mask`.
+#[inline(always)]
+unsafe fn store(area: *mut u8, mask: u32) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        if mask == 0 {
+            asm!("fxsave64 [{}]", in(reg) area, options(nostack));
+        } else {
+            asm!("xsave64 [{}]", in(reg) area, in("eax") mask, in("edx") 0, options(nostack));
+        }
+    }
+}
+
+/// # Safety
+/// As [`store`], and the area holds what that or `power_on` wrote.
+#[inline(always)]
+unsafe fn restore(area: *const u8, mask: u32) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        if mask == 0 {
+            asm!("fxrstor64 [{}]", in(reg) area, options(nostack));
+        } else {
+            asm!("xrstor64 [{}]", in(reg) area, in("eax") mask, in("edx") 0, options(nostack));
+        }
+    }
 }
 
 /// Whether `new` is a value that XSETBV takes for XCR0, given the components
@@ -47,12 +81,14 @@ impl<H: Host> Fpu<H> {
     /// State as after power-on (SDM Vol. 3A table 9-1), with the components
     /// in `mask`; 0 for a CPU or host without XSAVE.
     pub fn new(mask: u64) -> Result<Self, Error> {
-        let area = Pages::for_bytes(area_size(mask, instr::cpuid))?;
+        let size = area_size(mask, instr::cpuid);
         let mut fpu = Fpu {
-            area,
+            area: Pages::for_bytes(size)?,
+            thread: Pages::for_bytes(size)?,
+            thread_live: false,
             xcr0: 1,
             host_xcr0: 0,
-            mask,
+            mask: mask as u32,
         };
         fpu.power_on();
         Ok(fpu)
@@ -88,7 +124,7 @@ impl<H: Host> Fpu<H> {
     /// Takes over what the guest has made of XCR0 without an exit. The CPU has
     /// checked it; what the host does not switch stays off.
     pub(crate) fn take_xcr0(&mut self) {
-        self.xcr0 = self.loaded_xcr0() & (self.mask | 1);
+        self.xcr0 = self.loaded_xcr0() & (u64::from(self.mask) | 1);
     }
 
     pub(crate) fn set_xcr0(&mut self, value: u64, loaded: bool) {
@@ -100,21 +136,25 @@ impl<H: Host> Fpu<H> {
         }
     }
 
-    /// Loads the guest's state.
+    /// Loads the guest's state; with `thread_live` the registers hold the calling
+    /// thread's, which is put by.
     ///
     /// # Safety
-    /// CPL 0, preemption off, the host's FPU state is saved and CR0.TS clear.
-    pub(crate) unsafe fn load(&mut self, new_cpu: bool) {
-        let p = self.area.as_ptr();
-        // SAFETY: the area is 64-byte aligned (a page), large enough for the
-        // components in `mask`, and holds what `power_on` or XSAVE wrote.
+    /// CPL 0, no preemption and nobody else who uses the FPU until [`Fpu::save`];
+    /// CR0.TS clear. Without `thread_live` nobody misses what the registers hold.
+    #[inline(always)]
+    pub(crate) unsafe fn load(&mut self, new_cpu: bool, thread_live: bool) {
+        self.thread_live = thread_live;
+        // SAFETY: the areas are 64-byte aligned (pages), large enough for the
+        // components in `mask`, and hold what `power_on` or XSAVE wrote.
         unsafe {
+            if thread_live {
+                store(self.thread.as_ptr(), self.mask);
+            }
+            restore(self.area.as_ptr(), self.mask);
             if self.mask == 0 {
-                asm!("fxrstor64 [{}]", in(reg) p, options(nostack));
                 return;
             }
-            asm!("xrstor64 [{}]", in(reg) p, in("eax") self.mask as u32, in("edx") (self.mask >> 32) as u32,
-                 options(nostack));
             if new_cpu {
                 self.host_xcr0 = instr::xgetbv0();
             }
@@ -124,23 +164,22 @@ impl<H: Host> Fpu<H> {
         }
     }
 
-    /// Saves the guest's state and puts the host's XCR0 back.
+    /// Saves the guest's state and puts the host's XCR0 back, and what `load` put
+    /// by.
     ///
     /// # Safety
     /// As [`Fpu::load`], after it.
+    #[inline(always)]
     pub(crate) unsafe fn save(&mut self) {
-        let p = self.area.as_ptr();
         // SAFETY: as in `load`.
         unsafe {
-            if self.mask == 0 {
-                asm!("fxsave64 [{}]", in(reg) p, options(nostack));
-                return;
-            }
-            if self.xcr0 != self.host_xcr0 {
+            if self.mask != 0 && self.xcr0 != self.host_xcr0 {
                 instr::xsetbv0(self.host_xcr0);
             }
-            asm!("xsave64 [{}]", in(reg) p, in("eax") self.mask as u32, in("edx") (self.mask >> 32) as u32,
-                 options(nostack));
+            store(self.area.as_ptr(), self.mask);
+            if self.thread_live {
+                restore(self.thread.as_ptr(), self.mask);
+            }
         }
     }
 }

@@ -73,8 +73,11 @@ impl Doorbells {
     /// Rings, if that is what an OUT does.
     #[inline]
     pub fn ring(&self, port: u16, size: u8, value: u32) -> bool {
+        if size != SIZE {
+            return false;
+        }
         let range = self.range.load(Ordering::Acquire);
-        if size != SIZE || port < range as u16 || u32::from(port) > range >> 16 {
+        if port < range as u16 || u32::from(port) > range >> 16 {
             return false;
         }
         self.find(port, value as u16)

@@ -3,7 +3,7 @@
 
 mod rare;
 
-use vmm_abi::exit::{Exit as UserExit, Inout, VmExit};
+use vmm_abi::exit::{Exit as UserExit, VmExit};
 use vmm_abi::raw_exit::VmExitRaw;
 use vmm_core::chipset::Chipset;
 use vmm_core::cpu::{Event, Exit, Gpr, IoExit, RFLAGS_IF, Reg};
@@ -18,7 +18,7 @@ use vmm_hw::msr;
 use crate::emulate::{Fault, apply};
 use crate::os;
 use crate::regs;
-use crate::run::{Runner, Todo};
+use crate::run::{Later, Runner, Todo};
 use crate::vm::Sink;
 
 const CR4_OSXSAVE: u64 = 1 << 18;
@@ -58,12 +58,12 @@ impl<C: RunCpu> Runner<'_, C> {
                 if !during_walk && let Some(done) = self.device_at_once(gpa, gla) {
                     return done;
                 }
-                Some(Todo::Fault(Fault {
+                Some(self.later(Later::Fault(Fault {
                     gpa,
                     gla,
                     access,
                     during_walk,
-                }))
+                })))
             }
             Exit::ApicWrite { offset } => self.apic_write(offset),
             Exit::ApicAccess { offset, .. } => {
@@ -72,7 +72,7 @@ impl<C: RunCpu> Runner<'_, C> {
                 if let Some(done) = self.device_at_once(gpa, None) {
                     return done;
                 }
-                Some(Todo::ApicAccess { gpa })
+                Some(self.later(Later::ApicAccess { gpa }))
             }
             Exit::VirtualEoi { vector } => {
                 self.vcpu.stats.inc(Stat::VirtualEoi);
@@ -85,10 +85,14 @@ impl<C: RunCpu> Runner<'_, C> {
 
     /// Lets the host's interrupts in.
     #[inline]
-    fn host_interrupts(&mut self) {
-        // SAFETY: the guest is not running; its state is in the VMCS and in
-        // our save area.
-        unsafe { crate::ffi::vmm_host_irq_window() };
+    pub fn host_interrupts(&mut self) {
+        // SAFETY: the guest is not running; its state is in the VMCS, in the
+        // FPU, which nobody uses meanwhile, and in our save area.
+        let more = unsafe { crate::ffi::vmm_host_irq_window() };
+        if more != 0 {
+            self.host_work = true;
+            self.inner.attention = true;
+        }
     }
 
     /// Moves behind the instruction that was done.
@@ -260,7 +264,10 @@ impl<C: RunCpu> Runner<'_, C> {
         self.inner.tsc_adjust = self.inner.tsc_adjust.wrapping_add(delta);
         self.inner.apply_tsc(self.vm);
         self.finish();
-        self.pv_clock_used().then_some(Todo::PvClock)
+        if self.pv_clock_used() {
+            return Some(self.later(Later::PvClock));
+        }
+        None
     }
 
     /// Does what a register write of the local APIC asks for.
@@ -271,9 +278,9 @@ impl<C: RunCpu> Runner<'_, C> {
                 let mode = self.inner.lapic_mode();
                 self.inner.hw.set_apic_mode(mode);
                 self.inner.attention = true;
-                Some(Todo::ApicMode {
+                Some(self.later(Later::ApicMode {
                     virtualized: mode == ApicMode::XApic,
-                })
+                }))
             }
             other => apply(self.vm, other).then_some(Todo::Spinup),
         }
@@ -290,32 +297,32 @@ impl<C: RunCpu> Runner<'_, C> {
     fn io(&mut self, io: IoExit) -> Option<Todo> {
         self.vcpu.stats.inc(Stat::Inout);
         let len = self.inner.hw.inst_len();
-        if io.string {
+        if io.string() {
             return Some(self.io_string(io, len));
         }
         let rax = self.inner.hw.gpr(Gpr::Rax);
         // A guest's clock, perhaps: before anything else, and without a lock.
-        if io.port == pmtmr::PORT && io.input && io.size == 4 {
+        if io.word() == const { IoExit::new(pmtmr::PORT, 4, true).word() } {
             let value = self.vm.pm_timer.read(os::rdtsc());
             self.inner.hw.set_gpr(Gpr::Rax, u64::from(value));
             self.finish();
             return None;
         }
-        if Chipset::claims_port(io.port) {
-            let mask = if io.size >= 4 {
+        if Chipset::claims_port(io.port()) {
+            let mask = if io.size() >= 4 {
                 u32::MAX
             } else {
-                (1 << (8 * io.size)) - 1
+                (1 << (8 * io.size())) - 1
             };
-            if io.input {
-                let value = if Chipset::is_counter_port(io.port, io.size) {
+            if io.input() {
+                let value = if Chipset::is_counter_port(io.port(), io.size()) {
                     self.vm
-                        .look_at_chipset(|c, now, sink| c.io_read(io.port, io.size, now, sink))
+                        .look_at_chipset(|c, now, sink| c.io_read(io.port(), io.size(), now, sink))
                 } else {
                     self.vm
-                        .with_chipset(|c, now, sink| c.io_read(io.port, io.size, now, sink))
+                        .with_chipset(|c, now, sink| c.io_read(io.port(), io.size(), now, sink))
                 } & mask;
-                let rax = match io.size {
+                let rax = match io.size() {
                     4 => u64::from(value),
                     _ => rax & !u64::from(mask) | u64::from(value),
                 };
@@ -323,9 +330,9 @@ impl<C: RunCpu> Runner<'_, C> {
             } else {
                 let value = rax as u32 & mask;
                 let write = |c: &mut Chipset, now, sink: &mut Sink<'_>| {
-                    c.io_write(io.port, io.size, value, now, sink);
+                    c.io_write(io.port(), io.size(), value, now, sink);
                 };
-                if Chipset::is_latch(io.port, io.size, value) {
+                if Chipset::is_latch(io.port(), io.size(), value) {
                     self.vm.look_at_chipset(write);
                 } else {
                     self.vm.with_chipset(write);
@@ -334,20 +341,20 @@ impl<C: RunCpu> Runner<'_, C> {
             self.finish();
             return None;
         }
-        if io.size == 1 {
-            if !io.input {
-                if self.vm.out_rings.push(io.port, rax as u8) {
+        if io.size() == 1 {
+            if !io.input() {
+                if self.vm.out_rings.push(io.port(), rax as u8) {
                     self.finish();
                     return None;
                 }
-            } else if let Some(value) = self.vm.constant_ports.get(io.port) {
+            } else if let Some(value) = self.vm.constant_ports.get(io.port()) {
                 let rax = rax & !0xff | u64::from(value);
                 self.inner.hw.set_gpr(Gpr::Rax, rax);
                 self.finish();
                 return None;
             }
         }
-        if !io.input && self.vm.doorbells.ring(io.port, io.size, rax as u32) {
+        if !io.input() && self.vm.doorbells.ring(io.port(), io.size(), rax as u32) {
             self.finish();
             return None;
         }
@@ -358,15 +365,6 @@ impl<C: RunCpu> Runner<'_, C> {
     /// by far the most frequent exit, without the enum on the way.
     fn inout_exit(&mut self, io: &IoExit, len: u8, eax: u32) -> Todo {
         let rip = self.inner.hw.reg(Reg::Rip);
-        let inout = Inout {
-            port: io.port,
-            bytes: io.size,
-            input: io.input,
-            string: false,
-            rep: false,
-            eax,
-        }
-        .to_raw();
         let code = vmm_abi::ExitCode::Inout.raw();
         let exit = &mut self.inner.exit;
         if exit.exitcode != code {
@@ -376,7 +374,8 @@ impl<C: RunCpu> Runner<'_, C> {
         }
         exit.inst_length = i32::from(len);
         exit.rip = rip;
-        let raw = u64::from(inout.flags) | u64::from(inout.port) << 16 | u64::from(inout.eax) << 32;
+        // `InoutRaw` is the same word, but for the size, which is itself there.
+        let raw = u64::from(io.word() + 1) | u64::from(eax) << 32;
         if let Some(payload) = exit.u.first_chunk_mut::<8>() {
             *payload = raw.to_le_bytes();
         }

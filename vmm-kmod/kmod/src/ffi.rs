@@ -17,6 +17,7 @@ pub struct HostInfo {
     pub fill_rsb: u32,
     pub thread_tss: u32,
     pub events: u32,
+    pub run_by_seek: u32,
     pub no_halt_detection: u32,
 }
 
@@ -64,9 +65,9 @@ unsafe extern "C" {
     pub fn vmm_host_set_vmxe(on: c_int);
     pub fn vmm_host_irq_save() -> c_ulong;
     pub fn vmm_host_irq_restore(flags: c_ulong);
-    pub fn vmm_host_guest_begin();
-    pub fn vmm_host_guest_end();
-    pub fn vmm_host_irq_window();
+    pub fn vmm_host_guest_begin() -> c_int;
+    pub fn vmm_host_guest_end(fpu_live: c_int);
+    pub fn vmm_host_irq_window() -> c_int;
 
     pub fn vmm_host_thread_flags() -> *const c_ulong;
     pub fn vmm_host_yield() -> c_int;

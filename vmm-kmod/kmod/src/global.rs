@@ -30,6 +30,8 @@ pub struct Global {
     pub thread_tss: bool,
     /// The host has events that userland waits for by a descriptor.
     pub events: bool,
+    /// The host's VM nodes take lseek(2) as VM_EXT_RUN_PAGE.
+    pub run_by_seek: bool,
     /// All CPUs in HLT with interrupts off end the VM.
     pub halt_detection: bool,
     /// Microcode revision.

@@ -48,6 +48,11 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
     } else {
         0
     };
+    let seek = if crate::global::get().run_by_seek {
+        EXT_F_RUN_SEEK
+    } else {
+        0
+    };
     *a = VmExtVersion {
         abi_version: EXT_ABI_VERSION,
         features: EXT_F_RUN
@@ -56,19 +61,18 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
             | EXT_F_OUT_RING
             | EXT_F_PV
             | if CAN_RELEASE { EXT_F_RELEASE } else { 0 }
-            | bells,
+            | bells
+            | seek,
     };
     Ok(())
 }
 
 /// VM_EXT_RUN_PAGE.
+#[inline(always)]
 pub fn run_page(vm: &Vm, arg: u32) -> Result<(), i32> {
     let flags = arg >> EXT_RUN_SHIFT;
     if flags & !(EXT_RUN_RAX | EXT_RUN_MSI) != 0 {
         return Err(errno::EINVAL);
-    }
-    if vm.dying() {
-        return Err(errno::ENXIO);
     }
     let id = arg & ((1 << EXT_RUN_SHIFT) - 1);
     let vcpu = vm.vcpu(id as usize).ok_or(errno::EINVAL)?;
@@ -119,7 +123,13 @@ pub fn vm(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
         }
         req::VM_EXT_RUN_PAGE => {
             let a: &mut i32 = arg(data)?;
-            run_page(vm, *a as u32)
+            // SAFETY: the VM is alive.
+            match unsafe {
+                crate::vmm_rust_vm_run(core::ptr::from_ref(vm).cast_mut().cast(), *a as u32)
+            } {
+                0 => Ok(()),
+                error => Err(error),
+            }
         }
         req::VM_EXT_CONSTANT_PORT => {
             let a: &mut VmExtConstantPort = arg(data)?;
@@ -681,6 +691,7 @@ impl Vm {
             for v in self.vcpus() {
                 if stop && self.active.contains(v.id as usize) {
                     self.debug.set(v.id as usize);
+                    self.stop.store(true, Ordering::SeqCst);
                 } else {
                     self.debug.clear(v.id as usize);
                 }
@@ -695,6 +706,7 @@ impl Vm {
         }
         if stop {
             self.debug.set(n);
+            self.stop.store(true, Ordering::SeqCst);
             vcpu.poke();
         } else if !self.debug.clear(n) {
             return Err(errno::EINVAL);

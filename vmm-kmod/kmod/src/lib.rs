@@ -93,6 +93,7 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         fill_rsb: info.fill_rsb != 0,
         thread_tss: info.thread_tss != 0,
         events: info.events != 0,
+        run_by_seek: info.run_by_seek != 0,
         halt_detection: info.no_halt_detection == 0,
         xsave_forms: info.xsave_forms,
         apic_virt: if info.use_apic_vid != 0 {

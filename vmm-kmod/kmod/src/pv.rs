@@ -20,7 +20,7 @@ use crate::emulate::apply;
 use crate::global;
 use crate::memory::{GuestMemory, PROT_READ, PROT_WRITE};
 use crate::os;
-use crate::run::{Runner, Todo};
+use crate::run::{Later, Runner, Todo};
 use crate::vm::Vm;
 
 /// Bit 0 of the guest's word: the end of this interrupt needs no exit.
@@ -109,7 +109,7 @@ impl<C: RunCpu> Runner<'_, C> {
         let rip = self.inner.hw.reg(vmm_core::cpu::Reg::Rip);
         let len = self.inner.hw.inst_len();
         self.inner.next_rip = Some(crate::regs::behind(&self.inner.hw, rip, len));
-        Some(Todo::PvMsr { msr, value })
+        Some(self.later(Later::PvMsr { msr, value }))
     }
 
     /// The same outside the run loop, where memory may be brought in.

@@ -4,7 +4,7 @@
 
 use alloc::boxed::Box;
 use core::ptr;
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use vmm_abi::layout::{
     EXT_OUT_RING_COUNT, OUT_RING_DATA, OUT_RING_HEAD, OUT_RING_LEN, OUT_RING_OPEN, OUT_RING_TAIL,
@@ -71,6 +71,8 @@ unsafe impl Send for Ring {}
 
 /// A VM's rings; each is made when first used and lives as long as the VM.
 pub struct OutRings {
+    /// Bit n: a ring may be for a port that is n modulo 64.
+    perhaps: AtomicU64,
     ports: [AtomicU32; EXT_OUT_RING_COUNT],
     rings: [AtomicPtr<Ring>; EXT_OUT_RING_COUNT],
     writer: Mutex<()>,
@@ -80,6 +82,7 @@ impl OutRings {
     /// No ring is used.
     pub fn new() -> Result<OutRings, NoMemory> {
         Ok(OutRings {
+            perhaps: AtomicU64::new(0),
             ports: [const { AtomicU32::new(0) }; EXT_OUT_RING_COUNT],
             rings: [const { AtomicPtr::new(ptr::null_mut()) }; EXT_OUT_RING_COUNT],
             writer: Mutex::new(())?,
@@ -119,6 +122,7 @@ impl OutRings {
             cell.store(Box::into_raw(ring), Ordering::Release);
         }
         slot.store(key, Ordering::Release);
+        self.perhaps.fetch_or(1 << (port % 64), Ordering::Release);
         Ok(())
     }
 
@@ -130,6 +134,9 @@ impl OutRings {
     /// Takes the byte of an OUT if a ring for the port is open.
     #[inline]
     pub fn push(&self, port: u16, byte: u8) -> bool {
+        if self.perhaps.load(Ordering::Acquire) & 1 << (port % 64) == 0 {
+            return false;
+        }
         let key = ON | u32::from(port);
         let at = self
             .ports
@@ -144,6 +151,7 @@ impl OutRings {
         for port in &self.ports {
             port.store(0, Ordering::SeqCst);
         }
+        self.perhaps.store(0, Ordering::SeqCst);
     }
 }
 

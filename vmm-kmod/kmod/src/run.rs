@@ -1,6 +1,8 @@
 //! VM_RUN: the loop that enters the guest, takes its exits and leaves for
 //! userland when somebody there is needed.
 
+use core::sync::atomic::Ordering::SeqCst;
+
 use vmm_abi::{Exit as UserExit, SuspendHow, VmExit};
 use vmm_core::cpu::{Exit, Reg};
 use vmm_core::host::Host;
@@ -8,6 +10,7 @@ use vmm_core::lapic::Changes;
 use vmm_core::stats::Stat;
 use vmm_hw::backend::{ApicVirt, Reset, RunCpu};
 use vmm_hw::cr::Controls;
+use vmm_hw::svm;
 
 use crate::emulate::Found;
 use crate::errno;
@@ -17,6 +20,7 @@ use crate::vcpu::{Inner, Kind, Vcpu, Wait};
 use crate::vm::Vm;
 
 /// Why the inner loop ended.
+#[derive(Clone, Copy)]
 pub enum Todo {
     /// The host wants the CPU, or something has to be looked at outside.
     Yield,
@@ -26,6 +30,16 @@ pub enum Todo {
     User,
     /// HLT.
     Halt,
+    /// INIT or SIPI was sent, perhaps to vCPUs that do not run yet.
+    Spinup,
+    /// What `Runner::later` put by.
+    Later,
+}
+
+/// What is done outside the inner loop, with what is needed for it.
+pub enum Later {
+    /// Nothing.
+    Nothing,
     /// A guest-physical access that the nested tables do not allow.
     Fault(crate::emulate::Fault),
     /// Access to the local APIC's page that the CPU did not virtualize.
@@ -40,8 +54,6 @@ pub enum Todo {
         /// It is reached through the APIC-access page.
         virtualized: bool,
     },
-    /// INIT or SIPI was sent, perhaps to vCPUs that do not run yet.
-    Spinup,
     /// The vCPU's state could not be made this CPU's.
     NotLoaded(vmm_hw::error::Error),
     /// WRMSR of the paravirtual interface's.
@@ -72,26 +84,41 @@ pub struct Runner<'a, C> {
     pub pdptes: Option<([u64; 4], Controls)>,
     /// An exit that was completed with its instruction, to be handled.
     pub completed: Option<Exit>,
+    /// With [`Todo::Later`].
+    later: Later,
     flags: ThreadFlags,
     preemption_timer: bool,
     account: bool,
+    /// The host has work for this CPU that needs the window closed.
+    pub(crate) host_work: bool,
 }
 
 /// Runs the vCPU until `inner.exit` has something for userland.
 ///
 /// EINVAL: not active, or suspended. ENXIO: the VM was destroyed. ENOMEM: no
 /// memory for the guest.
+#[inline(never)]
 pub fn run(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
+    // One function from here to the guest, as every one in between is paid for by
+    // each exit to userland; but not both kinds of CPU in one.
     match inner.kind() {
         Kind::Vmx(inner) => run_on(vm, vcpu, inner),
-        Kind::Svm(inner) => run_on(vm, vcpu, inner),
+        Kind::Svm(inner) => run_on_svm(vm, vcpu, inner),
     }
 }
 
+#[inline(never)]
+fn run_on_svm(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner<svm::Vcpu<os::Os>>) -> Result<(), i32> {
+    run_on(vm, vcpu, inner)
+}
+
+#[inline(always)]
 fn run_on<C: RunCpu>(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner<C>) -> Result<(), i32> {
-    let id = vcpu.id as usize;
-    if !vm.active.contains(id) || vm.suspended.contains(id) {
-        return Err(errno::EINVAL);
+    if !inner.may_run {
+        if !vm.active.contains(vcpu.id as usize) {
+            return Err(errno::EINVAL);
+        }
+        inner.may_run = true;
     }
     if inner.config_gen != vm.config_gen.load(core::sync::atomic::Ordering::Acquire) {
         vm.ensure_topology()?;
@@ -106,14 +133,17 @@ fn run_on<C: RunCpu>(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner<C>) -> Result<(), i
         inner,
         pdptes: None,
         completed: None,
+        later: Later::Nothing,
         flags: ThreadFlags::current(),
         preemption_timer,
         account: crate::global::get().account,
+        host_work: false,
     }
     .outer()
 }
 
 impl<C: RunCpu> Runner<'_, C> {
+    #[inline(always)]
     fn outer(&mut self) -> Result<(), i32> {
         loop {
             if self.must_leave()? {
@@ -140,42 +170,65 @@ impl<C: RunCpu> Runner<'_, C> {
                     return Ok(());
                 }
                 Todo::Halt => self.inner.wait = Wait::Halt,
-                Todo::Fault(fault) => {
-                    if self.fault(fault)? {
-                        return Ok(());
-                    }
-                }
-                Todo::ApicAccess { gpa } => {
-                    if self.emulate(gpa, None)? {
-                        return Ok(());
-                    }
-                }
-                Todo::LoadPdptes(new) => self.load_pdptes(&new),
-                Todo::ApicMode { virtualized } => {
-                    self.vm
-                        .apic_mode_changed(self.vcpu.id as usize, virtualized)?;
-                }
                 Todo::Spinup => self.collect_spinups(),
-                Todo::PvMsr { msr, value } => self.pv_msr(msr, value),
-                Todo::PvClock => self.pv_clock_moved(),
-                Todo::PvEoi => self.settle_eoi(),
-                Todo::NotLoaded(error) => {
-                    if self.not_loaded(error) {
+                Todo::Later => {
+                    if self.do_later()? {
                         return Ok(());
                     }
                 }
-                Todo::Instruction(exit) => self.completed = self.instruction_of(exit)?,
             }
         }
     }
 
+    /// Puts something by until the inner loop is left.
+    #[cold]
+    #[inline(never)]
+    pub fn later(&mut self, what: Later) -> Todo {
+        self.later = what;
+        Todo::Later
+    }
+
+    /// Does what was put by. True: an exit for userland is in place.
+    #[inline(never)]
+    fn do_later(&mut self) -> Result<bool, i32> {
+        match core::mem::replace(&mut self.later, Later::Nothing) {
+            Later::Nothing => {}
+            Later::Fault(fault) => return self.fault(fault),
+            Later::ApicAccess { gpa } => return self.emulate(gpa, None),
+            Later::LoadPdptes(new) => self.load_pdptes(&new),
+            Later::ApicMode { virtualized } => {
+                self.vm
+                    .apic_mode_changed(self.vcpu.id as usize, virtualized)?;
+            }
+            Later::PvMsr { msr, value } => self.pv_msr(msr, value),
+            Later::PvClock => self.pv_clock_moved(),
+            Later::PvEoi => self.settle_eoi(),
+            Later::NotLoaded(error) => return Ok(self.not_loaded(error)),
+            Later::Instruction(exit) => self.completed = self.instruction_of(exit)?,
+        }
+        Ok(false)
+    }
+
     /// Whether userland has to be told something before the guest goes on.
+    #[inline]
     fn must_leave(&mut self) -> Result<bool, i32> {
-        use core::sync::atomic::Ordering::SeqCst;
+        if !self.vm.stop.load(SeqCst) && self.vcpu.reqidle.load(SeqCst) == 0 && !self.flags.work() {
+            return Ok(false);
+        }
+        self.has_to_leave()
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn has_to_leave(&mut self) -> Result<bool, i32> {
         if self.vm.dying() {
             return Err(errno::ENXIO);
         }
         if self.vm.suspend.load(SeqCst) != 0 {
+            // Userland knows.
+            if self.vm.suspended.contains(self.vcpu.id as usize) {
+                return Err(errno::EINVAL);
+            }
             return self.suspended().map(|()| true);
         }
         if let Some((vcpu, vector)) = self.vm.next_spinup() {
@@ -190,6 +243,7 @@ impl<C: RunCpu> Runner<'_, C> {
         } else if self.flags.work() && os::yield_now() {
             UserExit::Bogus
         } else {
+            self.vm.look_whether_to_stop();
             return Ok(false);
         };
         self.leave_with(stop);
@@ -218,7 +272,6 @@ impl<C: RunCpu> Runner<'_, C> {
 
     /// The VM stops: waits until all active vCPUs know it.
     fn suspended(&mut self) -> Result<(), i32> {
-        use core::sync::atomic::Ordering::SeqCst;
         let how =
             SuspendHow::from_raw(self.vm.suspend.load(SeqCst)).unwrap_or(SuspendHow::Poweroff);
         self.vm.suspended.set(self.vcpu.id as usize);
@@ -284,45 +337,49 @@ impl<C: RunCpu> Runner<'_, C> {
         true
     }
 
-    /// One stay with preemption and interrupts off.
+    /// One stay with preemption and interrupts off. A part of `outer`, which is its
+    /// only caller: every exit to userland goes through both.
+    #[inline(always)]
     fn window(&mut self) -> Todo {
         // SAFETY: undone by guest_end below; nothing in between sleeps.
-        unsafe { ffi::vmm_host_guest_begin() };
-        // SAFETY: guest_begin saved the host's FPU state and turned
-        // preemption and interrupts off; the vCPU's lock is held.
-        let loaded = unsafe { self.inner.hw.load() };
-        let todo = if let Err(error) = loaded {
-            Todo::NotLoaded(error)
-        } else {
-            self.vcpu.enter_guest_mode();
-            if let Some(rip) = self.inner.next_rip.take() {
-                self.inner.hw.set_reg(Reg::Rip, rip);
+        let fpu_live = unsafe { ffi::vmm_host_guest_begin() };
+        // SAFETY: guest_begin turned interrupts off and told whose state the FPU
+        // holds; the vCPU's lock is held.
+        let loaded = unsafe { self.inner.hw.load(fpu_live != 0) };
+        let todo = match loaded {
+            Err(error) => self.later(Later::NotLoaded(error)),
+            Ok(cpu) => {
+                self.vcpu.enter_guest_mode(cpu);
+                if let Some(rip) = self.inner.next_rip.take() {
+                    self.inner.hw.set_reg(Reg::Rip, rip);
+                }
+                let active = self.vm.active_count();
+                if active != self.inner.active_seen {
+                    self.inner.active_seen = active;
+                    self.inner.forget_spinning();
+                }
+                if let Some((ptes, new)) = self.pdptes.take() {
+                    self.complete_cr(ptes, &new);
+                }
+                // Only where it can be: `handle` is part of the inner loop, and stays so
+                // while that is its only caller.
+                let done = if C::DESCRIBES_EXITS {
+                    None
+                } else {
+                    self.completed.take().and_then(|exit| self.handle(exit))
+                };
+                let todo = match done {
+                    Some(todo) => todo,
+                    None => self.inner_loop(),
+                };
+                self.vcpu.leave_guest_mode();
+                // SAFETY: loaded above, on this CPU.
+                unsafe { self.inner.hw.unload() };
+                todo
             }
-            let active = self.vm.active_count();
-            if active != self.inner.active_seen {
-                self.inner.active_seen = active;
-                self.inner.forget_spinning();
-            }
-            if let Some((ptes, new)) = self.pdptes.take() {
-                self.complete_cr(ptes, &new);
-            }
-            let done = match self.completed.take() {
-                // Only where it can be: `handle` is part of the inner loop, and
-                // stays so while that is its only caller.
-                Some(exit) if !C::DESCRIBES_EXITS => self.handle(exit),
-                _ => None,
-            };
-            let todo = match done {
-                Some(todo) => todo,
-                None => self.inner_loop(),
-            };
-            self.vcpu.leave_guest_mode();
-            // SAFETY: loaded above, on this CPU.
-            unsafe { self.inner.hw.unload() };
-            todo
         };
         // SAFETY: pairs with guest_begin.
-        unsafe { ffi::vmm_host_guest_end() };
+        unsafe { ffi::vmm_host_guest_end(fpu_live) };
         todo
     }
 
@@ -358,9 +415,7 @@ impl<C: RunCpu> Runner<'_, C> {
             // preemption timer run out; the host's interrupts get their turn.
             stays = stays.wrapping_add(1);
             if stays & 0xff == 0 {
-                // SAFETY: the guest is not running; its state is in the VMCS
-                // and in our save area.
-                unsafe { ffi::vmm_host_irq_window() };
+                self.host_interrupts();
             }
             if let Some(event) = self.inner.hw.pending_vectoring() {
                 self.inner.vectoring = Some(event);
@@ -372,7 +427,7 @@ impl<C: RunCpu> Runner<'_, C> {
                 match self.instruction_at_once(exit) {
                     Found::Exit(exit) => exit,
                     Found::Again => continue,
-                    Found::Later => return Todo::Instruction(exit),
+                    Found::Later => return self.later(Later::Instruction(exit)),
                 }
             };
             if let Some(todo) = self.handle(exit) {
@@ -425,7 +480,8 @@ impl<C: RunCpu> Runner<'_, C> {
     #[cold]
     fn before_entry(&mut self) -> Option<Todo> {
         use core::sync::atomic::Ordering::Relaxed;
-        if self.vm.suspend.load(Relaxed) != 0
+        if core::mem::take(&mut self.host_work)
+            || self.vm.suspend.load(Relaxed) != 0
             || self.vm.dying()
             || self.vcpu.reqidle.load(Relaxed) != 0
             || self.vm.debug.contains(self.vcpu.id as usize)
@@ -433,7 +489,7 @@ impl<C: RunCpu> Runner<'_, C> {
             return Some(Todo::Yield);
         }
         if !self.take_eoi() {
-            return Some(Todo::PvEoi);
+            return Some(self.later(Later::PvEoi));
         }
         let inner = &mut *self.inner;
         if inner.lapic.take_init() {
@@ -639,7 +695,6 @@ impl<C: RunCpu> Runner<'_, C> {
 
 /// Whether something other than the mailbox wants a sleeping vCPU.
 fn leave_sleep(vm: &Vm, vcpu: &Vcpu) -> bool {
-    use core::sync::atomic::Ordering::SeqCst;
     vm.dying()
         || vm.suspend.load(SeqCst) != 0
         || vcpu.unhalted()

@@ -73,6 +73,22 @@ pub fn try_slice<T>(n: usize, mut f: impl FnMut(usize) -> T) -> Result<Box<[T]>,
     Ok(v.into_boxed_slice())
 }
 
+/// `n` items of zeroes on the heap.
+///
+/// # Safety
+/// All zeroes must be a valid `T`, which has a size.
+pub unsafe fn try_slice_zeroed<T>(n: usize) -> Result<Box<[T]>, NoMemory> {
+    let layout = core::alloc::Layout::array::<T>(n).map_err(|_| NoMemory)?;
+    if layout.size() == 0 {
+        return Ok(Box::default());
+    }
+    // SAFETY: the layout has a size; the result is checked for NULL.
+    let p = unsafe { alloc::alloc::alloc_zeroed(layout) }.cast::<T>();
+    let p = NonNull::new(p).ok_or(NoMemory)?;
+    // SAFETY: fresh memory of the layout of `n` items, valid by the caller's word.
+    Ok(unsafe { Box::from_raw(core::ptr::slice_from_raw_parts_mut(p.as_ptr(), n)) })
+}
+
 /// A lock that is held for a few hundred instructions at most, with
 /// interrupts off; timer callbacks may take it.
 pub struct SpinLock<T> {
@@ -170,6 +186,7 @@ impl<T: ?Sized> Mutex<T> {
     }
 
     /// Takes the lock if it is free.
+    #[inline]
     pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
         // SAFETY: as for `lock`.
         let got = unsafe { ffi::vmm_host_mutex_trylock(self.raw.as_ptr()) } != 0;

@@ -92,6 +92,8 @@ pub struct Inner<C: ?Sized = dyn VirtualCpu> {
     pub wait: Wait,
     /// Extra TSC offset of this vCPU (IA32_TSC and IA32_TSC_ADJUST writes).
     pub tsc_adjust: u64,
+    /// It is among the active vCPUs.
+    pub may_run: bool,
     /// Leave the guest on HLT even to userland? (VM_CAP_HALT_EXIT as set.)
     pub halt_exit: bool,
     /// VM_CAP_PAUSE_EXIT as set.
@@ -265,10 +267,17 @@ impl Vcpu {
     }
 
     /// Has the vCPU to oneself; it is made to leave the guest if it runs.
+    #[inline]
     pub fn freeze(&self) -> MutexGuard<'_, Inner> {
-        if let Some(inner) = self.inner.try_lock() {
-            return inner;
+        match self.inner.try_lock() {
+            Some(inner) => inner,
+            None => self.make_idle(),
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn make_idle(&self) -> MutexGuard<'_, Inner> {
         self.reqidle.fetch_add(1, Ordering::SeqCst);
         self.poke();
         let inner = self.inner.lock();
@@ -306,11 +315,11 @@ impl Vcpu {
         self.kick();
     }
 
-    /// The inner loop begins on this CPU (interrupts are off); what is put
+    /// The inner loop begins on this CPU, of that number (interrupts are off); what is put
     /// into the mailbox from here on comes with a kick.
     #[inline]
-    pub fn enter_guest_mode(&self) {
-        self.cpu.store(Os::cpu(), Ordering::Relaxed);
+    pub fn enter_guest_mode(&self, cpu: u32) {
+        self.cpu.store(cpu, Ordering::Relaxed);
         self.mode.store(GUEST, Ordering::Relaxed);
         // Before the first look into the mailbox.
         fence(Ordering::SeqCst);
@@ -392,6 +401,7 @@ impl<C: VirtualCpu> Inner<C> {
             attention: true,
             wait: Wait::No,
             tsc_adjust: 0,
+            may_run: false,
             halt_exit: false,
             pause_exit: false,
             mtrap_exit: false,
@@ -447,6 +457,7 @@ impl<C: VirtualCpu + ?Sized> Inner<C> {
         self.attention = true;
         self.wait = Wait::No;
         self.tsc_adjust = 0;
+        self.may_run = false;
         self.apply_tsc(vm);
     }
 

@@ -111,6 +111,8 @@ pub struct Vm {
     pub(crate) no_apic_page: CpuSet,
     /// Number that tells VMs apart for the CPU backend.
     pub hw_id: u64,
+    /// Something of what `Runner::must_leave` looks for may be there; set after it.
+    pub stop: AtomicBool,
     /// SuspendHow, 0 while the VM runs.
     pub suspend: AtomicU32,
     /// vCPUs that may run.
@@ -241,7 +243,8 @@ impl Vm {
             doorbells: sync::try_box_with(Doorbells::new)?,
             out_rings: OutRings::new()?,
             chipset_timer: None,
-            slots: sync::try_slice(MAX_VCPUS, |_| Slot(AtomicPtr::new(ptr::null_mut())))?,
+            // SAFETY: null pointers.
+            slots: unsafe { sync::try_slice_zeroed::<Slot>(MAX_VCPUS)? },
             nslots: AtomicUsize::new(0),
             making: Mutex::new(())?,
             topology: AtomicU64::new(1 | 1 << 16 | 1 << 32),
@@ -252,13 +255,15 @@ impl Vm {
             apic_page_used,
             no_apic_page: CpuSet::new(),
             hw_id: g.backend.new_vm_id(),
+            stop: AtomicBool::new(false),
             suspend: AtomicU32::new(0),
             active: CpuSet::new(),
             active_count: AtomicU32::new(0),
             suspended: CpuSet::new(),
             debug: CpuSet::new(),
             halted: CpuSet::new(),
-            spinups: sync::try_slice(MAX_SPINUPS, |_| AtomicU32::new(0))?,
+            // SAFETY: zeroes, atomic.
+            spinups: unsafe { sync::try_slice_zeroed::<AtomicU32>(MAX_SPINUPS)? },
             spinup_count: AtomicU32::new(0),
         })?;
         {
@@ -290,6 +295,7 @@ impl Vm {
             return Err(errno::EINVAL);
         }
         vm.dying.store(true, Ordering::SeqCst);
+        vm.stop.store(true, Ordering::SeqCst);
         // The segments' nodes first. They lead to the VM as well, so none may
         // be left once the list's reference has been given back; `dying`
         // sees to it that no new ones come.
@@ -410,6 +416,7 @@ impl Vm {
                 .is_ok()
             {
                 self.spinup_count.fetch_add(1, Ordering::SeqCst);
+                self.stop.store(true, Ordering::SeqCst);
                 return;
             }
         }
@@ -587,8 +594,22 @@ impl Vm {
         self.suspend
             .compare_exchange(0, how, Ordering::SeqCst, Ordering::SeqCst)
             .map_err(|_| errno::EALREADY)?;
+        self.stop.store(true, Ordering::SeqCst);
         self.kick_all();
         Ok(())
+    }
+
+    /// Takes `stop` back unless there is a reason for it.
+    pub fn look_whether_to_stop(&self) {
+        self.stop.store(false, Ordering::SeqCst);
+        // A reason that comes after this look sets it again.
+        if self.dying()
+            || self.suspend.load(Ordering::SeqCst) != 0
+            || self.spinup_count.load(Ordering::SeqCst) != 0
+            || !self.debug.is_empty()
+        {
+            self.stop.store(true, Ordering::SeqCst);
+        }
     }
 }
 

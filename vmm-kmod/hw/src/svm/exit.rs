@@ -33,18 +33,19 @@ pub(super) fn io_exit(info: u64, assists: bool) -> IoExit {
         5 => Seg::Gs,
         _ => Seg::Ds,
     };
-    IoExit {
-        port: (info >> 16) as u16,
-        size: match (info >> 4) & 7 {
-            1 => 1,
-            2 => 2,
-            _ => 4,
-        },
-        input,
-        string,
-        rep: info & 8 != 0,
-        string_info: (string && assists).then_some(IoString { addr_size, seg }),
+    let size = match (info >> 4) & 7 {
+        1 => 1,
+        2 => 2,
+        _ => 4,
+    };
+    let io = IoExit::new((info >> 16) as u16, size, input);
+    if !string {
+        return io;
     }
+    io.string_of(
+        info & 8 != 0,
+        assists.then_some(IoString { addr_size, seg }),
+    )
 }
 
 /// Length of an instruction without operands or prefixes, which is how nearly
@@ -151,7 +152,7 @@ impl<H: Host> Vcpu<H> {
         let vmcb = self.vmcb();
         let exit = io_exit(vmcb.control.exit_info1, assists);
         self.inst_len = vmcb.control.exit_info2.wrapping_sub(vmcb.state.rip) as u8;
-        if exit.string && exit.string_info.is_none() {
+        if exit.string() && exit.string_info.is_none() {
             self.wanted = Wanted::Operands;
         }
         Exit::Io(exit)
@@ -339,14 +340,14 @@ impl<H: Host> Vcpu<H> {
                 }
                 _ => None,
             },
-            Exit::Io(io) => matches!(inst.op, Op::Ins | Op::Outs).then_some(Exit::Io(IoExit {
-                rep: inst.rep != Rep::None,
-                string_info: Some(IoString {
+            Exit::Io(io) => {
+                let info = IoString {
                     addr_size: inst.addr_size,
-                    seg: if io.input { Seg::Es } else { inst.seg },
-                }),
-                ..io
-            })),
+                    seg: if io.input() { Seg::Es } else { inst.seg },
+                };
+                matches!(inst.op, Op::Ins | Op::Outs)
+                    .then(|| Exit::Io(io.string_of(inst.rep != Rep::None, Some(info))))
+            }
             other => Some(other),
         }?;
         self.inst_len = inst.len;
@@ -401,12 +402,12 @@ mod tests {
     fn io_instructions() {
         let out = io_exit(0x03f8_0010, false);
         assert_eq!(
-            (out.port, out.size, out.input, out.string, out.rep),
+            (out.port(), out.size(), out.input(), out.string(), out.rep()),
             (0x3f8, 1, false, false, false)
         );
         let ins = io_exit(0x01f0_022d, true);
         assert_eq!(
-            (ins.port, ins.size, ins.input, ins.string, ins.rep),
+            (ins.port(), ins.size(), ins.input(), ins.string(), ins.rep()),
             (0x1f0, 2, true, true, true)
         );
         let es = IoString {
@@ -419,7 +420,7 @@ mod tests {
             addr_size: 4,
             seg: Seg::Fs,
         };
-        assert_eq!((outs.size, outs.string_info), (4, Some(fs)));
+        assert_eq!((outs.size(), outs.string_info), (4, Some(fs)));
         assert_eq!(io_exit(0x0cfc_1144, false).string_info, None);
     }
 

@@ -29,9 +29,10 @@ impl<H: Host> Vcpu<H> {
     /// VMCB does not hold; and saves the host's.
     ///
     /// # Safety
-    /// Interrupts off; preemption off until `unload`; the host's FPU state is
-    /// saved and CR0.TS clear; nobody else runs this vCPU.
-    pub unsafe fn load(&mut self) -> Result<(), Error> {
+    /// Interrupts off; no preemption and no other use of the FPU until `unload`;
+    /// the host's FPU state is saved, unless `fpu_live`; CR0.TS is clear; nobody
+    /// else runs this vCPU.
+    pub unsafe fn load(&mut self, fpu_live: bool) -> Result<u32, Error> {
         let cpu = H::cpu();
         let Some(host_vmcb) = self.backend.host_vmcb(cpu) else {
             return Err(Error::NoCpu);
@@ -67,7 +68,7 @@ impl<H: Host> Vcpu<H> {
             if self.tsc_ratio != TSC_RATIO_ONE {
                 wrmsr(msr::TSC_RATIO, self.tsc_ratio);
             }
-            self.fpu.load(new_cpu);
+            self.fpu.load(new_cpu, fpu_live);
             self.host_dr7 = instr::read_dr7();
             if self.host_dr7 & 0xff != 0 {
                 self.host_dr = [
@@ -81,7 +82,7 @@ impl<H: Host> Vcpu<H> {
         self.loaded = true;
         self.drs_loaded = false;
         self.load_debug_registers();
-        Ok(())
+        Ok(cpu)
     }
 
     /// Puts the host's state back, as far as each exit has not.

@@ -101,9 +101,9 @@ impl<H: Host> RunCpu for Vcpu<H> {
     /// Not even CPUs with NRIP save and decode assists tell everything.
     const DESCRIBES_EXITS: bool = false;
 
-    unsafe fn load(&mut self) -> Result<(), Error> {
+    unsafe fn load(&mut self, fpu_live: bool) -> Result<u32, Error> {
         // SAFETY: by the caller's promise, here and below.
-        unsafe { Vcpu::load(self) }
+        unsafe { Vcpu::load(self, fpu_live) }
     }
     unsafe fn unload(&mut self) {
         // SAFETY: as above.

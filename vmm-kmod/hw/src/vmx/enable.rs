@@ -367,6 +367,7 @@ impl<H: Host> Backend<H> {
 
     /// Notes that a vCPU of `vm` runs on this CPU; whether another VM's ran
     /// here before.
+    #[inline(always)]
     pub(super) fn switch_vm(&self, cpu: u32, vm: u64) -> bool {
         match self.cpus.get(cpu as usize) {
             Some(p) if p.last_vm.load(Ordering::Relaxed) != vm => {

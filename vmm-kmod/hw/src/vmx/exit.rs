@@ -53,21 +53,13 @@ pub(super) fn dr_access(q: u64) -> DrAccess {
 }
 
 /// Exit qualification of an I/O instruction (table 27-5).
+#[inline(always)]
 pub(super) fn io_exit(q: u64, string_info: impl Fn(bool) -> Option<IoString>) -> IoExit {
-    let input = q & 8 != 0;
-    let string = q & 0x10 != 0;
-    IoExit {
-        port: (q >> 16) as u16,
-        size: match q & 7 {
-            0 => 1,
-            1 => 2,
-            _ => 4,
-        },
-        input,
-        string,
-        rep: q & 0x20 != 0,
-        string_info: if string { string_info(input) } else { None },
+    let io = IoExit::from_qualification(q);
+    if !io.string() {
+        return io;
     }
+    io.string_of(io.rep(), string_info(io.input()))
 }
 
 /// Instruction-information field of INS and OUTS (table 27-8).
@@ -324,12 +316,12 @@ mod tests {
         let none = |_| None;
         let out = io_exit(0x03f8_0000, none);
         assert_eq!(
-            (out.port, out.size, out.input, out.string, out.rep),
+            (out.port(), out.size(), out.input(), out.string(), out.rep()),
             (0x3f8, 1, false, false, false)
         );
         let ins = io_exit(0x01f0_0039, |input| Some(io_string(0x100, input)));
         assert_eq!(
-            (ins.port, ins.size, ins.input, ins.string, ins.rep),
+            (ins.port(), ins.size(), ins.input(), ins.string(), ins.rep()),
             (0x1f0, 2, true, true, true)
         );
         assert_eq!(
@@ -346,7 +338,7 @@ mod tests {
                 seg: Seg::Fs
             }
         );
-        assert_eq!(io_exit(0x0cfc_000b, none).size, 4);
+        assert_eq!(io_exit(0x0cfc_000b, none).size(), 4);
     }
 
     #[test]

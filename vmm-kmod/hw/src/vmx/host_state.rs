@@ -7,6 +7,7 @@ use super::instr::{self, TableRegister, rdmsr, vmwrite, wrmsr};
 use super::vcpu::{Vcpu, work};
 use crate::error::Error;
 use crate::msr::{canonical, valid_pat};
+use core::arch::asm;
 
 pub use crate::msr::MsrWrite;
 use vmm_core::host::Host;
@@ -25,6 +26,8 @@ pub(super) struct HostState {
     sysenter: [u64; 3],
     // Put back by `unload`.
     gdtr: TableRegister,
+    /// Any of the selectors below is not null.
+    selectors: bool,
     ldtr: u16,
     ds: u16,
     es: u16,
@@ -58,6 +61,32 @@ unsafe fn tss_base(gdt: u64, selector: u16) -> u64 {
     // SAFETY: a TSS descriptor is 16 bytes, within the GDT's limit.
     let (lo, hi) = unsafe { (p.read_unaligned(), p.add(1).read_unaligned()) };
     (lo >> 16) & 0xff_ffff | (lo >> 32) & 0xff00_0000 | hi << 32
+}
+
+/// Puts an MSR's value by: the halves go straight from where RDMSR has them.
+///
+/// # Safety
+/// The MSR exists.
+#[inline(always)]
+unsafe fn save_msr<const MSR: u32>(to: &mut u64) {
+    // SAFETY: by the caller's promise; `to` is 8 bytes.
+    unsafe {
+        asm!("rdmsr", "mov [{to}], eax", "mov [{to} + 4], edx", to = in(reg) to,
+             in("ecx") MSR, out("eax") _, out("edx") _, options(nostack, preserves_flags));
+    }
+}
+
+/// Loads an MSR likewise.
+///
+/// # Safety
+/// The MSR exists, and takes that value.
+#[inline(always)]
+unsafe fn load_msr<const MSR: u32>(from: &u64) {
+    // SAFETY: by the caller's promise; `from` is 8 bytes.
+    unsafe {
+        asm!("mov eax, [{from}]", "mov edx, [{from} + 4]", "wrmsr", from = in(reg) from,
+             in("ecx") MSR, out("eax") _, out("edx") _, options(nostack, preserves_flags));
+    }
 }
 
 impl HostState {
@@ -99,11 +128,12 @@ impl HostState {
                 refresh(vmcs::HOST_SYSENTER_ESP, esp, rdmsr(msr::SYSENTER_ESP));
                 refresh(vmcs::HOST_SYSENTER_EIP, eip, rdmsr(msr::SYSENTER_EIP));
             }
-            self.ldtr = instr::read_ldtr();
-            self.ds = instr::read_ds();
-            self.es = instr::read_es();
-            self.fs = instr::read_fs();
-            self.gs = instr::read_gs();
+            let (ldtr, ds, es) = (instr::read_ldtr(), instr::read_ds(), instr::read_es());
+            let (fs, gs) = (instr::read_fs(), instr::read_gs());
+            self.selectors = ldtr | ds | es | fs | gs != 0;
+            if self.selectors {
+                (self.ldtr, self.ds, self.es, self.fs, self.gs) = (ldtr, ds, es, fs, gs);
+            }
         }
     }
 
@@ -117,20 +147,22 @@ impl HostState {
         unsafe {
             // The base is right, but VM exits set the limit to FFFFH.
             instr::lgdt(&self.gdtr);
-            if self.ldtr != 0 {
-                instr::lldt(self.ldtr);
+            if self.selectors {
+                if self.ldtr != 0 {
+                    instr::lldt(self.ldtr);
+                }
+                if self.ds | self.es != 0 {
+                    instr::load_ds_es(self.ds, self.es);
+                }
+                if self.fs != 0 {
+                    instr::load_fs(self.fs);
+                    wrmsr(msr::FS_BASE, self.fs_base);
+                }
+                if self.gs != 0 {
+                    instr::load_gs_index(self.gs);
+                }
             }
-            if self.ds | self.es != 0 {
-                instr::load_ds_es(self.ds, self.es);
-            }
-            if self.fs != 0 {
-                instr::load_fs(self.fs);
-                wrmsr(msr::FS_BASE, self.fs_base);
-            }
-            if self.gs != 0 {
-                instr::load_gs_index(self.gs);
-            }
-            wrmsr(msr::KERNEL_GS_BASE, self.kernel_gs_base);
+            load_msr::<{ msr::KERNEL_GS_BASE }>(&self.kernel_gs_base);
             if self.debugctl != 0 {
                 wrmsr(msr::DEBUGCTL, self.debugctl);
             }
@@ -211,6 +243,34 @@ impl GuestMsrs {
     /// when they were set, or the host's own.
     #[inline(always)]
     unsafe fn write(differ: u32, values: &[u64; SWITCHED.len()]) {
+        // What is so for a 64-bit kernel under another. The halves straight from
+        // memory, where WRMSR wants them.
+        if differ == 0b1011 {
+            // SAFETY: these MSRs exist; the offsets are within the array.
+            unsafe {
+                asm!(
+                    "mov ecx, {star}",
+                    "mov eax, [{p}]",
+                    "mov edx, [{p} + 4]",
+                    "wrmsr",
+                    "mov ecx, {lstar}",
+                    "mov eax, [{p} + 8]",
+                    "mov edx, [{p} + 12]",
+                    "wrmsr",
+                    "mov ecx, {sfmask}",
+                    "mov eax, [{p} + 24]",
+                    "mov edx, [{p} + 28]",
+                    "wrmsr",
+                    p = in(reg) values.as_ptr(),
+                    star = const msr::STAR,
+                    lstar = const msr::LSTAR,
+                    sfmask = const msr::SFMASK,
+                    out("eax") _, out("ecx") _, out("edx") _,
+                    options(nostack, preserves_flags)
+                );
+            }
+            return;
+        }
         let [star, lstar, cstar, sfmask, tsc_aux, xss] = *values;
         // SAFETY: only MSRs that exist differ.
         unsafe {
@@ -265,9 +325,10 @@ impl<H: Host> Vcpu<H> {
     /// [`Vcpu::prepare_migration`] and try again.
     ///
     /// # Safety
-    /// Interrupts off; preemption off until `unload`; the host's FPU state is
-    /// saved and CR0.TS clear; nobody else runs this vCPU.
-    pub unsafe fn load(&mut self) -> Result<(), Error> {
+    /// Interrupts off; no preemption and no other use of the FPU until `unload`;
+    /// the host's FPU state is saved, unless `fpu_live`; CR0.TS is clear; nobody
+    /// else runs this vCPU.
+    pub unsafe fn load(&mut self, fpu_live: bool) -> Result<u32, Error> {
         // SAFETY: by the caller's promise; the node is boxed.
         let (cpu, _) = unsafe { self.backend.make_current(&self.node)? };
         let new_cpu = cpu != self.cpu;
@@ -293,9 +354,9 @@ impl<H: Host> Vcpu<H> {
                 self.host.debugctl = rdmsr(msr::DEBUGCTL);
             }
             self.msrs.load(new_cpu);
-            self.host.kernel_gs_base = rdmsr(msr::KERNEL_GS_BASE);
-            wrmsr(msr::KERNEL_GS_BASE, self.msrs.kernel_gs_base);
-            self.fpu.load(new_cpu);
+            save_msr::<{ msr::KERNEL_GS_BASE }>(&mut self.host.kernel_gs_base);
+            load_msr::<{ msr::KERNEL_GS_BASE }>(&self.msrs.kernel_gs_base);
+            self.fpu.load(new_cpu, fpu_live);
             self.host.dr7 = instr::read_dr7();
             if self.host.dr7 & 0xff != 0 {
                 self.host.dr = [
@@ -310,7 +371,7 @@ impl<H: Host> Vcpu<H> {
         self.loaded = true;
         self.drs_loaded = false;
         self.load_debug_registers();
-        Ok(())
+        Ok(cpu)
     }
 
     /// Puts the host's state back. The VMCS stays current.
@@ -330,7 +391,7 @@ impl<H: Host> Vcpu<H> {
             }
             self.fpu.save();
             self.msrs.unload();
-            self.msrs.kernel_gs_base = rdmsr(msr::KERNEL_GS_BASE);
+            save_msr::<{ msr::KERNEL_GS_BASE }>(&mut self.msrs.kernel_gs_base);
             self.host.restore();
         }
         self.drs_loaded = false;

@@ -105,9 +105,9 @@ impl<H: Host> RunCpu for Vcpu<H> {
     const DESCRIBES_EXITS: bool = true;
 
     #[inline]
-    unsafe fn load(&mut self) -> Result<(), Error> {
+    unsafe fn load(&mut self, fpu_live: bool) -> Result<u32, Error> {
         // SAFETY: by the caller's promise, here and below.
-        unsafe { Vcpu::load(self) }
+        unsafe { Vcpu::load(self, fpu_live) }
     }
     #[inline]
     unsafe fn unload(&mut self) {

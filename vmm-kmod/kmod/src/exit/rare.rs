@@ -10,7 +10,7 @@ use vmm_hw::cr::{self, Controls};
 use super::CR4_OSXSAVE;
 use crate::klog;
 use crate::regs;
-use crate::run::{Runner, Todo};
+use crate::run::{Later, Runner, Todo};
 
 impl<C: RunCpu> Runner<'_, C> {
     #[cold]
@@ -88,21 +88,21 @@ impl<C: RunCpu> Runner<'_, C> {
         let Some(info) = io.string_info else {
             return self.vmx_exit(Exit::Io(io));
         };
-        let seg = if io.input { Seg::Es } else { info.seg };
+        let seg = if io.input() { Seg::Es } else { info.seg };
         let mask = match info.addr_size {
             2 => 0xffff,
             4 => 0xffff_ffff,
             _ => u64::MAX,
         };
-        let index = hw.gpr(if io.input { Gpr::Rdi } else { Gpr::Rsi }) & mask;
-        let count = if io.rep { hw.gpr(Gpr::Rcx) & mask } else { 1 };
+        let index = hw.gpr(if io.input() { Gpr::Rdi } else { Gpr::Rsi }) & mask;
+        let count = if io.rep() { hw.gpr(Gpr::Rcx) & mask } else { 1 };
         let exit = UserExit::InoutStr(user::InoutStr {
             inout: Inout {
-                port: io.port,
-                bytes: io.size,
-                input: io.input,
+                port: io.port(),
+                bytes: io.size(),
+                input: io.input(),
                 string: true,
-                rep: io.rep,
+                rep: io.rep(),
                 eax: hw.gpr(Gpr::Rax) as u32,
             },
             paging: regs::paging(hw),
@@ -202,7 +202,7 @@ impl<C: RunCpu> Runner<'_, C> {
         }
         if cr::reloads_pdptes(&now, &new) {
             // Needs guest memory, which cannot be had with interrupts off.
-            return Some(Todo::LoadPdptes(new));
+            return Some(self.later(Later::LoadPdptes(new)));
         }
         self.commit_cr(&now, &new);
         self.finish();
