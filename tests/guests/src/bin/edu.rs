@@ -43,8 +43,10 @@ static AT: AtomicU64 = AtomicU64::new(0);
 static BAR: AtomicU64 = AtomicU64::new(0);
 
 #[repr(align(4096))]
-struct Buffer([u8; 4096]);
-static mut MEMORY: Buffer = Buffer([0; 4096]);
+struct Buffer {
+    _bytes: [u8; 4096],
+}
+static mut MEMORY: Buffer = Buffer { _bytes: [0; 4096] };
 
 fn config(slot: u32, register: u32) {
     cpu::outl(0xcf8, 0x8000_0000 | slot << 11 | register);
