@@ -14,7 +14,7 @@ const AT: u64 = 0x1000;
 /// `out 0x99, al`: nobody in the kernel has that port.
 const CODE: [u8; 2] = [0xe6, 0x99];
 const PORT: u16 = 0x99;
-const ROUNDS: u32 = 12;
+const ROUNDS: u32 = 40;
 /// A CPU's state after INIT does not find the code: flat real mode does.
 const RFLAGS: u64 = 2;
 
