@@ -304,7 +304,7 @@ fn search(edges: &[u32], allowed: bool, program: &mut BpfProgram) -> Result<(), 
     // Far from it: the calls are a few dozen runs of numbers.
     let left = u8::try_from(left).map_err(|_| fail("too many system calls"))?;
     program[at] = at_least(*edge, left);
-    search(above, allowed ^ (middle % 2 == 0), program)
+    search(above, allowed ^ middle.is_multiple_of(2), program)
 }
 
 #[cfg(test)]

@@ -233,7 +233,7 @@ impl IoExit {
     pub const fn new(port: u16, size: u8, input: bool) -> IoExit {
         let input = if input { Self::INPUT } else { 0 };
         IoExit {
-            word: (port as u32) << 16 | input | size as u32 - 1,
+            word: ((port as u32) << 16) | input | (size as u32 - 1),
             string_info: None,
         }
     }

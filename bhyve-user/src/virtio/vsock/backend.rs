@@ -42,6 +42,9 @@ pub struct Stream {
     pub taken: u32,
     /// See `taken`.
     pub told: u32,
+    /// Read from the program, and not yet delivered: the guest had too few
+    /// buffers. Nothing more is read before it is.
+    pub kept: Vec<u8>,
     /// The guest sends no more; the program does not.
     pub guest_done: bool,
     /// See `guest_done`.
@@ -72,6 +75,7 @@ impl Stream {
             sent: 0,
             taken: 0,
             told: 0,
+            kept: Vec::new(),
             guest_done: false,
             host_done: false,
         }

@@ -341,15 +341,42 @@ impl Vsock {
         self.deliver(key, n, cx)
     }
 
+    /// Delivers what was read while the guest had too few buffers.
+    fn deliver_kept(&mut self, cx: &mut Cx<'_>) -> Result<(), Malformed> {
+        let keys: Vec<Key> = self
+            .streams
+            .iter()
+            .filter(|(_, s)| !s.kept.is_empty())
+            .map(|(&key, _)| key)
+            .collect();
+        for key in keys {
+            // In order with what was said before.
+            if self.hungry || !self.packets.is_empty() {
+                return Ok(());
+            }
+            let Some(s) = self.streams.get_mut(&key) else {
+                continue;
+            };
+            let kept = std::mem::take(&mut s.kept);
+            if let Some(part) = self.part.get_mut(..kept.len()) {
+                part.copy_from_slice(&kept);
+                self.deliver(key, kept.len(), cx)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Delivers the first `n` bytes of the part, in as many packets as the
     /// guest's buffers make of it.
     fn deliver(&mut self, key: Key, n: usize, cx: &mut Cx<'_>) -> Result<(), Malformed> {
         let mut done = 0;
         while done < n {
             let Some(mut chain) = self.buffer(cx)? else {
-                // It takes buffers away while it is served: the stream has a
-                // gap, and ends.
-                self.cut(key);
+                // The rest goes into the buffers that it notifies of.
+                let rest = self.part.get(done..n).unwrap_or_default();
+                if let Some(s) = self.streams.get_mut(&key) {
+                    s.kept = rest.to_vec();
+                }
                 return Ok(());
             };
             let room = (total(&chain.writable) as usize).saturating_sub(HEADER);
@@ -377,7 +404,7 @@ impl Vsock {
 impl Stream {
     /// Whether the program is listened to.
     fn reads(&self) -> bool {
-        self.state == State::Open && !self.host_done && self.credit() > 0
+        self.state == State::Open && !self.host_done && self.kept.is_empty() && self.credit() > 0
     }
 }
 
@@ -387,6 +414,7 @@ impl Device for Vsock {
             RX => {
                 self.hungry = false;
                 self.flush(cx)?;
+                self.deliver_kept(cx)?;
                 Ok(Turn::Idle)
             }
             TX => {

@@ -115,6 +115,32 @@ fn the_guest_reaches_a_program_of_the_host() {
 }
 
 #[test]
+fn a_guest_with_too_few_buffers_loses_nothing() {
+    let mut r = rig();
+    let program = r.program(52);
+    r.listen(2);
+    r.say(&guest(52, 1024, op::REQUEST, 0), b"");
+    r.hear();
+    let (mut end, _) = program.accept().unwrap();
+    let sent: Vec<u8> = (0..1000_u32).map(|i| i as u8).collect();
+    end.write_all(&sent).unwrap();
+    drop(end);
+    // One buffer of 600 bytes is left: the rest waits for the next.
+    let mut heard = r.hear().1;
+    assert_eq!(heard.len(), 600);
+    assert!(r.bed.quiet(RX));
+    r.listen(3);
+    heard.extend(r.hear().1);
+    assert_eq!(heard, sent);
+    let mut more = guest(52, 1024, op::CREDIT_UPDATE, 0);
+    more.fwd_cnt = 1000;
+    r.say(&more, b"");
+    let (h, _) = r.hear();
+    assert_eq!((h.op, h.flags), (op::SHUTDOWN, NO_SEND));
+    assert!(!r.bed.broken());
+}
+
+#[test]
 fn a_program_of_the_host_reaches_the_guest() {
     let mut r = rig();
     r.listen(8);

@@ -47,7 +47,7 @@ const DISK: &str = "bhyvers.run=dd if=/dev/vtbd0 bs=4k skip=10 count=1 2>/dev/nu
 fn ours(_: &Lab, host: &mut Host) -> Result<()> {
     host.must(
         "dd if=/dev/zero of=/tmp/disk bs=1m count=16 2>/dev/null && \
-         printf 'the host was here\n' | dd of=/tmp/disk bs=4k seek=10 conv=notrunc 2>/dev/null",
+         echo 'the host was here' | dd of=/tmp/disk bs=4k seek=10 conv=notrunc 2>/dev/null",
         SHORT,
     )?;
     let mut guest = guest();

@@ -87,18 +87,23 @@ fn destroy_loaded(_: &Lab, host: &mut Host) -> Result<()> {
         used_kib(host)
     };
     // The page allocator keeps what is freed on per-CPU lists, large pages
-    // included, which count as used: they fill up in the first rounds.
+    // included, which count as used: they fill up in the first rounds, and
+    // one or two more are on them after some rounds than after others.
     let mut before = 0;
     for _ in 0..6 {
-        before = load_and_destroy()?;
+        before = before.max(load_and_destroy()?);
     }
-    let mut after = before;
-    for _ in 0..5 {
-        after = load_and_destroy()?;
+    for _ in 0..3 {
+        load_and_destroy()?;
     }
-    // The loader touches more than 15 MiB of guest memory each time.
+    let mut after = i64::MAX;
+    for _ in 0..3 {
+        after = after.min(load_and_destroy()?);
+    }
+    // The loader touches more than 15 MiB of guest memory each time: of that
+    // nothing stays, four rounds later.
     let grown = after - before;
-    ensure!(grown < NOISE_KIB, "destroying five times keeps {grown} KiB");
+    ensure!(grown < NOISE_KIB, "destroying four times keeps {grown} KiB");
     Ok(())
 }
 

@@ -239,7 +239,7 @@ impl<H: Host> Vcpu<H> {
     /// The launch state for the entries to come.
     pub(super) fn take_launch_state(&mut self) {
         let launched = u32::from(self.node.launched.load(Ordering::Relaxed));
-        self.entry_flags = self.entry_flags & !LAUNCHED | launched * LAUNCHED;
+        self.entry_flags = (self.entry_flags & !LAUNCHED) | (launched * LAUNCHED);
     }
 
     #[cold]
