@@ -2,7 +2,8 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -43,6 +44,12 @@ pub enum Error {
     /// qcow2.
     #[error("a qcow2 image; only raw images are read (qemu-img convert -O raw makes one)")]
     Qcow2,
+    /// Another thread cannot have it.
+    #[error("it cannot be opened again for another queue: {0}")]
+    Again(io::Error),
+    /// Another file is where it was.
+    #[error("another file has come in its place while it was opened for each queue")]
+    Replaced,
     /// Empty or odd-sized.
     #[error("its size of {0} bytes is not a positive multiple of {1}")]
     Size(u64, u32),
@@ -66,14 +73,21 @@ enum AtOnce {
 
 /// An open disk, for one thread: [`Backend::share`] makes another.
 pub struct Backend {
-    file: Arc<File>,
+    /// Nobody else has this description: a host that could not write its cache
+    /// back tells each of them so, once.
+    file: File,
+    /// How it was opened: where, and with which flags.
+    path: PathBuf,
+    flags: i32,
     /// A flush has failed: what was written before is lost, and the host says so
     /// once only.
     lost: Arc<AtomicBool>,
     size: u64,
     read_only: bool,
-    /// Every write is durable by itself.
+    /// Every write is to be durable by itself,
     sync: bool,
+    /// and is so because of how the file was opened.
+    by_flag: bool,
     can_discard: bool,
     /// What reads that must not wait are worth trying.
     at_once: AtOnce,
@@ -114,11 +128,7 @@ impl Backend {
         if options.nocache {
             flags |= libc::O_DIRECT;
         }
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!options.read_only)
-            .custom_flags(flags)
-            .open(&options.path)?;
+        let mut file = open(&options.path, options.read_only, flags)?;
         // A device has no size in its metadata.
         let size = file.seek(SeekFrom::End(0))?;
         let unit = options.sector_size.map_or(SECTOR as u32, |(l, _)| l);
@@ -141,34 +151,51 @@ impl Backend {
         Ok(Backend {
             image: None,
             can_map: kind.is_file() && !options.read_only && !options.nocache,
-            file: Arc::new(file),
+            file,
+            path: options.path.clone(),
+            flags,
             lost: Arc::default(),
             at_once,
             size,
             read_only: options.read_only,
             sync: options.sync,
+            // Character devices do not know of O_SYNC.
+            by_flag: options.sync && !(host::DISKS_ARE_CHARACTERS && device),
             can_discard,
             bounce: options.nocache.then(|| vec![0; BOUNCE + ALIGN]),
         })
     }
 
     /// The same disk for another thread: a flush of one makes durable what any
-    /// of them has written.
-    #[must_use]
-    pub fn share(&self) -> Backend {
-        Backend {
-            file: Arc::clone(&self.file),
+    /// of them has written. The file is opened again, for of threads that flush
+    /// through one description at the same time the host tells one only that data
+    /// is lost. Before the sandbox.
+    ///
+    /// # Errors
+    /// [`Error::Again`], [`Error::Replaced`].
+    pub fn share(&self) -> Result<Backend, Error> {
+        let again = || {
+            let file = open(&self.path, self.read_only, self.flags)?;
+            let (new, old) = (file.metadata()?, self.file.metadata()?);
+            let same = (new.dev(), new.ino()) == (old.dev(), old.ino());
+            crate::sandbox::limit(&file, crate::sandbox::Purpose::Disk)?;
+            Ok(same.then_some(file))
+        };
+        let file = again().map_err(Error::Again)?.ok_or(Error::Replaced)?;
+        Ok(Backend {
+            file,
+            path: self.path.clone(),
             image: None,
             lost: Arc::clone(&self.lost),
             bounce: self.bounce.as_ref().map(|b| vec![0; b.len()]),
             ..*self
-        }
+        })
     }
 
     /// Puts another file in the disk's place.
     #[cfg(test)]
     pub fn replace_file(&mut self, file: File) {
-        self.file = Arc::new(file);
+        self.file = file;
         self.image = None;
     }
 
@@ -306,7 +333,7 @@ impl Backend {
     }
 
     fn settle(&self, durable: bool) -> io::Result<()> {
-        if durable && !self.sync {
+        if (durable || self.sync) && !self.by_flag {
             return self.flush();
         }
         Ok(())
@@ -336,7 +363,7 @@ impl Backend {
             return Ok(());
         }
         host::punch(&self.file, offset, len)?;
-        self.settle(durable || self.sync)
+        self.settle_space(durable)
     }
 
     /// Makes a range read as zeroes, by a hole where `may_unmap` allows it and
@@ -354,7 +381,10 @@ impl Backend {
         if len == 0 {
             return Ok(());
         }
-        let hole = may_unmap && self.can_discard && host::punch(&self.file, offset, len).is_ok();
+        let hole = host::HOLES_ARE_ZEROES
+            && may_unmap
+            && self.can_discard
+            && host::punch(&self.file, offset, len).is_ok();
         if !hole && host::zero(&self.file, offset, len).is_err() {
             let mut zeroes = vec![0; ZEROES + ALIGN];
             let mut done = 0;
@@ -365,11 +395,23 @@ impl Backend {
                 done += n as u64;
             }
         }
+        self.settle_space(durable)
+    }
+
+    /// As [`Backend::settle`], of what is not written: how the file was opened says
+    /// nothing of that.
+    fn settle_space(&self, durable: bool) -> io::Result<()> {
         if durable || self.sync {
             return self.flush();
         }
         Ok(())
     }
+}
+
+fn open(path: &Path, read_only: bool, flags: i32) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(!read_only).custom_flags(flags);
+    options.open(path)
 }
 
 /// A buffer in parts that fit the bounce buffer: offset in it, length.
@@ -397,6 +439,8 @@ mod host {
     use std::io;
 
     pub const DISKS_ARE_CHARACTERS: bool = false;
+    /// What was punched reads as zeroes: of files and of block devices.
+    pub const HOLES_ARE_ZEROES: bool = true;
 
     pub use vmmapi::memory::Image;
 
@@ -452,6 +496,8 @@ mod host {
     use std::os::unix::fs::FileTypeExt;
 
     pub const DISKS_ARE_CHARACTERS: bool = true;
+    /// A disk may keep what it was told to delete.
+    pub const HOLES_ARE_ZEROES: bool = false;
 
     /// There is none: reads that must not wait are not tried.
     pub enum Image {}
@@ -486,5 +532,72 @@ mod host {
     }
     pub fn is_in_memory(_: &File) -> bool {
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::rig::{Image, fleeting, pattern};
+
+    fn open(image: &Image, options: &str) -> Backend {
+        let text = format!("{}{options}", image.0.display());
+        Backend::open(&text.parse().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn each_thread_has_a_description_of_its_own() {
+        let image = Image::new(&pattern(8192));
+        for options in ["", ",sync", ",ro"] {
+            let mut one = open(&image, options);
+            let mut other = one.share().unwrap();
+            one.file.seek(SeekFrom::Start(512)).unwrap();
+            other.file.seek(SeekFrom::Start(1024)).unwrap();
+            assert_eq!(one.file.stream_position().unwrap(), 512);
+            let flags = |b: &Backend| nix::fcntl::fcntl(&b.file, nix::fcntl::F_GETFL).unwrap();
+            assert_eq!(flags(&one), flags(&other));
+        }
+        // What one has lost is lost to all.
+        let mut one = open(&image, "");
+        let other = one.share().unwrap();
+        other.flush().unwrap();
+        one.replace_file(fleeting());
+        one.flush().unwrap_err();
+        other.flush().unwrap_err();
+    }
+
+    #[test]
+    fn another_file_in_the_disks_place_is_not_the_disk() {
+        let image = Image::new(&pattern(8192));
+        let one = open(&image, "");
+        let other = Image::new(&pattern(8192));
+        std::fs::rename(&other.0, &image.0).unwrap();
+        assert!(matches!(one.share(), Err(Error::Replaced)));
+        std::fs::remove_file(&image.0).unwrap();
+        assert!(matches!(one.share(), Err(Error::Again(_))));
+    }
+
+    #[test]
+    fn with_sync_all_is_durable_or_fails() {
+        let image = Image::new(&pattern(8192));
+        let memory = GuestMemory::anonymous(1 << 20).unwrap();
+        let (addr, len) = (0, 512);
+        let write = |b: &mut Backend| b.write(&memory, &[Buffer { addr, len }], 0, false);
+        // As on a device that does not know of O_SYNC.
+        let mut b = open(&image, ",sync");
+        b.by_flag = false;
+        write(&mut b).unwrap();
+        b.replace_file(fleeting());
+        write(&mut b).unwrap_err();
+        // What is not written no flag makes durable.
+        for (options, fails) in [(",sync", true), ("", false)] {
+            let mut b = open(&image, options);
+            b.lost.store(true, Ordering::Release);
+            write(&mut b).unwrap();
+            assert_eq!(b.write_zeroes(0, 4096, true, false).is_err(), fails);
+            if b.can_discard() {
+                assert_eq!(b.discard(0, 4096, false).is_err(), fails);
+            }
+        }
     }
 }

@@ -115,7 +115,7 @@ impl Blk {
             writable: 0..0,
         };
         let more = (1..queues).map(|_| backend.share());
-        let mut backends: Vec<Backend> = more.collect();
+        let mut backends: Vec<Backend> = more.collect::<Result<_, _>>()?;
         backends.push(backend);
         let parts = backends.into_iter().map(|mut backend| {
             backend.map();

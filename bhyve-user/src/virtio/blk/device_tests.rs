@@ -153,7 +153,7 @@ fn a_full_or_broken_host_is_an_io_error() {
     r.blk.backend.replace_file(again);
     assert_eq!(r.request(1, 0, 512, 0).0, S_OK);
     assert_eq!(r.request(4, 0, 0, 0).0, S_IOERR);
-    assert!(r.blk.backend.share().flush().is_err());
+    assert!(r.blk.backend.share().unwrap().flush().is_err());
 }
 
 /// A driver that does not know of flushes takes what is acknowledged for

@@ -19,7 +19,7 @@ use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Files that can be mapped at a time.
+/// Files that can be mapped in the life of the process.
 const FILES: usize = 128;
 /// Bytes of a stretch: what Linux maps around a page that is touched.
 const STRETCH: u64 = 64 << 10;
@@ -30,7 +30,8 @@ const MOST: usize = 16;
 const LONG: u64 = 16 << 10;
 const PAGE: usize = 4096;
 
-/// What the handler of SIGBUS needs to know of a mapped file.
+/// What the handler of SIGBUS needs to know of a mapped file. Never another's
+/// afterwards: the handler reads one field after the other.
 struct Place {
     base: AtomicUsize,
     len: AtomicUsize,
@@ -177,7 +178,6 @@ impl Image {
             unsafe { libc::munmap(base, len) };
             return Err(io::Error::from_raw_os_error(libc::EMFILE));
         };
-        PLACES[place].hit.store(false, Ordering::Release);
         PLACES[place].len.store(len, Ordering::Release);
         Ok(Image {
             base: base.cast(),
@@ -224,9 +224,8 @@ impl Image {
 impl Drop for Image {
     fn drop(&mut self) {
         // Nobody reads it any more, so no SIGBUS can come from it; and once it is
-        // unmapped the address may be anybody's.
+        // unmapped the address may be anybody's. The place stays taken.
         PLACES[self.place].len.store(0, Ordering::Release);
-        PLACES[self.place].base.store(0, Ordering::Release);
         // SAFETY: the mapping is ours.
         unsafe { libc::munmap(self.base.cast(), self.len) };
     }
@@ -326,6 +325,9 @@ unsafe fn copy(to: *mut u8, from: *const u8, len: usize) {
                 n = inout(reg) -(wide as isize) => _,
                 out("ymm0") _, out("ymm1") _, out("ymm2") _, out("ymm3") _,
                 out("ymm4") _, out("ymm5") _, out("ymm6") _, out("ymm7") _,
+                // By VZEROUPPER.
+                out("ymm8") _, out("ymm9") _, out("ymm10") _, out("ymm11") _,
+                out("ymm12") _, out("ymm13") _, out("ymm14") _, out("ymm15") _,
                 options(nostack),
             );
         }
@@ -454,6 +456,9 @@ mod tests {
         assert_eq!(read(&mut image), Mapped::Broken);
         assert_eq!(read(&mut image), Mapped::Broken, "for good");
         drop(image);
+        // Its place is nobody else's.
+        let third = Image::map(&file, 1 << 20).unwrap();
+        assert!(!third.was_hit());
         // Who had not looked sees what is there now.
         assert_eq!(read(&mut other), Mapped::Absent);
         let r = m.read_mapped(&mut other, 0, 65536, [(0, 65536)]);
