@@ -31,6 +31,8 @@ const DMA_COUNT: u64 = 0x90;
 const DMA_COMMAND: u64 = 0x98;
 /// Where DMA sees the device's 4 KiB.
 const BUFFER: u64 = 0x4_0000;
+/// Bytes of a transfer. QEMU's device ends QEMU at one that reaches its buffer's end.
+const LENGTH: usize = 4096 - 64;
 const START: u32 = 1;
 const TO_MEMORY: u32 = 2;
 const AND_INTERRUPT: u32 = 4;
@@ -111,7 +113,7 @@ fn dma(from: u64, to: u64, command: u32) -> bool {
         write(register, value as u32);
         write(register + 4, 0);
     }
-    write(DMA_COUNT, 4096);
+    write(DMA_COUNT, LENGTH as u32);
     write(DMA_COUNT + 4, 0);
     let before = FIRED.load(Ordering::SeqCst);
     write(DMA_COMMAND, START | AND_INTERRUPT | command);
@@ -124,8 +126,8 @@ fn dma(from: u64, to: u64, command: u32) -> bool {
 
 fn fill(value: impl Fn(usize) -> u8) {
     let memory = (&raw mut MEMORY).cast::<u8>();
-    for i in 0..4096 {
-        // SAFETY: within MEMORY, which only this CPU names; the device writes it.
+    for i in 0..LENGTH {
+        // SAFETY: LENGTH is within MEMORY, which only this CPU names; the device writes it.
         unsafe { memory.add(i).write_volatile(value(i)) }
     }
 }
@@ -136,7 +138,7 @@ fn differing(value: impl Fn(usize) -> u8) -> u64 {
         // SAFETY: as in `fill`.
         unsafe { memory.add(*i).read_volatile() != value(*i) }
     };
-    (0..4096).filter(differs).count() as u64
+    (0..LENGTH).filter(differs).count() as u64
 }
 
 fn transfers(r: &mut Report) {

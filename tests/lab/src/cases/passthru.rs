@@ -275,7 +275,7 @@ fn devices(_: &Lab, host: &mut Host) -> Result<()> {
     to_host(host, NVME)?;
     let line = format!(
         "i=0; while [ ! -b /dev/nvme0n1 ] && [ $i -lt 100 ]; do i=$((i+1)); sleep 0.1; done; \
-         head -c {}M /dev/nvme0n1 | md5sum",
+         head -c {}m /dev/nvme0n1 | md5sum",
         MIB
     );
     let read = host.must(&line, SHORT)?;
@@ -314,7 +314,7 @@ fn driven(host: &mut Host) -> Result<String> {
     let back = types(
         host,
         &format!(
-            "(cat /tmp/data; sleep 100) | nc 10.0.2.100 7 | head -c {}M | md5sum",
+            "(cat /tmp/data; sleep 100) | nc 10.0.2.100 7 | head -c {}m | md5sum",
             MIB
         ),
     )?;
