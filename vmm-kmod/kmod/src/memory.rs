@@ -221,6 +221,14 @@ impl Map {
         self.gpa.saturating_add(self.len)
     }
 
+    /// Whether it has any of `[off, off + len)` of a segment.
+    #[cfg(not(feature = "freebsd"))]
+    fn shows(&self, segid: usize, off: u64, len: u64) -> bool {
+        self.segid == segid
+            && off < self.segoff.saturating_add(self.len)
+            && self.segoff < off.saturating_add(len)
+    }
+
     fn contains(&self, gpa: Gpa) -> bool {
         gpa >= self.gpa && gpa < self.end()
     }
@@ -407,7 +415,7 @@ impl MemMap {
 
     /// Takes the host memory at `gpa`, a chunk of system memory as a whole,
     /// away. EINVAL: it is not that. EBUSY: it is wired, as all memory is
-    /// that a device reaches by itself.
+    /// that a device reaches by itself, or the guest has it elsewhere too.
     #[cfg(not(feature = "freebsd"))]
     pub fn release(&self, gpa: Gpa, to: &mut Released) -> Result<(), i32> {
         let (id, off) = self.locate(gpa, CHUNK).ok_or(errno::EINVAL)?;
@@ -415,7 +423,15 @@ impl MemMap {
         if !seg.sysmem || off % CHUNK != 0 {
             return Err(errno::EINVAL);
         }
-        if self.find(gpa).is_some_and(|m| m.flags & MAP_WIRED != 0) {
+        // `gpa` is all that the caller has unmapped: no second mapping may lead
+        // to the same chunk.
+        let mut users = self
+            .maps
+            .iter()
+            .flatten()
+            .filter(|m| m.shows(id, off, CHUNK));
+        let wired = users.next().is_none_or(|m| m.flags & MAP_WIRED != 0);
+        if wired || users.next().is_some() {
             return Err(errno::EBUSY);
         }
         seg.detach(off, to);
