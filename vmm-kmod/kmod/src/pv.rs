@@ -43,16 +43,6 @@ struct Word {
     generation: u64,
 }
 
-/// What became of the guest's word.
-enum Reached {
-    /// Its host address.
-    At(usize),
-    /// There is none any more.
-    Gone,
-    /// Guest memory's lock is needed, and somebody has it.
-    Busy,
-}
-
 impl Pv {
     /// INIT: interrupts end as they did.
     pub fn init(&mut self) {
@@ -226,7 +216,7 @@ impl<C: RunCpu> Runner<'_, C> {
         if !self.inner.lapic.ends_quietly(vector) {
             return;
         }
-        if let Reached::At(va) = self.reach_eoi() {
+        if let Some(va) = self.reach_eoi() {
             word_at(va).store(NO_EOI, Ordering::Relaxed);
             self.inner.pv.armed = true;
         }
@@ -241,62 +231,67 @@ impl<C: RunCpu> Runner<'_, C> {
     }
 
     fn take_armed(&mut self) -> bool {
-        match self.reach_eoi() {
-            Reached::At(va) => {
-                let word = word_at(va);
-                let left = word.load(Ordering::Relaxed);
-                word.store(left & !NO_EOI, Ordering::Relaxed);
-                if left & NO_EOI == 0 {
-                    let effect = self.inner.lapic.end_of_interrupt();
-                    let _ = apply(self.vm, effect);
-                }
-            }
-            Reached::Gone => {}
-            Reached::Busy => return false,
-        }
-        self.inner.pv.armed = false;
-        self.inner.attention = true;
+        let Some(va) = self.reach_eoi() else {
+            return false;
+        };
+        self.disarm(noted(va));
         true
     }
 
-    /// As `take_eoi`, outside the run loop.
-    pub fn settle_eoi(&mut self) {
-        if self.take_eoi() {
-            return;
+    /// The word says, or cannot say any more, whether the guest has ended the
+    /// interrupt.
+    fn disarm(&mut self, ended: bool) {
+        if ended {
+            let effect = self.inner.lapic.end_of_interrupt();
+            let _ = apply(self.vm, effect);
         }
-        let mem = self.vm.mem.lock();
-        self.find_eoi(&mem.map.guest());
-        drop(mem);
-        // Found, or gone: no lock is needed now.
-        let _ = self.take_eoi();
+        self.inner.pv.armed = false;
+        self.inner.attention = true;
     }
 
-    fn reach_eoi(&mut self) -> Reached {
-        let stale = match self.inner.pv.word {
-            None => return Reached::Gone,
-            Some(w) => w.generation != self.vm.generation.current(),
-        };
-        if stale {
-            let vm = self.vm;
-            let Some(mem) = vm.mem.try_lock() else {
-                return Reached::Busy;
-            };
-            self.find_eoi(&mem.map.guest_known());
+    /// As `take_eoi`, outside the run loop: always told afterwards.
+    pub fn settle_eoi(&mut self) {
+        let pv = &self.inner.pv;
+        let stale = |w: Word| w.generation != self.vm.generation.current();
+        if !pv.armed && !pv.word.is_some_and(stale) || pv.armed && self.take_armed() {
+            return;
         }
-        match self.inner.pv.word {
-            Some(w) => Reached::At(w.va),
-            None => Reached::Gone,
+        let vm = self.vm;
+        let mem = vm.mem.lock();
+        self.inner.pv.word = self.find_eoi(&mem.map.guest());
+        // Read while the lock keeps the memory where it is. Where there is none
+        // no bit stands: whatever was in service has ended, as an end too many
+        // does less harm than one that never comes.
+        let ended = self.inner.pv.armed && self.inner.pv.word.is_none_or(|w| noted(w.va));
+        drop(mem);
+        if self.inner.pv.armed {
+            self.disarm(ended);
         }
+    }
+
+    /// Host address of the word. None: there is none, or only the memory's
+    /// lock, or sleep, can tell where. What is known of it stays then, for
+    /// `settle_eoi` to look again.
+    fn reach_eoi(&mut self) -> Option<usize> {
+        let word = self.inner.pv.word?;
+        if word.generation == self.vm.generation.current() {
+            return Some(word.va);
+        }
+        let vm = self.vm;
+        let mem = vm.mem.try_lock()?;
+        let word = self.find_eoi(&mem.map.guest_known())?;
+        self.inner.pv.word = Some(word);
+        Some(word.va)
     }
 
     /// Looks for the word again, with the memory's lock held.
     #[cold]
-    fn find_eoi(&mut self, guest: &GuestMemory<'_>) {
+    fn find_eoi(&self, guest: &GuestMemory<'_>) -> Option<Word> {
         let generation = self.vm.generation.current();
-        self.inner.pv.word = pv::address(self.inner.pv.eoi)
+        pv::address(self.inner.pv.eoi)
             .flatten()
             .and_then(|gpa| eoi_word(guest, gpa))
-            .map(|va| Word { va, generation });
+            .map(|va| Word { va, generation })
     }
 
     /// VMCALL or VMMCALL.
@@ -349,9 +344,20 @@ fn eoi_word(guest: &GuestMemory<'_>, gpa: u64) -> Option<usize> {
     guest.word(gpa, 4, PROT_READ | PROT_WRITE)
 }
 
-/// The word at a host address that `Runner::reach_eoi` gave.
+/// Whether the guest has noted an end of interrupt in the word at a host
+/// address; takes the note.
+fn noted(va: usize) -> bool {
+    let word = word_at(va);
+    let left = word.load(Ordering::Relaxed);
+    word.store(left & !NO_EOI, Ordering::Relaxed);
+    left & NO_EOI == 0
+}
+
+/// The word at a host address that `Runner::reach_eoi` gave, or `find_eoi`
+/// under the memory's lock that is still held.
 fn word_at(va: usize) -> &'static AtomicU32 {
     // SAFETY: an aligned word of guest memory in the direct map that stays
-    // until this vCPU has left the run loop, and no user keeps it longer.
+    // until this vCPU has left the run loop, or the memory's lock is given
+    // back, and no user keeps it longer.
     unsafe { AtomicU32::from_ptr(va as *mut u32) }
 }
