@@ -365,9 +365,8 @@ pub fn quiesce(vm: &Vm) {
 
 /// Takes all functions from a VM that goes.
 pub fn unbind_all(vm: &Vm) {
-    if none(vm) {
-        return;
-    }
+    // With the lock even if it has none: `remove` may still be busy with the
+    // VM's memory after the last was counted off.
     let Ok(mut list) = lock() else {
         return;
     };
