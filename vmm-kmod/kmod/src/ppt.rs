@@ -197,19 +197,24 @@ impl Functions {
         let Some(vm) = (unsafe { f.vm.as_ref() }) else {
             return;
         };
-        f.quiesce(removing);
+        // The guest's way to its registers first: it could set DMA going again
+        // after the reset.
         for m in f.mmio.iter_mut().filter_map(Option::take) {
             if vm.unmap_mmio(m.gpa, m.len).is_err() {
                 klog!(Error, "ppt {}: no memory to unmap its BARs", f.rid);
             }
         }
+        f.quiesce(removing);
         f.vm = ptr::null();
+        let device = f.device;
         let (rid, group) = (f.rid, iommu::group_again(&f.device, f.rid));
         let last = self.has_group(&group, rid).is_none();
         let mut mem = vm.mem.lock();
         if let (true, Some(domain)) = (last, &mem.iommu) {
             domain.detach(&group);
         }
+        // Some hosts let DMA pass as it is from here on.
+        device.stop();
         if vm.functions.fetch_sub(1, Ordering::Relaxed) == 1 {
             mem.iommu = None;
         }
