@@ -250,8 +250,9 @@ impl Vm {
 
     /// VM_EXT_RELEASE: gives the host the memory in a range back, as far as it
     /// is whole chunks of 2 MiB; who touches it later finds zeroes. Returns
-    /// the bytes. EINVAL: not all of it is system memory, in whole pages.
-    /// EBUSY: it is wired, or PCI functions access it by themselves.
+    /// the bytes: what went before something stands in the way counts. EINVAL:
+    /// not all of it is system memory, in whole pages. EBUSY: it is wired or
+    /// mapped twice, or PCI functions access it by themselves. ENOMEM.
     #[cfg(not(feature = "freebsd"))]
     pub fn release_memory(&self, gpa: u64, len: u64) -> Result<u64, i32> {
         if (gpa | len) & 0xfff != 0 || !self.mem.lock().map.covers(gpa, len) {
@@ -261,30 +262,42 @@ impl Vm {
         let mut bytes = 0;
         let mut at = gpa.checked_next_multiple_of(CHUNK).ok_or(errno::EINVAL)?;
         while at.checked_add(CHUNK).is_some_and(|end| end <= gpa + len) {
-            let mut mem = self.mem.lock();
-            if mem.dma() {
-                return Err(errno::EBUSY);
+            match self.release_chunk(at, &mut taken) {
+                Ok(n) => bytes += n,
+                // Userland's mappings of what went have to go too: the host
+                // takes them away only after success.
+                Err(_) if bytes != 0 => break,
+                Err(e) => return Err(e),
             }
-            // One after the other under the lock: nobody can map in between
-            // what is about to go.
-            let stale = mem.nested.unmap(at, CHUNK).map_err(|_| errno::ENOMEM)?;
-            let left = mem.map.release(at, &mut taken);
-            drop(mem);
-            if stale == Invalidation::Required || !taken.is_empty() {
-                // Not all that is there was in the nested page tables: a vCPU
-                // may know where a word of the guest's is (`Pv`).
-                self.generation.raise();
-                // As for munmap_memseg: whoever has been stopped forgets.
-                for v in self.vcpus() {
-                    drop(v.freeze());
-                }
-                self.mem.lock().nested.reclaim();
-            }
-            left?;
-            bytes += taken.free();
             at += CHUNK;
         }
         Ok(bytes)
+    }
+
+    /// One chunk of them; with an error, nothing of it went.
+    #[cfg(not(feature = "freebsd"))]
+    fn release_chunk(&self, at: u64, taken: &mut Released) -> Result<u64, i32> {
+        let mut mem = self.mem.lock();
+        if mem.dma() {
+            return Err(errno::EBUSY);
+        }
+        // One after the other under the lock: nobody can map in between
+        // what is about to go.
+        let stale = mem.nested.unmap(at, CHUNK).map_err(|_| errno::ENOMEM)?;
+        let left = mem.map.release(at, taken);
+        drop(mem);
+        if stale == Invalidation::Required || !taken.is_empty() {
+            // Not all that is there was in the nested page tables: a vCPU
+            // may know where a word of the guest's is (`Pv`).
+            self.generation.raise();
+            // As for munmap_memseg: whoever has been stopped forgets.
+            for v in self.vcpus() {
+                drop(v.freeze());
+            }
+            self.mem.lock().nested.reclaim();
+        }
+        left?;
+        Ok(taken.free())
     }
 
     /// ENOTTY: this host cannot.
