@@ -89,6 +89,27 @@ macro_rules! each {
 }
 
 impl Unit {
+    /// What of it decides on tables, whose making takes memory: not with
+    /// `UNITS` locked.
+    fn shape(&self) -> Shape {
+        let (amd, pages_2m, pages_1g, domains) = match self {
+            Unit::Intel(u) => {
+                let c = u.capabilities();
+                (false, c.pages_2m, c.pages_1g, c.domains.min(64))
+            }
+            Unit::Amd(_) => (true, true, true, 64),
+        };
+        Shape {
+            amd,
+            options: Options {
+                pages_2m,
+                pages_1g,
+                accessed_dirty: false,
+            },
+            domains,
+        }
+    }
+
     /// Levels of tables.
     fn levels(&self) -> u8 {
         match self {
@@ -118,6 +139,14 @@ impl Unit {
     }
 }
 
+/// What tables a unit walks.
+struct Shape {
+    amd: bool,
+    options: Options,
+    /// Numbers of domains, 64 at most.
+    domains: u32,
+}
+
 /// Tables of either kind.
 enum Tables {
     Intel(Ept<Os, VtdFormat>),
@@ -126,19 +155,11 @@ enum Tables {
 
 impl Tables {
     /// Those that a unit walks.
-    fn new(unit: &Unit) -> Result<Self, i32> {
-        let (pages_2m, pages_1g) = match unit {
-            Unit::Intel(u) => (u.capabilities().pages_2m, u.capabilities().pages_1g),
-            Unit::Amd(_) => (true, true),
-        };
-        let options = Options {
-            pages_2m,
-            pages_1g,
-            accessed_dirty: false,
-        };
-        match unit {
-            Unit::Intel(_) => Ept::new(options).map(Tables::Intel),
-            Unit::Amd(_) => Ept::new(options).map(Tables::Amd),
+    fn new(Shape { amd, options, .. }: Shape) -> Result<Self, i32> {
+        if amd {
+            Ept::new(options).map(Tables::Amd)
+        } else {
+            Ept::new(options).map(Tables::Intel)
         }
         .map_err(|_| errno::ENOMEM)
     }
@@ -294,11 +315,20 @@ fn amd(table: &[u8], rid: Rid) -> Result<u64, Excuse> {
     found
 }
 
-/// Turns the unit at `base` on, unless it is. ENXIO.
+/// Turns the unit at `base` on, unless it is. ENXIO. Under ppt's lock.
 fn turn_on(rid: Rid, (base, amd): (u64, bool)) -> Result<(), i32> {
-    if UNITS.lock().of(base).is_some() {
-        return Ok(());
-    }
+    let count = {
+        let mut units = UNITS.lock();
+        if units.of(base).is_some() {
+            return Ok(());
+        }
+        units.list.len()
+    };
+    // No memory comes or goes with `UNITS` locked, nor does a timer.
+    let mut list = Vec::new();
+    list.try_reserve_exact(count + 1)
+        .map_err(|_| errno::ENOMEM)?;
+    let mut timer = Some(Timer::new(ptr::null_mut()).map_err(|_| errno::ENOMEM)?);
     let registers = host::map_registers(base, REGISTERS).ok_or(errno::ENXIO)?;
     let unit = if amd {
         amdvi::Unit::new(Mmio(registers)).map(Unit::Amd)
@@ -310,16 +340,15 @@ fn turn_on(rid: Rid, (base, amd): (u64, bool)) -> Result<(), i32> {
         errno::ENXIO
     })?;
     let on = On { base, unit };
-    let timer = Timer::new(ptr::null_mut()).map_err(|_| errno::ENOMEM)?;
-    let mut units = UNITS.lock();
-    units.list.try_reserve(1).map_err(|_| errno::ENOMEM)?;
-    units.list.push(on);
-    if units.timer.is_none() {
-        units.timer = Some(timer);
-    } else {
-        // A timer goes where one may sleep.
-        drop(units);
-        drop(timer);
+    {
+        let mut units = UNITS.lock();
+        // They are as many as before: ppt's lock is held.
+        list.append(&mut units.list);
+        list.push(on);
+        core::mem::swap(&mut units.list, &mut list);
+        if units.timer.is_none() {
+            units.timer = timer.take();
+        }
     }
     klog!(Info, "the IOMMU at {base:#x} is on");
     Ok(())
@@ -413,15 +442,12 @@ pub struct Own {
 impl Own {
     fn new(rid: Rid) -> Result<Self, i32> {
         let (base, _) = unit_of(rid)?;
-        let (tables, limit) = {
+        let shape = {
             let mut units = UNITS.lock();
-            let unit = units.of(base).ok_or(errno::ENXIO)?;
-            let limit = match unit {
-                Unit::Intel(u) => u.capabilities().domains.min(64),
-                Unit::Amd(_) => 64,
-            };
-            (Tables::new(unit)?, limit)
+            units.of(base).ok_or(errno::ENXIO)?.shape()
         };
+        let limit = shape.domains;
+        let tables = Tables::new(shape)?;
         let number = DOMAINS
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| {
                 let free = used.trailing_ones();
