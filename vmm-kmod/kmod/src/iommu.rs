@@ -15,8 +15,8 @@ use vmm_hw::{amdvi, vtd};
 use crate::errno;
 use crate::klog;
 use crate::os::Os;
-use crate::ppt::Rid;
 use crate::ppt::host::{self, Device};
+use crate::ppt::{self, Rid};
 use crate::sync::{SpinLock, Timer};
 
 /// How often faults are looked for, ns.
@@ -267,11 +267,56 @@ impl fmt::Display for Excuse {
     }
 }
 
+/// Secondary and subordinate bus of a bridge.
+fn buses(rid: u16) -> Option<(u8, u8)> {
+    let value = host::config(rid, 0x18)?;
+    Some(((value >> 8) as u8, (value >> 16) as u8))
+}
+
+/// The bridge that a bus is behind, if it is no root bus.
+fn bridge_to(bus: u8) -> Option<u16> {
+    const HEADER: u16 = 0xc;
+    // A bridge's own bus comes before those behind it.
+    (0..u16::from(bus) << 8).find(|rid| {
+        host::config(*rid, HEADER).is_some_and(|h| h >> 16 & 0x7f == 1)
+            && buses(*rid).is_some_and(|(secondary, _)| secondary == bus)
+    })
+}
+
+/// Device and port type of a PCI Express function (PCI Express 6.0 §7.5.3.2).
+fn express(rid: u16) -> Option<u32> {
+    const EXPRESS: u8 = 0x10;
+    let config = |at| host::config(rid, at).unwrap_or(u32::MAX);
+    ppt::capability(config, EXPRESS).map(|at| config(at) >> 20 & 0xf)
+}
+
+/// Whether all DMA of a function comes with its own requester ID: what
+/// conventional PCI sends comes with that of a bridge, or of its bus, whose
+/// context would let it pass.
+fn own_name(Rid(rid): Rid) -> Result<(), Excuse> {
+    /// PCI Express to PCI, and back.
+    const TO_PCI: [u32; 2] = [7, 8];
+    let mut at = rid;
+    let mut kind = express(rid);
+    while let Some(bridge) = bridge_to((at >> 8) as u8) {
+        // Whatever is below is told from others only on PCI Express.
+        if kind.is_none() {
+            return Err(Excuse::Alias(bridge));
+        }
+        kind = express(bridge);
+        if kind.is_none_or(|k| TO_PCI.contains(&k)) {
+            return Err(Excuse::Alias(bridge));
+        }
+        at = bridge;
+    }
+    Ok(())
+}
+
 fn intel(table: &[u8], rid: Rid) -> Result<u64, Excuse> {
     let (mut named, mut rest) = (None, None);
     for s in dmar::structures(table) {
         match s.map_err(Excuse::Dmar)? {
-            Structure::Reserved { segment: 0, scopes } if scopes.has(rid.0, host::buses) => {
+            Structure::Reserved { segment: 0, scopes } if scopes.has(rid.0, buses) => {
                 return Err(Excuse::Firmware);
             }
             Structure::Unit {
@@ -280,7 +325,7 @@ fn intel(table: &[u8], rid: Rid) -> Result<u64, Excuse> {
                 rest: others,
                 scopes,
             } => {
-                if scopes.has(rid.0, host::buses) {
+                if scopes.has(rid.0, buses) {
                     named = Some(base);
                 } else if others {
                     rest = Some(base);
@@ -359,7 +404,14 @@ fn turn_on(rid: Rid, (base, amd): (u64, bool)) -> Result<(), i32> {
 pub fn group(device: &Device, rid: Rid) -> Result<Group, i32> {
     let (group, own) = match device.group() {
         Some(group) => (Group::Host(group), None),
-        None => (Group::Own(rid), Some(unit_of(rid)?)),
+        None => {
+            let unit = unit_of(rid)?;
+            own_name(rid).map_err(|why| {
+                klog!(Error, "ppt {rid}: {why}");
+                errno::ENXIO
+            })?;
+            (Group::Own(rid), Some(unit))
+        }
     };
     if !device.interrupts_safe() {
         klog!(

@@ -59,6 +59,28 @@ pub fn rid(bus: i32, slot: i32, func: i32) -> Result<Rid, i32> {
     }
 }
 
+/// Offset of a capability (PCI Local Bus 3.0 §6.7).
+pub fn capability(config: impl Fn(u16) -> u32, id: u8) -> Option<u16> {
+    const STATUS: u16 = 4;
+    const POINTER: u16 = 0x34;
+    if config(STATUS) >> 20 & 1 == 0 {
+        return None;
+    }
+    let mut at = config(POINTER) as u16 & 0xfc;
+    // Twice as many as there is room for: a list may be a ring.
+    for _ in 0..96 {
+        if at < 0x40 {
+            return None;
+        }
+        let word = config(at);
+        if word as u8 == id {
+            return Some(at);
+        }
+        at = (word >> 8) as u16 & 0xfc;
+    }
+    None
+}
+
 /// Whether a list of "bus/slot/func" with blanks between has this one.
 #[cfg(feature = "freebsd")]
 fn listed(list: &[u8], Rid(wanted): Rid) -> bool {

@@ -131,17 +131,16 @@ pub fn unmap_registers(va: *mut u8, len: usize) {
     unsafe { pmap_unmapdev(va, len) }
 }
 
-/// The secondary and subordinate bus of a bridge.
-pub fn buses(rid: u16) -> Option<(u8, u8)> {
-    // SAFETY: any number may be asked for; a bridge stays.
-    let value = unsafe {
+/// Four bytes of the configuration space of any function that there is.
+pub fn config(rid: u16, at: u16) -> Option<u32> {
+    // SAFETY: any number may be asked for; what is there stays.
+    unsafe {
         let dev = pci_find_bsf((rid >> 8) as u8, (rid >> 3 & 31) as u8, (rid & 7) as u8);
         if dev.is_null() {
             return None;
         }
-        vmm_host_ppt_config(dev, 0x18)
-    };
-    Some(((value >> 8) as u8, (value >> 16) as u8))
+        Some(vmm_host_ppt_config(dev, c_int::from(at)))
+    }
 }
 
 /// A function that ppt holds.
@@ -230,26 +229,8 @@ impl Device {
         }
     }
 
-    /// Offset of a capability (PCI Local Bus 3.0 §6.7).
     fn capability(&self, id: u8) -> Option<u16> {
-        const STATUS: u16 = 4;
-        const POINTER: u16 = 0x34;
-        if self.config(STATUS) >> 20 & 1 == 0 {
-            return None;
-        }
-        let mut at = self.config(POINTER) as u16 & 0xfc;
-        // Twice as many as there is room for: a list may be a ring.
-        for _ in 0..96 {
-            if at < 0x40 {
-                return None;
-            }
-            let word = self.config(at);
-            if word as u8 == id {
-                return Some(at);
-            }
-            at = (word >> 8) as u16 & 0xfc;
-        }
-        None
+        super::capability(|at| self.config(at), id)
     }
 
     /// How many vectors the function has (§6.8.1.3, §6.8.2.3).

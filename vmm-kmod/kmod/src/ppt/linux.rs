@@ -130,19 +130,19 @@ pub fn unmap_registers(va: *mut u8, _len: usize) {
     unsafe { iounmap(va) }
 }
 
-/// The secondary and subordinate bus of a bridge.
-pub fn buses(rid: u16) -> Option<(u8, u8)> {
-    let mut value = 0;
+/// Four bytes of the configuration space of any function that there is.
+pub fn config(rid: u16, at: u16) -> Option<u32> {
+    let mut value = u32::MAX;
     // SAFETY: any number may be asked for; the reference is given back.
     unsafe {
         let pdev = pci_get_domain_bus_and_slot(0, c_uint::from(rid >> 8), c_uint::from(rid & 0xff));
         if pdev.is_null() {
             return None;
         }
-        pci_read_config_dword(pdev, 0x18, &mut value);
+        pci_read_config_dword(pdev, c_int::from(at), &mut value);
         pci_dev_put(pdev);
     }
-    Some(((value >> 8) as u8, (value >> 16) as u8))
+    Some(value)
 }
 
 /// Linux has no tunables for this: driver_override names the function's driver.
