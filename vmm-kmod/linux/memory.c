@@ -41,7 +41,8 @@ static gfp_t context_flags(void)
 }
 
 /*
- * What was allocated with these flags, unless init_on_alloc has it zeroed. By words:
+ * Pages that were allocated with these flags, unless init_on_alloc has them zeroed,
+ * or other memory that was not to be zeroed by who gave it. By words:
  * where strings are fast they are as fast as the kernel's bytes, elsewhere an eighth
  * of the steps.
  */
@@ -62,6 +63,9 @@ void *vmm_host_alloc(size_t size, size_t align)
 
 	if (align > PAGE_SIZE)
 		return NULL;
+	/* A slab that is poisoned has nothing zeroed by init_on_alloc, only by this. */
+	if (want_init_on_alloc(gfp))
+		gfp |= __GFP_ZERO;
 	/* kmalloc aligns a power of two to its size. */
 	if (align > ARCH_KMALLOC_MINALIGN)
 		size = roundup_pow_of_two(max(size, align));

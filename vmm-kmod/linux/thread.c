@@ -35,7 +35,13 @@ const volatile unsigned long *vmm_host_thread_flags(void)
 
 int vmm_host_yield(void)
 {
-	cond_resched();
+	/* On a kernel that preempts, cond_resched() leaves it to preemption, and
+	 * what set the flag with preemption off (vmm_host_irq_window) has had no
+	 * chance since. */
+	if (need_resched())
+		schedule();
+	else
+		cond_resched();
 	/* Work for the return to userland (rseq, task work) waits for that
 	 * return: without it the flag would stay up. */
 	return signal_pending(current) ||
