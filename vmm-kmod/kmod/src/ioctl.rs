@@ -691,7 +691,7 @@ impl Vm {
             for v in self.vcpus() {
                 if stop && self.active.contains(v.id as usize) {
                     self.debug.set(v.id as usize);
-                    self.stop.store(true, Ordering::SeqCst);
+                    self.set_stop();
                 } else {
                     self.debug.clear(v.id as usize);
                 }
@@ -706,7 +706,7 @@ impl Vm {
         }
         if stop {
             self.debug.set(n);
-            self.stop.store(true, Ordering::SeqCst);
+            self.set_stop();
             vcpu.poke();
         } else if !self.debug.clear(n) {
             return Err(errno::EINVAL);

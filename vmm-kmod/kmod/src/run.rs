@@ -212,7 +212,7 @@ impl<C: RunCpu> Runner<'_, C> {
     /// Whether userland has to be told something before the guest goes on.
     #[inline]
     fn must_leave(&mut self) -> Result<bool, i32> {
-        if !self.vm.stop.load(SeqCst) && self.vcpu.reqidle.load(SeqCst) == 0 && !self.flags.work() {
+        if !self.vm.may_stop() && self.vcpu.reqidle.load(SeqCst) == 0 && !self.flags.work() {
             return Ok(false);
         }
         self.has_to_leave()
@@ -486,9 +486,13 @@ impl<C: RunCpu> Runner<'_, C> {
             || self.vcpu.reqidle.load(Relaxed) != 0
             || self.vm.debug.contains(self.vcpu.id as usize)
         {
+            // The mailbox is empty now: what was in it, or the poke, is not to be
+            // forgotten.
+            self.inner.attention = true;
             return Some(Todo::Yield);
         }
         if !self.take_eoi() {
+            self.inner.attention = true;
             return Some(self.later(Later::PvEoi));
         }
         let inner = &mut *self.inner;

@@ -111,8 +111,9 @@ pub struct Vm {
     pub(crate) no_apic_page: CpuSet,
     /// Number that tells VMs apart for the CPU backend.
     pub hw_id: u64,
-    /// Something of what `Runner::must_leave` looks for may be there; set after it.
-    pub stop: AtomicBool,
+    /// Odd: something of what `Runner::must_leave` looks for may be there. The rest
+    /// tells one time that it was set from another.
+    stop: AtomicU32,
     /// SuspendHow, 0 while the VM runs.
     pub suspend: AtomicU32,
     /// vCPUs that may run.
@@ -255,7 +256,7 @@ impl Vm {
             apic_page_used,
             no_apic_page: CpuSet::new(),
             hw_id: g.backend.new_vm_id(),
-            stop: AtomicBool::new(false),
+            stop: AtomicU32::new(0),
             suspend: AtomicU32::new(0),
             active: CpuSet::new(),
             active_count: AtomicU32::new(0),
@@ -295,7 +296,7 @@ impl Vm {
             return Err(errno::EINVAL);
         }
         vm.dying.store(true, Ordering::SeqCst);
-        vm.stop.store(true, Ordering::SeqCst);
+        vm.set_stop();
         // The segments' nodes first. They lead to the VM as well, so none may
         // be left once the list's reference has been given back; `dying`
         // sees to it that no new ones come.
@@ -416,7 +417,7 @@ impl Vm {
                 .is_ok()
             {
                 self.spinup_count.fetch_add(1, Ordering::SeqCst);
-                self.stop.store(true, Ordering::SeqCst);
+                self.set_stop();
                 return;
             }
         }
@@ -594,22 +595,40 @@ impl Vm {
         self.suspend
             .compare_exchange(0, how, Ordering::SeqCst, Ordering::SeqCst)
             .map_err(|_| errno::EALREADY)?;
-        self.stop.store(true, Ordering::SeqCst);
+        self.set_stop();
         self.kick_all();
         Ok(())
     }
 
-    /// Takes `stop` back unless there is a reason for it.
+    /// Whether something of what `Runner::must_leave` looks for may be there.
+    #[inline]
+    pub fn may_stop(&self) -> bool {
+        self.stop.load(Ordering::SeqCst) & 1 != 0
+    }
+
+    /// Sees to it that `may_stop` is true; to be called with the reason in place,
+    /// before anybody is poked for it.
+    pub fn set_stop(&self) {
+        // From here on nobody takes it back who has not seen the reason.
+        self.stop.fetch_add(2, Ordering::SeqCst);
+        self.stop.fetch_or(1, Ordering::SeqCst);
+    }
+
+    /// Takes that back unless there is a reason for it.
     pub fn look_whether_to_stop(&self) {
-        self.stop.store(false, Ordering::SeqCst);
-        // A reason that comes after this look sets it again.
+        let seen = self.stop.load(Ordering::SeqCst);
         if self.dying()
             || self.suspend.load(Ordering::SeqCst) != 0
             || self.spinup_count.load(Ordering::SeqCst) != 0
             || !self.debug.is_empty()
         {
-            self.stop.store(true, Ordering::SeqCst);
+            return;
         }
+        // At no moment is it false with a reason there: a vCPU may have used up its
+        // poke and be just about to look. Who set it meanwhile keeps it set.
+        let _ = self
+            .stop
+            .compare_exchange(seen, seen & !1, Ordering::SeqCst, Ordering::SeqCst);
     }
 }
 
