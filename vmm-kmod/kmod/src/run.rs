@@ -609,9 +609,7 @@ impl<C: RunCpu> Runner<'_, C> {
         self.settle_eoi();
         // Before the first look at what may wake it: who finds all halted
         // (below) then also finds what it was woken by.
-        if self.vm.halted.contains(id) {
-            self.vm.halted.clear(id);
-        }
+        self.vm.not_halted(id);
         let inner = &mut *self.inner;
         inner.lapic.sync();
         let now = os::rdtsc();
@@ -629,17 +627,10 @@ impl<C: RunCpu> Runner<'_, C> {
             inner.attention = true;
             return Ok(false);
         }
-        if !enabled {
-            self.vm.halted.set(id);
-            if crate::global::get().halt_detection
-                && self.vm.active.subset_of(&self.vm.halted)
-                && !self.vm.woken()
-            {
-                // Nobody is left to wake anybody: as FreeBSD's vmm has it,
-                // the machine has halted.
-                let _ = self.vm.suspend(SuspendHow::Halt.raw());
-                return Ok(false);
-            }
+        if !enabled && self.vm.halt(id) && crate::global::get().halt_detection {
+            // As FreeBSD's vmm has it, the machine has halted.
+            let _ = self.vm.suspend(SuspendHow::Halt.raw());
+            return Ok(false);
         }
         let ns = inner.lapic.timer_deadline().map_or(u64::MAX, |d| {
             self.vm.clock.to_ns.apply_up(d.saturating_sub(now))
@@ -655,6 +646,9 @@ impl<C: RunCpu> Runner<'_, C> {
 
     /// Waits for a start-up IPI.
     fn wait_for_sipi(&mut self) {
+        // It is no HLT that a kick could end, and as long as there is one there is no
+        // sleep.
+        let _ = self.vcpu.take_unhalt();
         let inner = &mut *self.inner;
         inner.lapic.sync();
         let _ = inner.lapic.take_init();

@@ -124,7 +124,9 @@ pub struct Vm {
     /// vCPUs that a debugger stopped.
     pub debug: CpuSet,
     /// vCPUs that executed HLT with interrupts off.
-    pub halted: CpuSet,
+    halted: CpuSet,
+    /// How often one of them was taken out again.
+    unhalted: AtomicU32,
     /// vCPUs that a SIPI asks userland to start, with their vectors in the
     /// low 8 bits and the vCPU above; 0 = free.
     spinups: Box<[AtomicU32]>,
@@ -263,6 +265,7 @@ impl Vm {
             suspended: CpuSet::new(),
             debug: CpuSet::new(),
             halted: CpuSet::new(),
+            unhalted: AtomicU32::new(0),
             // SAFETY: zeroes, atomic.
             spinups: unsafe { sync::try_slice_zeroed::<AtomicU32>(MAX_SPINUPS)? },
             spinup_count: AtomicU32::new(0),
@@ -461,9 +464,33 @@ impl Vm {
         true
     }
 
+    /// Notes that a vCPU may not be in HLT with interrupts off any more; to be
+    /// called before it takes what may have woken it.
+    pub fn not_halted(&self, id: usize) {
+        if self.halted.contains(id) {
+            self.halted.clear(id);
+            self.unhalted.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Notes that a vCPU is in HLT with interrupts off. True: all are, and nobody is
+    /// left to wake one.
+    // Not inlined: it would be a part of the run loop.
+    #[cold]
+    #[inline(never)]
+    pub fn halt(&self, id: usize) -> bool {
+        self.halted.set(id);
+        let before = self.unhalted.load(Ordering::SeqCst);
+        self.active.subset_of(&self.halted)
+            && !self.woken()
+            // One that was found halted may have been on its way out, and have taken
+            // what woke it before that was looked for.
+            && self.unhalted.load(Ordering::SeqCst) == before
+    }
+
     /// Whether an active vCPU has been sent something that it has not looked at:
     /// by one that went to sleep itself since.
-    pub fn woken(&self) -> bool {
+    fn woken(&self) -> bool {
         self.vcpus()
             .any(|v| self.active.contains(v.id as usize) && (v.unhalted() || v.mailbox.pending()))
     }
@@ -516,6 +543,7 @@ impl Vm {
         for v in self.vcpus() {
             let mut inner = v.freeze();
             crate::regs::with_current(&mut inner, |i| i.reset(self));
+            let _ = v.take_unhalt();
         }
         for v in self.vcpus() {
             self.apic_mode_changed(v.id as usize, true)?;
