@@ -1,20 +1,7 @@
 //! The firmware's DMA remapping table: which IOMMU is where, and what it
 //! serves (VT-d 4.1 §8).
 
-use core::fmt;
-
-/// Why a table cannot be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Malformed(
-    /// Offset of the structure that is wrong, bytes.
-    pub usize,
-);
-
-impl fmt::Display for Malformed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the ACPI table DMAR is malformed at byte {}", self.0)
-    }
-}
+use crate::acpi_table::{self, Malformed, quad, word};
 
 /// Which PCI functions a structure speaks of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,58 +31,22 @@ pub enum Structure<'a> {
     },
 }
 
-const HEADER: usize = 48;
-
-fn word(b: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_le_bytes(b.get(at..at + 2)?.try_into().ok()?))
-}
-
-fn quad(b: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(b.get(at..at + 8)?.try_into().ok()?))
-}
-
 /// The structures of a table, header included, that matter here.
 pub fn structures(table: &[u8]) -> impl Iterator<Item = Result<Structure<'_>, Malformed>> {
-    let mut at = HEADER;
-    let mut broken = false;
-    core::iter::from_fn(move || {
-        loop {
-            if broken || at >= table.len() {
-                return None;
-            }
-            let here = at;
-            let step = || {
-                let rest = table.get(here..)?;
-                let (kind, len) = (word(rest, 0)?, usize::from(word(rest, 2)?));
-                let body = rest.get(..len).filter(|_| len >= 4)?;
-                let found = match kind {
-                    0 => Some(Structure::Unit {
-                        rest: body.get(4)? & 1 != 0,
-                        segment: word(body, 6)?,
-                        base: quad(body, 8)?,
-                        scopes: Scopes(body.get(16..)?),
-                    }),
-                    1 => Some(Structure::Reserved {
-                        segment: word(body, 6)?,
-                        scopes: Scopes(body.get(24..)?),
-                    }),
-                    _ => None,
-                };
-                Some((found, len))
-            };
-            match step() {
-                None => {
-                    broken = true;
-                    return Some(Err(Malformed(here)));
-                }
-                Some((found, len)) => {
-                    at += len;
-                    if let Some(s) = found {
-                        return Some(Ok(s));
-                    }
-                }
-            }
-        }
+    acpi_table::structures("DMAR", table, |body| {
+        Some(match word(body, 0)? {
+            0 => Some(Structure::Unit {
+                rest: body.get(4)? & 1 != 0,
+                segment: word(body, 6)?,
+                base: quad(body, 8)?,
+                scopes: Scopes(body.get(16..)?),
+            }),
+            1 => Some(Structure::Reserved {
+                segment: word(body, 6)?,
+                scopes: Scopes(body.get(24..)?),
+            }),
+            _ => None,
+        })
     })
 }
 
@@ -154,6 +105,7 @@ fn matches(scope: &[u8], rid: u16, buses: &impl Fn(u16) -> Option<(u8, u8)>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::acpi_table::HEADER;
     use std::vec;
     use std::vec::Vec;
 
@@ -241,7 +193,13 @@ mod tests {
         ] {
             let t = table(&[bad]);
             let all: Vec<_> = structures(&t).collect();
-            assert_eq!(all, [Err(Malformed(HEADER))]);
+            assert_eq!(
+                all,
+                [Err(Malformed {
+                    table: "DMAR",
+                    at: HEADER
+                })]
+            );
         }
         assert_eq!(structures(&[]).count(), 0);
         for bad in [

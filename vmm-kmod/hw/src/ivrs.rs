@@ -1,20 +1,7 @@
 //! The firmware's I/O virtualization table: which of AMD's IOMMUs is where, and
 //! what it serves (AMD I/O Virtualization Technology Specification §5.2).
 
-use core::fmt;
-
-/// Why a table cannot be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Malformed(
-    /// Offset of the block that is wrong, bytes.
-    pub usize,
-);
-
-impl fmt::Display for Malformed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the ACPI table IVRS is malformed at byte {}", self.0)
-    }
-}
+use crate::acpi_table::{self, Malformed, quad, word};
 
 /// What a unit makes of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,70 +40,33 @@ pub enum Block<'a> {
     },
 }
 
-const HEADER: usize = 48;
-
-fn word(b: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_le_bytes(b.get(at..at + 2)?.try_into().ok()?))
-}
-
-fn quad(b: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(b.get(at..at + 8)?.try_into().ok()?))
-}
-
 /// The blocks of a table, header included, that matter here.
 pub fn blocks(table: &[u8]) -> impl Iterator<Item = Result<Block<'_>, Malformed>> {
-    let mut at = HEADER;
-    let mut broken = false;
-    core::iter::from_fn(move || {
-        loop {
-            if broken || at >= table.len() {
-                return None;
-            }
-            let here = at;
-            let step = || {
-                let rest = table.get(here..)?;
-                let len = usize::from(word(rest, 2)?);
-                let body = rest.get(..len).filter(|_| len >= 4)?;
-                let kind = *body.first()?;
-                let unit = |entries: usize| {
-                    Some(Block::Unit {
-                        segment: word(body, 16)?,
-                        base: quad(body, 8)?,
-                        entries: Entries(body.get(entries..)?),
-                    })
-                };
-                let found = match kind {
-                    0x10 => Some(unit(24)?),
-                    0x11 | 0x40 => Some(unit(40)?),
-                    0x20 => Some(Block::Reserved {
-                        first: 0,
-                        last: u16::MAX,
-                    }),
-                    0x21 => Some(Block::Reserved {
-                        first: word(body, 4)?,
-                        last: word(body, 4)?,
-                    }),
-                    0x22 => Some(Block::Reserved {
-                        first: word(body, 4)?,
-                        last: word(body, 6)?,
-                    }),
-                    _ => None,
-                };
-                Some((found, len))
-            };
-            match step() {
-                None => {
-                    broken = true;
-                    return Some(Err(Malformed(here)));
-                }
-                Some((found, len)) => {
-                    at += len;
-                    if let Some(b) = found {
-                        return Some(Ok(b));
-                    }
-                }
-            }
-        }
+    acpi_table::structures("IVRS", table, |body| {
+        let unit = |entries: usize| {
+            Some(Block::Unit {
+                segment: word(body, 16)?,
+                base: quad(body, 8)?,
+                entries: Entries(body.get(entries..)?),
+            })
+        };
+        Some(match *body.first()? {
+            0x10 => Some(unit(24)?),
+            0x11 | 0x40 => Some(unit(40)?),
+            0x20 => Some(Block::Reserved {
+                first: 0,
+                last: u16::MAX,
+            }),
+            0x21 => Some(Block::Reserved {
+                first: word(body, 4)?,
+                last: word(body, 4)?,
+            }),
+            0x22 => Some(Block::Reserved {
+                first: word(body, 4)?,
+                last: word(body, 6)?,
+            }),
+            _ => None,
+        })
     })
 }
 
@@ -160,6 +110,7 @@ impl Entries<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::acpi_table::HEADER;
     use std::vec;
     use std::vec::Vec;
 
@@ -239,7 +190,13 @@ mod tests {
         ] {
             let t = table(&[bad]);
             let all: Vec<_> = blocks(&t).collect();
-            assert_eq!(all, [Err(Malformed(HEADER))]);
+            assert_eq!(
+                all,
+                [Err(Malformed {
+                    table: "IVRS",
+                    at: HEADER
+                })]
+            );
         }
         for bad in [&[][..], &[2], &[0x42, 8, 0], &[0xf0, 0, 0, 0]] {
             assert_eq!(Entries(bad).serves(9), Serves::No);

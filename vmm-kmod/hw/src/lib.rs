@@ -24,6 +24,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod acpi_table;
 pub mod amdvi;
 pub mod backend;
 pub mod cr;

@@ -2,10 +2,12 @@
 //! driver where that is at work, otherwise through ours (VT-d and AMD-Vi).
 
 use alloc::vec::Vec;
+use core::ffi::CStr;
 use core::fmt;
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use vmm_hw::acpi_table::Malformed;
 use vmm_hw::dmar::{self, Structure};
 use vmm_hw::ept::{AmdviFormat, Ept, MemType, Options, Prot, VtdFormat};
 use vmm_hw::ivrs::{self, Block, Serves};
@@ -223,9 +225,25 @@ impl Units {
     }
 }
 
+/// A table of the firmware's, if there is one. It stays mapped.
+fn acpi(signature: &CStr) -> Option<&'static [u8]> {
+    let mut table: *const u8 = ptr::null();
+    // SAFETY: the signature ends with NUL, `table` is writable.
+    let status = unsafe { host::get_table(signature.as_ptr(), 1, &mut table) };
+    if status != 0 || table.is_null() {
+        return None;
+    }
+    // SAFETY: an ACPI table begins with its signature and its length, and is
+    // mapped as a whole; nobody writes it.
+    unsafe {
+        let len = table.add(4).cast::<u32>().read_unaligned();
+        Some(core::slice::from_raw_parts(table, len as usize))
+    }
+}
+
 /// The unit that serves a function, and whether it is AMD's. ENXIO.
 fn unit_of(rid: Rid) -> Result<(u64, bool), i32> {
-    let found = match (host::acpi(c"DMAR"), host::acpi(c"IVRS")) {
+    let found = match (acpi(c"DMAR"), acpi(c"IVRS")) {
         (Some(table), _) => intel(table, rid).map(|base| (base, false)),
         (None, Some(table)) => amd(table, rid).map(|base| (base, true)),
         (None, None) => Err(Excuse::Nothing),
@@ -239,8 +257,7 @@ fn unit_of(rid: Rid) -> Result<(u64, bool), i32> {
 /// Why no unit serves a function.
 enum Excuse {
     Nothing,
-    Dmar(dmar::Malformed),
-    Ivrs(ivrs::Malformed),
+    Table(Malformed),
     Firmware,
     Alias(u16),
     Unserved,
@@ -252,8 +269,7 @@ impl fmt::Display for Excuse {
             Excuse::Nothing => {
                 f.write_str("no IOMMU: the firmware describes none (is VT-d or AMD-Vi off there?)")
             }
-            Excuse::Dmar(e) => e.fmt(f),
-            Excuse::Ivrs(e) => e.fmt(f),
+            Excuse::Table(e) => e.fmt(f),
             Excuse::Firmware => f.write_str(
                 "the firmware uses memory through it (RMRR, IVMD): it has to stay with the host",
             ),
@@ -315,7 +331,7 @@ fn own_name(Rid(rid): Rid) -> Result<(), Excuse> {
 fn intel(table: &[u8], rid: Rid) -> Result<u64, Excuse> {
     let (mut named, mut rest) = (None, None);
     for s in dmar::structures(table) {
-        match s.map_err(Excuse::Dmar)? {
+        match s.map_err(Excuse::Table)? {
             Structure::Reserved { segment: 0, scopes } if scopes.has(rid.0, buses) => {
                 return Err(Excuse::Firmware);
             }
@@ -340,7 +356,7 @@ fn intel(table: &[u8], rid: Rid) -> Result<u64, Excuse> {
 fn amd(table: &[u8], rid: Rid) -> Result<u64, Excuse> {
     let mut found = Err(Excuse::Unserved);
     for b in ivrs::blocks(table) {
-        match b.map_err(Excuse::Ivrs)? {
+        match b.map_err(Excuse::Table)? {
             Block::Reserved { first, last } if (first..=last).contains(&rid.0) => {
                 return Err(Excuse::Firmware);
             }

@@ -39,7 +39,9 @@ unsafe extern "C" {
     fn pci_find_bsf(bus: u8, slot: u8, func: u8) -> *mut c_void;
 
     // contrib/dev/acpica/include/acpixf.h, vm/pmap.h
-    fn AcpiGetTable(signature: *const c_char, n: u32, table: *mut *const u8) -> u32;
+    /// Finds and maps a table of the firmware's; 0 if it is there.
+    #[link_name = "AcpiGetTable"]
+    pub fn get_table(signature: *const c_char, n: u32, table: *mut *const u8) -> u32;
     fn pmap_mapdev(pa: u64, len: usize) -> *mut u8;
     fn pmap_unmapdev(va: *mut u8, len: usize);
 
@@ -101,22 +103,6 @@ pub fn wanted(rid: u16) -> bool {
         unsafe { freeenv(value) };
         named
     })
-}
-
-/// A table of the firmware's, if there is one. It stays mapped.
-pub fn acpi(signature: &CStr) -> Option<&'static [u8]> {
-    let mut table: *const u8 = ptr::null();
-    // SAFETY: the signature ends with NUL, `table` is writable.
-    let status = unsafe { AcpiGetTable(signature.as_ptr(), 1, &mut table) };
-    if status != 0 || table.is_null() {
-        return None;
-    }
-    // SAFETY: an ACPI table begins with its signature and its length, and is
-    // mapped as a whole; nobody writes it.
-    unsafe {
-        let len = table.add(4).cast::<u32>().read_unaligned();
-        Some(core::slice::from_raw_parts(table, len as usize))
-    }
 }
 
 /// Maps registers, uncached.

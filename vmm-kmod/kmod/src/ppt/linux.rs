@@ -68,7 +68,9 @@ unsafe extern "C" {
     fn pci_dev_put(pdev: *mut c_void);
 
     // acpi/acpixf.h, linux/io.h
-    fn acpi_get_table(signature: *const c_char, n: u32, table: *mut *const u8) -> u32;
+    /// Finds and maps a table of the firmware's; 0 if it is there.
+    #[link_name = "acpi_get_table"]
+    pub fn get_table(signature: *const c_char, n: u32, table: *mut *const u8) -> u32;
     fn ioremap(pa: u64, len: c_ulong) -> *mut u8;
     fn iounmap(va: *mut u8);
 
@@ -100,22 +102,6 @@ struct Resource {
     end: u64,
     name: *const c_char,
     flags: c_ulong,
-}
-
-/// A table of the firmware's, if there is one. It stays mapped.
-pub fn acpi(signature: &CStr) -> Option<&'static [u8]> {
-    let mut table: *const u8 = ptr::null();
-    // SAFETY: the signature ends with NUL, `table` is writable.
-    let status = unsafe { acpi_get_table(signature.as_ptr(), 1, &mut table) };
-    if status != 0 || table.is_null() {
-        return None;
-    }
-    // SAFETY: an ACPI table begins with its signature and its length, and is
-    // mapped as a whole; nobody writes it.
-    unsafe {
-        let len = table.add(4).cast::<u32>().read_unaligned();
-        Some(core::slice::from_raw_parts(table, len as usize))
-    }
 }
 
 /// Maps registers, uncached.
