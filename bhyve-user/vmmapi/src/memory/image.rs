@@ -164,10 +164,6 @@ impl Image {
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // Else letting go of a page costs as much as a read of it: the host takes
-        // note that it was used.
-        // SAFETY: advice on a mapping of ours.
-        unsafe { libc::madvise(base, len, libc::MADV_SEQUENTIAL) };
         let claim = |p: &Place| {
             let free = (0, base as usize);
             let (order, fail) = (Ordering::AcqRel, Ordering::Relaxed);
