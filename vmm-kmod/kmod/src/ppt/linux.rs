@@ -2,7 +2,7 @@
 //! exported as such are called directly; macros and inline functions are in
 //! the shim's ppt.c.
 
-use core::ffi::{CStr, c_char, c_int, c_uint, c_ulong, c_void};
+use core::ffi::{c_char, c_int, c_uint, c_ulong, c_void};
 use core::ptr::{self, NonNull};
 
 use vmm_hw::ept::Prot;
