@@ -1,5 +1,6 @@
 //! A serial port of an emulator: what it said so far, and waiting for more.
 
+use crate::nudge::{Nudge, QUIET};
 use anyhow::{Context, Result, bail};
 use regex::bytes::Regex;
 use std::fs::File;
@@ -148,6 +149,8 @@ pub struct Console {
     transcript: PathBuf,
     /// The emulator's process.
     emulator: u32,
+    /// For an emulator that may have lost an interrupt when it is silent.
+    pub nudge: Option<Nudge>,
 }
 
 impl Console {
@@ -183,6 +186,7 @@ impl Console {
             seen: 0,
             transcript: transcript.to_owned(),
             emulator,
+            nudge: None,
         })
     }
 
@@ -218,7 +222,10 @@ impl Console {
                 .0;
         }
         if said.bytes.len() == self.seen {
-            return if said.closed { None } else { Some(Vec::new()) };
+            let closed = said.closed;
+            drop(said);
+            self.silent();
+            return if closed { None } else { Some(Vec::new()) };
         }
         let new = said.bytes[self.seen..].to_vec();
         self.seen = said.bytes.len();
@@ -273,11 +280,23 @@ impl Console {
             if left.is_zero() {
                 return Ok(None);
             }
-            said = shared
+            let waited;
+            (said, waited) = shared
                 .more
-                .wait_timeout(said, left)
-                .unwrap_or_else(|e| e.into_inner())
-                .0;
+                .wait_timeout(said, left.min(QUIET))
+                .unwrap_or_else(|e| e.into_inner());
+            if waited.timed_out() {
+                drop(said);
+                self.silent();
+                said = shared.lock();
+            }
+        }
+    }
+
+    /// Nothing happens: makes up for an interrupt that the emulator may have lost.
+    pub fn silent(&self) {
+        if let Some(nudge) = &self.nudge {
+            nudge.silent();
         }
     }
 

@@ -28,6 +28,7 @@ pub mod kmod;
 pub mod kmod_freebsd;
 pub mod machine;
 pub mod meter;
+pub mod nudge;
 pub mod programs;
 pub mod programs_freebsd;
 pub mod progress;

@@ -1,9 +1,11 @@
 //! An emulator (or KVM) with a kernel in it and two serial ports.
 
 use crate::console::{Console, Listening};
+use crate::nudge::Nudge;
 use crate::{bochs, iso, qemu};
 use anyhow::{Context, Result, bail};
 use std::fmt;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
@@ -177,12 +179,14 @@ impl Machine {
     /// # Errors
     /// The emulator is not there or does not start.
     pub fn start(spec: &Spec, dir: &Path) -> Result<Self> {
-        Self::connect(dir, |ports| match spec.engine {
+        // With counted instructions, timers and CPU are one thread's.
+        let lossy = spec.engine == Engine::Qemu && !spec.count_instructions;
+        Self::connect(dir, lossy, |ports, monitor| match spec.engine {
             Engine::Bochs => {
                 let iso = iso::build(dir, &spec.kernel, &spec.initramfs, &spec.cmdline)?;
                 bochs::spawn(spec.cpus, spec.memory_mib, &iso, dir, ports)
             }
-            Engine::Kvm | Engine::Qemu => qemu::spawn(spec, dir, ports),
+            Engine::Kvm | Engine::Qemu => qemu::spawn(spec, dir, ports, monitor),
         })
     }
 
@@ -191,19 +195,38 @@ impl Machine {
     /// # Errors
     /// As for [`Self::start`].
     pub fn start_bochs(cpus: u32, memory_mib: u32, iso: &Path, dir: &Path) -> Result<Self> {
-        Self::connect(dir, |ports| bochs::spawn(cpus, memory_mib, iso, dir, ports))
+        Self::connect(dir, false, |ports, _| {
+            bochs::spawn(cpus, memory_mib, iso, dir, ports)
+        })
     }
 
-    fn connect(dir: &Path, spawn: impl FnOnce([u16; 2]) -> Result<Child>) -> Result<Self> {
+    /// `lossy`: it may need a [`Nudge`].
+    fn connect(
+        dir: &Path,
+        lossy: bool,
+        spawn: impl FnOnce([u16; 2], Option<u16>) -> Result<Child>,
+    ) -> Result<Self> {
         let ports = [Listening::new()?, Listening::new()?];
         let numbers = [ports[0].port(), ports[1].port()];
-        let mut child = spawn(numbers)?;
+        let monitor = lossy
+            .then(|| TcpListener::bind(("127.0.0.1", 0)).context("no loopback port"))
+            .transpose()?;
+        let number = match &monitor {
+            Some(m) => Some(m.local_addr()?.port()),
+            None => None,
+        };
+        let mut child = spawn(numbers, number)?;
         let [first, second] = ports;
         let pid = child.id();
         let connected = (|| {
             let mut alive = || ended(&mut child, dir);
-            let com1 = first.accept(&dir.join("com1.log"), CONNECT, pid, &mut alive)?;
-            let com2 = second.accept(&dir.join("com2.log"), CONNECT, pid, &mut alive)?;
+            let nudge = monitor
+                .map(|m| Nudge::accept(&m, CONNECT, &mut alive))
+                .transpose()?;
+            let mut com1 = first.accept(&dir.join("com1.log"), CONNECT, pid, &mut alive)?;
+            let mut com2 = second.accept(&dir.join("com2.log"), CONNECT, pid, &mut alive)?;
+            com1.nudge.clone_from(&nudge);
+            com2.nudge = nudge;
             Ok((com1, com2))
         })();
         match connected {
@@ -225,6 +248,7 @@ impl Machine {
             if std::time::Instant::now() > deadline {
                 bail!("the machine still runs after {} s", timeout.as_secs());
             }
+            self.com1.silent();
             std::thread::sleep(Duration::from_millis(50));
         }
         Ok(())

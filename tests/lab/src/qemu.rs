@@ -7,14 +7,18 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-/// Starts QEMU with COM1 and COM2 connected to these loopback ports.
+/// Starts QEMU with COM1 and COM2 connected to these loopback ports, and its
+/// monitor to another.
 ///
 /// # Errors
 /// The disk is full or there is no QEMU.
-pub fn spawn(spec: &Spec, dir: &Path, ports: [u16; 2]) -> Result<Child> {
+pub fn spawn(spec: &Spec, dir: &Path, ports: [u16; 2], monitor: Option<u16>) -> Result<Child> {
     let initramfs = dir.join("initramfs");
     fs::write(&initramfs, &spec.initramfs)?;
     let mut command = common(spec, ports);
+    if let Some(port) = monitor {
+        command.args(["-monitor", &format!("tcp:127.0.0.1:{port}")]);
+    }
     command
         .arg("-kernel")
         .arg(&spec.kernel)
