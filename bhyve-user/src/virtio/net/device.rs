@@ -76,6 +76,8 @@ pub struct Part {
     spare: Vec<Chain>,
     outgoing: Vec<u8>,
     chain: Chain,
+    /// The driver has set DRIVER_OK.
+    up: bool,
     /// There is no point in receiving before the driver gives more buffers.
     hungry: bool,
     /// The last look at the port ended before the port did.
@@ -147,6 +149,7 @@ pub fn new(mac: Mac, mtu: Option<u16>, ports: Vec<Box<dyn Port>>) -> (Identity, 
         spare: Vec::new(),
         outgoing: vec![0; LARGEST],
         chain: Chain::default(),
+        up: false,
         hungry: true,
         more: false,
         on: pair == 0,
@@ -316,6 +319,14 @@ impl Part {
     /// Receives what waits, some packets at a time; true if there may be more.
     fn receive(&mut self, cx: &mut Cx<'_>) -> Result<bool, Malformed> {
         let queue = self.rx();
+        // A legacy driver's queues run before DRIVER_OK, but it expects no packet
+        // until then: FreeBSD's asks for interrupts, by the index of the next used
+        // buffer, after it gives the buffers. One that comes in between is never
+        // told of, and none after it.
+        if !self.up {
+            self.hungry = true;
+            return Ok(false);
+        }
         if self.role(queue, cx.features) != Some(Role::Receive) || cx.queue(queue).is_none() {
             self.hungry = true;
             return Ok(false);
@@ -513,6 +524,7 @@ impl Part {
     fn forget(&mut self) {
         self.held = None;
         self.spare.append(&mut self.chains);
+        self.up = false;
         self.hungry = true;
         self.more = false;
     }
@@ -553,6 +565,7 @@ impl Device for Part {
     }
 
     fn activate(&mut self, cx: &mut Cx<'_>) -> Result<(), Malformed> {
+        self.up = true;
         self.hungry = false;
         if self.pair == 0 {
             // The one that an earlier driver has set stays the card's.

@@ -87,6 +87,13 @@ struct Driver {
 impl Driver {
     /// A card with these ports, and a driver that has accepted `features`.
     fn new(ports: Vec<Box<dyn Port>>, features: u64) -> Driver {
+        let mut driver = Driver::not_up(ports, features);
+        driver.up();
+        driver
+    }
+
+    /// One whose queues run, and that has not set DRIVER_OK yet.
+    fn not_up(ports: Vec<Box<dyn Port>>, features: u64) -> Driver {
         let memory = GuestMemory::anonymous(16 << 20).unwrap();
         let built = super::super::card(MAC, None, ports);
         assert_eq!(features & !MODERN & !built.identity.features, 0);
@@ -104,11 +111,16 @@ impl Driver {
                 .queues
                 .push((Layout::legacy(1 + 4 * i as u32, 16), 0));
         }
-        driver.start();
+        driver.start_queues();
         driver
     }
 
     fn start(&mut self) {
+        self.start_queues();
+        self.up();
+    }
+
+    fn start_queues(&mut self) {
         for (i, (layout, added)) in self.queues.iter_mut().enumerate() {
             *added = 0;
             self.memory.write(layout.avail + 2, &0_u16).unwrap();
@@ -116,6 +128,9 @@ impl Driver {
             let q = Queue::new(&self.memory, *layout, false, false).unwrap();
             self.shared.set_queue(i, Some(q), self.features);
         }
+    }
+
+    fn up(&mut self) {
         *lock(&self.shared.status) = status::DRIVER_OK;
         self.shared.activate(self.features);
     }
@@ -248,6 +263,23 @@ fn old_drivers_have_a_shorter_header() {
     assert_eq!(d.served(0, 1), 80);
     assert_eq!(d.bytes(places[0], 10), [0; 10]);
     assert_eq!(d.bytes(places[1], 71), [&f[..], &[0]].concat());
+}
+
+#[test]
+fn a_legacy_driver_sends_and_commands_before_driver_ok_and_receives_after() {
+    let (p, far) = port();
+    let mut d = Driver::not_up(vec![p], 0);
+    let f = frame(MAC.0, 70);
+    far.send(Header::default(), &f);
+    let places = d.add(0, &[], &[1600]);
+    d.add(1, &[&[0; 10], &f], &[]);
+    assert_eq!(far.recv(), packet(Header::default(), &f));
+    assert_eq!(d.control(2, &[0, 0, 1]), OK);
+    // The same thread has looked at the queue of received packets before.
+    assert_eq!(d.used(0), 0);
+    d.up();
+    assert_eq!(d.served(0, 1), 80);
+    assert_eq!(d.bytes(places[0] + 10, 70), f);
 }
 
 #[test]
