@@ -61,7 +61,7 @@ impl std::fmt::Display for Mode {
 pub enum Purpose<'a> {
     /// A VM's device: these requests, and mappings of its memory.
     Vm(&'a [u32]),
-    /// The control device: these requests.
+    /// A device of which these requests are made, and nothing else.
     Control(&'a [u32]),
     /// A terminal or what stands for one: both directions, and its modes.
     Terminal,

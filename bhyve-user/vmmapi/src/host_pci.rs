@@ -16,7 +16,7 @@ pub use host::{Attached, attached, iommu_wanted};
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 
 /// BARs of a function.
@@ -82,6 +82,14 @@ impl HostFunction {
         let host = host::Function::open(at)?;
         let bars = host.bars()?;
         Ok(HostFunction { at, host, bars })
+    }
+
+    /// Descriptors that stay open and are good for more than this function, each
+    /// with the requests (ioctl(2)) that are made of it from now on: FreeBSD's
+    /// `/dev/pci` and, where a BAR has ports, `/dev/io`. `/dev/mem` is closed when
+    /// registers are mapped; Linux's files are the function's own.
+    pub fn descriptors(&self) -> Vec<(BorrowedFd<'_>, &'static [u32])> {
+        self.host.descriptors()
     }
 
     /// Where it is.

@@ -3,6 +3,7 @@
 use vmmapi::host_pci::{HostBar, HostFunction, PciAddress, Registers};
 
 use super::msix::Entry;
+use crate::sandbox;
 
 /// What the guest's side of a passed function needs of the host.
 pub trait Backend: Send + Sync {
@@ -90,7 +91,13 @@ impl Host {
     pub fn bind(vm: vmmapi::Vm, at: PciAddress) -> Result<Host, BindError> {
         vm.bind_pptdev(at.bus.into(), at.slot.into(), at.func.into())?;
         // After it: the kernel has reset the device.
-        match HostFunction::open(at) {
+        let opened = HostFunction::open(at).and_then(|function| {
+            for (fd, requests) in function.descriptors() {
+                sandbox::limit(fd, sandbox::Purpose::Control(requests))?;
+            }
+            Ok(function)
+        });
+        match opened {
             Ok(function) => Ok(Host {
                 vm,
                 function,

@@ -4,7 +4,7 @@ use super::{BARS, HostBar, PciAddress};
 use crate::sys::{self, Plain};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use vmm_abi::ioccom::iowr;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -76,6 +76,14 @@ fn open(path: &str) -> io::Result<File> {
     sys::open(path).map_err(|e| io::Error::new(e.kind(), format!("{path}: {e}")))
 }
 
+/// Opens `/dev/io` in a thread that ends with that. The kernel lets the thread
+/// that opens it, and those that it starts later, execute IN and OUT on every port
+/// of the host (io(4)); what is needed here is the request only.
+fn open_ports() -> io::Result<File> {
+    let opened = std::thread::scope(|s| s.spawn(|| open("/dev/io")).join());
+    opened.unwrap_or_else(|_| Err(io::Error::other("/dev/io: the thread that opens it ended")))
+}
+
 impl Function {
     pub(super) fn open(at: PciAddress) -> io::Result<Function> {
         let mut function = Function {
@@ -89,7 +97,7 @@ impl Function {
             io: None,
         };
         if function.bars()?.iter().any(|b| b.io) {
-            function.io = Some(open("/dev/io")?);
+            function.io = Some(open_ports()?);
         }
         Ok(function)
     }
@@ -121,6 +129,15 @@ impl Function {
             index += if wide { 2 } else { 1 };
         }
         Ok(all)
+    }
+
+    /// Those that stay open, each with the requests that are made of it. The
+    /// kernel compares requests one after the other: frequent ones first.
+    pub(super) fn descriptors(&self) -> Vec<(BorrowedFd<'_>, &'static [u32])> {
+        let pci: (_, &'static [u32]) = (self.pci.as_fd(), &[PCIOCREAD, PCIOCWRITE]);
+        let io = self.io.iter();
+        let io = io.map(|f| (f.as_fd(), &[IODEV_PIO] as &'static [u32]));
+        std::iter::once(pci).chain(io).collect()
     }
 
     fn config(&self, request: u32, offset: u16, size: u8, data: u32) -> io::Result<u32> {

@@ -3,6 +3,7 @@
 use super::{BARS, HostBar, PciAddress};
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -30,6 +31,11 @@ fn open(path: &Path) -> io::Result<File> {
 }
 
 impl Function {
+    /// None: these are files of one function, and no requests are made of them.
+    pub(super) fn descriptors(&self) -> Vec<(BorrowedFd<'_>, &'static [u32])> {
+        Vec::new()
+    }
+
     pub(super) fn open(at: PciAddress) -> io::Result<Function> {
         let PciAddress { bus, slot, func } = at;
         let name = format!("0000:{bus:02x}:{slot:02x}.{func:x}");
