@@ -153,11 +153,15 @@ fn without_iommu_or_module_everything_says_so() {
     fs::remove_dir(t.path("bus/pci/drivers/ppt")).unwrap();
     let all = ["no-iommu", "vmm", "driver"];
     assert_eq!(kinds(&t.survey(), "0000:06:00.0"), all);
-    // VT-d that the host leaves alone is vmm.ko's to use.
-    fs::create_dir_all(t.path("firmware/acpi/tables")).unwrap();
-    fs::write(t.path("firmware/acpi/tables/DMAR"), "").unwrap();
+    // VT-d or AMD-Vi that the host leaves alone is vmm.ko's to use.
     let open = ["interrupts", "vmm", "driver"];
-    assert_eq!(kinds(&t.survey(), "0000:06:00.0"), open);
+    for table in ["DMAR", "IVRS"] {
+        let table = t.path("firmware/acpi/tables").join(table);
+        fs::create_dir_all(&table).unwrap();
+        assert_eq!(kinds(&t.survey(), "0000:06:00.0"), open);
+        fs::remove_dir(&table).unwrap();
+    }
+    fs::create_dir_all(t.path("firmware/acpi/tables/DMAR")).unwrap();
     fs::create_dir_all(t.path("module/vmm/parameters")).unwrap();
     fs::write(t.path("module/vmm/parameters/unsafe_interrupts"), "Y\n").unwrap();
     assert_eq!(kinds(&t.survey(), "0000:06:00.0"), open[1..]);

@@ -1,5 +1,6 @@
-//! Devices of the host's given to guests. Only QEMU emulates an IOMMU: VT-d, beside
-//! AMD-V. The host is Linux; its cloud kernel has a driver for NVMe, none for e1000e.
+//! Devices of the host's given to guests. Only QEMU emulates IOMMUs: VT-d and AMD-Vi,
+//! both beside AMD-V. The host is Linux; its cloud kernel has a driver for VT-d, which
+//! can be told to keep away, and for NVMe; none for AMD-Vi, none for e1000e.
 
 use crate::cases::{guests, share};
 use crate::guest::{Guest, Load, linux_cmdline, said, shell};
@@ -43,18 +44,39 @@ const FEW: u32 = 3;
 pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
     let small = Group {
         name: "passthru".to_owned(),
-        config: config(lab, 128, true)?,
+        config: config(lab, "small", 128, Iommu::Intel { interrupts: true })?,
         cases: vec![
             Case::new("passthru-words", words),
             Case::new("passthru-edu", edu),
             Case::new("passthru-cycles", cycles),
         ],
     };
+    let mut vtd = Group {
+        name: "passthru-own-vtd".to_owned(),
+        config: config(lab, "vtd", 128, Iommu::Intel { interrupts: false })?,
+        cases: vec![Case::new("passthru-own-vtd", |_, host| {
+            // QEMU's unit keeps one fault of a function until it is read.
+            own(
+                host,
+                Some("vmm: ppt 0/5/0: DMA write to 0xa000000 is not allowed"),
+            )
+        })],
+    };
+    vtd.config.cmdline = "intel_iommu=off".to_owned();
+    let amdvi = Group {
+        name: "passthru-own-amdvi".to_owned(),
+        config: config(lab, "amdvi", 128, Iommu::Amd)?,
+        cases: vec![Case::new("passthru-own-amdvi", |_, host| {
+            // QEMU's unit says nothing of an entry that is not present.
+            own(host, None)
+        })],
+    };
     let mut linux = Group {
         name: "passthru-linux".to_owned(),
-        config: config(lab, 256, false)?,
+        config: config(lab, "linux", 256, Iommu::Intel { interrupts: true })?,
         cases: Vec::new(),
     };
+    linux.config.count_instructions = false;
     let name = "passthru-linux";
     match share::kernel(&lab.dirs, &lab.kit.kernel.release) {
         Err(e) => {
@@ -72,17 +94,17 @@ pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
             linux.cases.push(Case::new(name, devices));
         }
     }
-    Ok(vec![small, linux])
+    Ok(vec![small, linux, vtd, amdvi])
 }
 
-fn config(lab: &Lab, guest_mib: u32, count: bool) -> Result<Config> {
+fn config(lab: &Lab, name: &str, guest_mib: u32, iommu: Iommu) -> Result<Config> {
     // Of the engines only this one has an IOMMU.
     let mut config = Config::new(Engine::Qemu, guest_mib);
-    config.count_instructions = count;
+    config.count_instructions = true;
     config.cmdline = "intel_iommu=on".to_owned();
-    config.pci.iommu = Iommu::Intel { interrupts: true };
+    config.pci.iommu = iommu;
     // One each: the hosts may run at the same time.
-    let disk = lab.dirs.fresh(&format!("passthru-disk-{guest_mib}"))?;
+    let disk = lab.dirs.fresh(&format!("passthru-disk-{name}"))?;
     let disk = disk.join("disk");
     std::fs::File::create(&disk)?.set_len(64 << 20)?;
     let drive = format!("file={},if=none,id=disk,format=raw", disk.display());
@@ -195,6 +217,29 @@ fn edu(_: &Lab, host: &mut Host) -> Result<()> {
         "DMA to nowhere is not in the host's log:\n{log}"
     );
     to_host(host, EDU)
+}
+
+/// The host's kernel does not use the IOMMU: our own driver does. It remaps no
+/// interrupts, which has to be allowed. `fault`: what it finds of DMA to nowhere.
+fn own(host: &mut Host, fault: Option<&str>) -> Result<()> {
+    to_ppt(host, EDU)?;
+    let guest = small("-s 5,passthru,0/5/0");
+    guest.start(host)?;
+    guest.expect_exit(host, 4, SHORT)?;
+    let error = host.must("cat /tmp/bhyve.err", SHORT)?;
+    ensure!(error.contains("unsafe_interrupts"), "{error}");
+    guest.destroy(host)?;
+    host.must(
+        "echo 1 >/sys/module/vmm/parameters/unsafe_interrupts",
+        SHORT,
+    )?;
+    guests::passes(host, &guest)?;
+    let log = host.must("dmesg", SHORT)?;
+    for line in ["vmm: the IOMMU at "].into_iter().chain(fault) {
+        ensure!(log.contains(line), "no {line:?} in the log:\n{log}");
+    }
+    to_host(host, EDU)?;
+    cycle(host, 1)
 }
 
 /// bhyve killed while the device does DMA, again and again; the host can use the

@@ -49,10 +49,11 @@ pub(super) fn survey(sys: &Path) -> Result<Survey, String> {
     let mut groups = fs::read_dir(sys.join("kernel/iommu_groups"))
         .into_iter()
         .flatten();
+    let tables = sys.join("firmware/acpi/tables");
     let iommu = match groups.next() {
         Some(_) => Some(true),
         // One that the host does not use: vmm.ko may.
-        None if sys.join("firmware/acpi/tables/DMAR").exists() => None,
+        None if ["DMAR", "IVRS"].iter().any(|t| tables.join(t).exists()) => None,
         None => Some(false),
     };
     let allowed = fs::read_to_string(sys.join(ALLOWED)).unwrap_or_default();
@@ -69,7 +70,8 @@ const ALLOWED: &str = "module/vmm/parameters/unsafe_interrupts";
 
 pub(super) fn interrupt_commands() -> Vec<String> {
     vec![format!(
-        "add intel_iommu=on to the kernel's command line; or, if the guest is to be trusted: \
+        "add intel_iommu=on to the kernel's command line (with an AMD CPU take amd_iommu=off \
+         away); or, if the guest is to be trusted: \
          echo 1 > /sys/{ALLOWED}"
     )]
 }
