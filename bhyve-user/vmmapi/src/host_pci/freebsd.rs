@@ -2,6 +2,7 @@
 
 use super::{BARS, HostBar, PciAddress};
 use crate::sys::{self, Plain};
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -261,20 +262,26 @@ fn from_conf(c: &Conf) -> Attached {
     }
 }
 
-/// `hw.vmm.iommu.enable`; `None` where vmm.ko is not loaded.
+/// Whether vmm.ko may use an IOMMU; `None` where it is not loaded. Its ppt counts its
+/// functions, whosever it is; FreeBSD's own can be told to use none.
 pub fn iommu_wanted() -> Option<bool> {
+    sysctl(c"hw.vmm.ppt.devices")?;
+    Some(sysctl(c"hw.vmm.iommu.enable") != Some(0))
+}
+
+fn sysctl(name: &CStr) -> Option<libc::c_int> {
     let mut value: libc::c_int = 0;
     let mut len = size_of_val(&value);
     // SAFETY: the name is NUL-terminated, `value` is as long as `len` says, and
     // nothing is set.
     let r = unsafe {
         libc::sysctlbyname(
-            c"hw.vmm.iommu.enable".as_ptr(),
+            name.as_ptr(),
             std::ptr::from_mut(&mut value).cast(),
             &raw mut len,
             std::ptr::null(),
             0,
         )
     };
-    (r == 0).then_some(value != 0)
+    (r == 0).then_some(value)
 }
