@@ -160,8 +160,9 @@ impl Functions {
         let at = self.position(rid)?;
         let f = self.0.get_mut(at).ok_or(errno::ENOENT)?;
         if ptr::eq(f.vm, vm) {
-            f.quiesce(false);
-            return Ok(());
+            // A new bhyve, which will show the BARs where it has them.
+            f.hide(vm);
+            return f.quiesce(false);
         }
         if !f.vm.is_null() {
             return Err(errno::EBUSY);
@@ -181,7 +182,7 @@ impl Functions {
             None => false,
         };
         let f = self.0.get_mut(at).ok_or(errno::ENOENT)?;
-        f.quiesce(false);
+        f.quiesce(false)?;
         let mut mem = vm.mem.lock();
         if mem.iommu.is_none() {
             let mut domain = Domain::new(&f.device, &group)?;
@@ -221,12 +222,9 @@ impl Functions {
         };
         // The guest's way to its registers first: it could set DMA going again
         // after the reset.
-        for m in f.mmio.iter_mut().filter_map(Option::take) {
-            if vm.unmap_mmio(m.gpa, m.len).is_err() {
-                klog!(Error, "ppt {}: no memory to unmap its BARs", f.rid);
-            }
-        }
-        f.quiesce(removing);
+        f.hide(vm);
+        // It goes all the same; the log has why it is not as new.
+        let _ = f.quiesce(removing);
         f.vm = ptr::null();
         let device = f.device;
         let (rid, group) = (f.rid, iommu::group_again(&f.device, f.rid));
@@ -244,21 +242,37 @@ impl Functions {
 }
 
 impl Function {
-    /// No DMA, no interrupts, reset.
-    fn quiesce(&mut self, removing: bool) {
+    /// No BAR is in the guest's memory any more.
+    fn hide(&mut self, vm: &Vm) {
+        for m in self.mmio.iter_mut().filter_map(Option::take) {
+            if vm.unmap_mmio(m.gpa, m.len).is_err() {
+                klog!(Error, "ppt {}: no memory to unmap its BARs", self.rid);
+            }
+        }
+    }
+
+    /// No DMA, no interrupts, reset. EIO: the reset failed, all else is done.
+    fn quiesce(&mut self, removing: bool) -> Result<(), i32> {
         self.device.stop();
         self.vectors.free(&self.device);
-        match self.device.reset(removing) {
-            Ok(()) => {}
-            Err(errno::ENODEV) => klog!(
-                Warning,
-                "ppt {}: it cannot be reset: its state goes from its last user to the next",
-                self.rid
-            ),
-            Err(_) => klog!(Error, "ppt {}: its reset fails", self.rid),
-        }
+        let reset = self.device.reset(removing);
         // The reset brought configuration space back as it was, without.
         self.device.stop();
+        match reset {
+            Ok(()) => Ok(()),
+            Err(errno::ENODEV) => {
+                klog!(
+                    Warning,
+                    "ppt {}: it cannot be reset: its state goes from its last user to the next",
+                    self.rid
+                );
+                Ok(())
+            }
+            Err(e) => {
+                klog!(Error, "ppt {}: its reset fails", self.rid);
+                Err(e)
+            }
+        }
     }
 }
 
@@ -385,7 +399,8 @@ pub fn quiesce(vm: &Vm) {
     };
     for f in &mut list.0 {
         if ptr::eq(f.vm, vm) {
-            f.quiesce(false);
+            // Who goes on with it binds it again, and hears of it then.
+            let _ = f.quiesce(false);
         }
     }
 }

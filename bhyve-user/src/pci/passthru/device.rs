@@ -1,12 +1,12 @@
 //! The function as the guest sees it.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use vmmapi::host_pci::{BARS, HostBar};
 
 use super::backend::Backend;
-use super::msix::{Order, Table};
+use super::msix::{Entry, Order, Table};
 use super::request::{MsiCapability, MsixCapability, Rules};
 use crate::bus::ones;
 use crate::lock;
@@ -53,6 +53,17 @@ struct State {
     command: u16,
 }
 
+/// What the kernel may refuse; each is said once.
+#[derive(Clone, Copy, Debug)]
+enum Refused {
+    Msi,
+    MsixVector,
+    MsixOff,
+    Show,
+    Hide,
+    Move,
+}
+
 /// A function of the host's.
 pub struct Passthrough {
     backend: Box<dyn Backend>,
@@ -61,7 +72,8 @@ pub struct Passthrough {
     /// Of each BAR.
     pieces: [Vec<Piece>; BARS],
     state: Mutex<State>,
-    complained: AtomicBool,
+    /// Bits of [`Refused`].
+    complained: AtomicU8,
 }
 
 impl Passthrough {
@@ -120,7 +132,7 @@ impl Passthrough {
             rules,
             bars,
             pieces,
-            complained: AtomicBool::new(false),
+            complained: AtomicU8::new(0),
         };
         // As a reset leaves it, but for what the host needs.
         device.set_command(0);
@@ -144,26 +156,47 @@ impl Passthrough {
         (m.table.0 == bar && at < u64::from(m.vectors) * super::msix::ENTRY).then_some(at)
     }
 
-    /// One message for what the kernel would not do: the guest goes on without it.
-    fn check(&self, what: &str, result: vmmapi::Result<()>) {
-        if let Err(e) = result
-            && !self.complained.swap(true, Ordering::Relaxed)
-        {
-            eprintln!("passthru {}: {what}: {e}\r", self.backend.name());
+    /// Says what the kernel would not do, each kind once: the guest goes on without.
+    fn say(&self, kind: Refused, text: std::fmt::Arguments) {
+        let bit = 1 << kind as u8;
+        if self.complained.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
+            eprintln!("passthru {}: {text}\r", self.backend.name());
         }
+    }
+
+    fn check(&self, kind: Refused, what: std::fmt::Arguments, result: vmmapi::Result<()>) {
+        if let Err(e) = result {
+            self.say(kind, format_args!("{what}: {e}"));
+        }
+    }
+
+    fn set_vector(&self, index: u16, entry: Entry) {
+        let what = format_args!("MSI-X vector {index} cannot be had");
+        let set = self.backend.msix(index, entry);
+        self.check(Refused::MsixVector, what, set);
     }
 
     fn obey(&self, orders: impl IntoIterator<Item = Order>) {
         for order in orders {
             match order {
-                Order::Set(index, entry) => {
-                    let set = self.backend.msix(index, entry);
-                    self.check(&format!("MSI-X vector {index} cannot be had"), set);
-                }
-                Order::Off => match self.backend.msix_off() {
-                    // FreeBSD 12 leaves it on until the VM is destroyed.
-                    Err(e) if e.errno() == Some(nix::libc::ENOTTY) => {}
-                    done => self.check("MSI-X cannot be switched off", done),
+                Order::Set(index, entry) => self.set_vector(index, entry),
+                Order::Off(open) => match self.backend.msix_off() {
+                    // FreeBSD 12 leaves it on until the VM is destroyed; what is masked is
+                    // as quiet.
+                    Err(e) if e.errno() == Some(nix::libc::ENOTTY) => {
+                        for index in open {
+                            let masked = Entry {
+                                address: 0,
+                                data: 0,
+                                masked: true,
+                            };
+                            self.set_vector(index, masked);
+                        }
+                    }
+                    done => {
+                        let what = format_args!("MSI-X cannot be switched off");
+                        self.check(Refused::MsixOff, what, done);
+                    }
                 },
             }
         }
@@ -198,7 +231,8 @@ impl Passthrough {
                 data,
                 count,
             } = wanted;
-            self.check("MSI", self.backend.msi(address, data, count));
+            let set = self.backend.msi(address, data, count);
+            self.check(Refused::Msi, format_args!("MSI cannot be had"), set);
         }
     }
 
@@ -219,7 +253,10 @@ impl Passthrough {
                 Err(e) if e.errno() == Some(nix::libc::ENOTTY) => return false,
                 // Those of a BAR of which not all could be shown.
                 Err(e) if e.errno() == Some(nix::libc::ENOENT) => {}
-                done => self.check("a BAR cannot be taken away", done),
+                done => {
+                    let what = format_args!("BAR {index} cannot be taken away");
+                    self.check(Refused::Hide, what, done);
+                }
             }
         }
         window.gpa = None;
@@ -365,17 +402,16 @@ impl PciDevice for Passthrough {
             return;
         }
         if !self.hide(state, index) {
-            if !self.complained.swap(true, Ordering::Relaxed) {
-                let name = self.backend.name();
-                eprintln!(
-                    "passthru {name}: this kernel's vmm.ko cannot move BARs; BAR {index} stays where it was\r"
-                );
-            }
+            let what = format_args!(
+                "this kernel's vmm.ko cannot move BARs; BAR {index} stays where it was"
+            );
+            self.say(Refused::Move, what);
             return;
         }
         for p in self.pieces.get(index).into_iter().flatten() {
             let shown = self.backend.map(gpa + p.offset, bar.base + p.offset, p.len);
-            self.check(&format!("BAR {index} cannot be shown at {gpa:#x}"), shown);
+            let what = format_args!("BAR {index} cannot be shown at {gpa:#x}");
+            self.check(Refused::Show, what, shown);
         }
         if let Some(window) = state.windows.get_mut(index) {
             window.gpa = Some(gpa);

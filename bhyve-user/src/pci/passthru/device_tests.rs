@@ -27,7 +27,7 @@ struct Card {
     bars: Vec<HostBar>,
     did: Arc<Mutex<Vec<Did>>>,
     opened: Vec<(usize, u64, u64)>,
-    /// A vmm.ko without VM_UNMAP_PPTDEV_MMIO.
+    /// A vmm.ko without VM_UNMAP_PPTDEV_MMIO and VM_PPTDEV_DISABLE_MSIX.
     old: bool,
 }
 
@@ -98,6 +98,9 @@ impl Backend for Card {
         Ok(())
     }
     fn msix_off(&self) -> vmmapi::Result<()> {
+        if self.old {
+            return Err(enotty());
+        }
         self.push(Did::MsixOff);
         Ok(())
     }
@@ -298,6 +301,34 @@ fn msi_and_msix_go_to_the_kernel_and_never_to_the_device() {
     assert_eq!(g.take(), [Did::Msix(1, entry)]);
     f.config_write(0xa2, 2, 0);
     assert_eq!(g.take(), [Did::MsixOff]);
+}
+
+/// Off is then every entry masked that was not.
+#[test]
+fn a_kernel_that_cannot_switch_msix_off_masks_its_entries() {
+    let g = Guest::with(Card { old: true, ..nic() });
+    let table = g.bar(3);
+    g.function.config_write(0xa2, 2, 0x8000);
+    for n in [1, 2] {
+        g.write(table + n * 16, 8, 0xfee0_2000);
+        g.write(table + n * 16 + 8, 4, 0x33);
+        g.write(table + n * 16 + 12, 4, 0);
+    }
+    g.write(table + 2 * 16 + 12, 4, 1);
+    g.take();
+    g.function.config_write(0xa2, 2, 0);
+    let masked = Entry {
+        address: 0,
+        data: 0,
+        masked: true,
+    };
+    assert_eq!(g.take(), [Did::Msix(1, masked)]);
+    g.function.config_write(0xa2, 2, 0x8000);
+    let set = g.take();
+    assert!(
+        matches!(set[..], [Did::Msix(1, e)] if !e.masked),
+        "and back: {set:?}"
+    );
 }
 
 #[test]

@@ -19,12 +19,12 @@ pub struct Entry {
 }
 
 /// What the kernel is to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Order {
     /// Set an entry.
     Set(u16, Entry),
-    /// Switch MSI-X off.
-    Off,
+    /// Switch MSI-X off; these entries were not masked.
+    Off(Vec<u16>),
 }
 
 /// The table.
@@ -81,8 +81,12 @@ impl Table {
         let is = control & ENABLE != 0;
         if was && !is {
             let told = self.told.iter().any(Option::is_some);
+            let open = (0..)
+                .zip(&self.told)
+                .filter_map(|(n, t)| t.is_some_and(|e| !e.masked).then_some(n))
+                .collect();
             self.told.fill(None);
-            return told.then_some(Order::Off).into_iter().collect();
+            return told.then_some(Order::Off(open)).into_iter().collect();
         }
         (0..self.entries.len() as u16)
             .filter_map(|index| self.order(index))
@@ -154,7 +158,7 @@ mod tests {
         };
         let order = t.write(2 * ENTRY + 12, 4, 0);
         assert_eq!(order, Some(Order::Set(2, moved)));
-        assert_eq!(t.control(0), [Order::Off]);
+        assert_eq!(t.control(0), [Order::Off(vec![2])]);
         assert_eq!(t.control(0), []);
         assert_eq!(
             t.control(ENABLE),
