@@ -149,6 +149,13 @@ fn hint_open(path: &str, e: &io::Error) -> &'static str {
     }
 }
 
+/// Also jailed root is refused, where the jail's parameter is off.
+const NOT_ROOT: &str = if cfg!(target_os = "freebsd") {
+    " (run as root; a jail needs allow.vmm)"
+} else {
+    " (run as root)"
+};
+
 fn hint_create(vm: &str, e: &io::Error) -> String {
     match e.raw_os_error() {
         Some(libc::EEXIST) => format!(
@@ -162,7 +169,7 @@ fn hint_create(vm: &str, e: &io::Error) -> String {
         Some(libc::ENOENT) => {
             " (is vmm.ko loaded? Linux: insmod vmm.ko; FreeBSD: kldload vmm)".into()
         }
-        Some(libc::EACCES | libc::EPERM) => " (run as root)".into(),
+        Some(libc::EACCES | libc::EPERM) => NOT_ROOT.into(),
         Some(libc::EINVAL | libc::ENAMETOOLONG) => {
             " (the kernel refuses the name; FreeBSD 12 takes at most 31 bytes)".into()
         }
@@ -173,7 +180,7 @@ fn hint_create(vm: &str, e: &io::Error) -> String {
 fn hint_destroy(e: &io::Error) -> &'static str {
     match e.raw_os_error() {
         Some(libc::ENOENT | libc::EINVAL) => " (there is no VM of that name)",
-        Some(libc::EACCES | libc::EPERM) => " (run as root)",
+        Some(libc::EACCES | libc::EPERM) => NOT_ROOT,
         Some(libc::EBUSY) => " (it is being destroyed already)",
         _ => "",
     }
