@@ -4,7 +4,7 @@ use vmm_core::cpu::{Access, Event};
 use vmm_core::inst::{self, CodeMode, DecodeError, Hint, Outcome, decode};
 use vmm_core::paging::WalkError;
 use vmmapi::abi::limits::{PROT_READ, PROT_WRITE};
-use vmmapi::{GuestMemory, GuestPaging, InstEmul, RegName, Result, Vcpu, VmExit};
+use vmmapi::{GuestMemory, GuestPaging, InstEmul, RegName, Result, Runner, Vcpu, VmExit};
 
 use crate::bus::{MmioBus, ones};
 use crate::vcpu::Next;
@@ -79,6 +79,7 @@ pub fn emulate(
     devices: &MmioBus,
     memory: &GuestMemory,
     vcpu: &Vcpu,
+    runner: &mut Runner,
     exit: &VmExit,
     e: &InstEmul,
 ) -> Result<Next> {
@@ -97,7 +98,7 @@ pub fn emulate(
         }
         Err(why) => return Ok(Next::Fail(unsupported(e.gpa, bytes, &format!("{why:?}")))),
     };
-    let mut regs = RegFile::new(vcpu, exit.rip, e.paging)?;
+    let mut regs = RegFile::new(vcpu, exit.rip, e.paging, runner.registers())?;
     let mut view = View {
         vcpu,
         memory,
@@ -116,22 +117,22 @@ pub fn emulate(
     }
     match outcome {
         Outcome::Done => {
-            regs.write_back()?;
+            regs.write_back(runner)?;
             if exit.inst_length != inst.len {
                 vcpu.set_register(RegName::Rip, exit.rip.wrapping_add(inst.len.into()))?;
             }
         }
         Outcome::Restart => {
-            regs.write_back()?;
+            regs.write_back(runner)?;
             vcpu.restart_instruction()?;
         }
         // The registers say how far a string instruction came; the kernel has
         // put the page fault on its way.
-        _ if view.faulted => regs.write_back()?,
+        _ if view.faulted => regs.write_back(runner)?,
         Outcome::Fault(Event {
             vector, error_code, ..
         }) => {
-            regs.write_back()?;
+            regs.write_back(runner)?;
             vcpu.inject_fault(vector, error_code)?;
         }
         Outcome::NotHere | Outcome::Unsupported => {

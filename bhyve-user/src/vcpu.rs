@@ -57,7 +57,7 @@ pub fn run(vm: &Arc<Vm>, vcpu: &Vcpu) -> Result<SuspendHow, Failed> {
         }
         let exit = runner.exit();
         stats.count(&exit.exit);
-        match other(vm, vcpu, &exit) {
+        match other(vm, vcpu, &mut runner, &exit) {
             Ok(Next::Run) => {}
             Ok(Next::RunWithRax(value)) => rax = Some(value),
             Ok(Next::Stop(how)) => return Ok(how),
@@ -89,7 +89,7 @@ fn stuck(vm: &Vm, vcpu: &Vcpu, io: &Inout) -> Failed {
 }
 
 #[cold]
-fn other(vm: &Arc<Vm>, vcpu: &Vcpu, exit: &VmExit) -> vmmapi::Result<Next> {
+fn other(vm: &Arc<Vm>, vcpu: &Vcpu, runner: &mut Runner, exit: &VmExit) -> vmmapi::Result<Next> {
     Ok(match &exit.exit {
         Exit::InoutStr(s) => {
             let all = ops::Physical {
@@ -98,7 +98,7 @@ fn other(vm: &Arc<Vm>, vcpu: &Vcpu, exit: &VmExit) -> vmmapi::Result<Next> {
             };
             strings::emulate(&vm.buses.ports, vm.config.strict_io, vcpu, &all, s)?
         }
-        Exit::InstEmul(e) => mmio::emulate(&vm.buses.mmio, &vm.memory, vcpu, exit, e)?,
+        Exit::InstEmul(e) => mmio::emulate(&vm.buses.mmio, &vm.memory, vcpu, runner, exit, e)?,
         Exit::Rdmsr { msr } => vm.msrs.read(vcpu, *msr)?,
         Exit::Wrmsr { msr, value } => vm.msrs.write(vcpu, *msr, *value)?,
         Exit::SpinupAp { vcpu: id, rip } => crate::vm::spin_up(vm, *id, *rip)?,

@@ -44,6 +44,10 @@ static int halt_detection = 1;
 SYSCTL_INT(_hw_vmm, OID_AUTO, halt_detection, CTLFLAG_RDTUN, &halt_detection,
     0, "a guest that is in HLT with interrupts off on all CPUs has halted");
 
+static u_int halt_poll_us = 200;
+SYSCTL_UINT(_hw_vmm, OID_AUTO, halt_poll_us, CTLFLAG_RDTUN, &halt_poll_us, 0,
+    "microseconds for which a vCPU in HLT stays awake when its waits are short");
+
 static int account;
 SYSCTL_INT(_hw_vmm, OID_AUTO, account, CTLFLAG_RDTUN, &account, 0,
     "count the time spent in guests (\"vcpu total runtime\", TSC ticks)");
@@ -124,6 +128,7 @@ vmm_load(void)
 		.use_apic_vid = use_apic_vid != 0,
 		.fill_rsb = no_flush_rsb == 0,
 		.no_halt_detection = halt_detection == 0,
+		.halt_poll_us = halt_poll_us,
 		.thread_tss = 1,
 		/* The only form that this kernel uses, and trusts. */
 		.xsave_forms = xsaveopt(),

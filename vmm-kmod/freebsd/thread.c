@@ -69,6 +69,13 @@ vmm_host_give_way(void)
 	kern_yield(PRI_USER);
 }
 
+bool
+vmm_host_alone(void)
+{
+
+	return (!sched_runnable());
+}
+
 struct vmm_mutex *
 vmm_host_mutex_create(void)
 {

@@ -31,6 +31,7 @@ struct vmm_host_info {
 	uint32_t events;          /* vmm_host_event_get() is of use */
 	uint32_t run_by_seek;     /* lseek() of a VM's node calls vmm_rust_vm_run() */
 	uint32_t no_halt_detection; /* all CPUs in HLT, interrupts off, is no end */
+	uint32_t halt_poll_us;    /* microseconds for which HLT is waited out awake */
 };
 
 /* ---- memory --------------------------------------------------------- */
@@ -100,6 +101,8 @@ const volatile unsigned long *vmm_host_thread_flags(void);
 int vmm_host_yield(void);
 /* Lets another thread that wants this CPU have it, though nobody asks for it. */
 void vmm_host_give_way(void);
+/* Whether no other thread wants this CPU. */
+bool vmm_host_alone(void);
 struct vmm_mutex;
 struct vmm_mutex *vmm_host_mutex_create(void);
 void vmm_host_mutex_destroy(struct vmm_mutex *m);

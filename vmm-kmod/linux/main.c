@@ -25,6 +25,12 @@ module_param(account, bool, 0444);
 MODULE_PARM_DESC(account,
     "count the time spent in guests (statistic \"vcpu total runtime\", TSC ticks)");
 
+/* As long as KVM's halt_poll_ns. */
+static uint halt_poll_us = 200;
+module_param(halt_poll_us, uint, 0444);
+MODULE_PARM_DESC(halt_poll_us,
+    "microseconds for which a vCPU in HLT stays awake when its waits are short and its CPU has no other work; 0: none");
+
 static int cpu_up(unsigned int cpu)
 {
 	unsigned long flags;
@@ -79,6 +85,7 @@ static int __init vmm_init(void)
 		    boot_cpu_has(X86_FEATURE_NONSTOP_TSC),
 		.account = account,
 		.use_apic_vid = use_apic_vid,
+		.halt_poll_us = halt_poll_us,
 		.events = 1,
 		.run_by_seek = 1,
 		.fill_rsb = boot_cpu_has(X86_FEATURE_RSB_VMEXIT) ||

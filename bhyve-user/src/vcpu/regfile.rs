@@ -1,36 +1,53 @@
-//! A vCPU's registers as the instruction emulator of `vmm-core` wants them:
-//! read from the kernel when first asked for, written back when all is done.
+//! A vCPU's registers as the instruction emulator of `vmm-core` wants them: those that
+//! the exit brought along, others read from the kernel when first asked for; written
+//! back when all is done.
 
 use std::cell::RefCell;
 
 use vmm_core::cpu::{CpuState, Gpr, Reg, Seg, SegDesc};
-use vmmapi::{CpuMode, GuestPaging, RegName, Result, Vcpu};
+use vmmapi::{CpuMode, ExitRegisters, GuestPaging, RegName, Result, Runner, Vcpu};
 
-/// Registers that one request fetches in advance: nearly every emulated
-/// instruction needs some of them, and a request costs more than a register.
+/// Registers that one request fetches in advance, where the exit has brought none:
+/// nearly every emulated instruction needs some of them, and a request costs more than
+/// a register. The general ones by their numbers in instructions.
 const AHEAD: [RegName; 18] = {
     use RegName::*;
     [
         Rax, Rcx, Rdx, Rbx, Rsp, Rbp, Rsi, Rdi, R8, R9, R10, R11, R12, R13, R14, R15, Rflags, Efer,
     ]
 };
+/// How many of these are general registers.
+const GPRS: usize = 16;
+/// Numbers of registers, the kernel's, are below; a bit each in a word.
 const COUNT: usize = 64;
+const _: () = assert!(match RegName::ALL.last() {
+    Some(last) => last.raw() < COUNT as u32,
+    None => false,
+});
 
-#[derive(Clone, Copy, Default)]
-struct Slot {
-    value: Option<u64>,
-    dirty: bool,
+/// Registers by the kernel's numbers.
+struct Cache {
+    values: [u64; COUNT],
+    known: u64,
+    changed: u64,
+    error: Option<vmmapi::Error>,
 }
 
-struct Cache {
-    regs: [Slot; COUNT],
-    error: Option<vmmapi::Error>,
+impl Cache {
+    fn learn(&mut self, reg: RegName, value: u64) {
+        if let Some(slot) = self.values.get_mut(reg.raw() as usize) {
+            *slot = value;
+            self.known |= 1 << reg.raw();
+        }
+    }
 }
 
 /// The registers of a stopped vCPU.
 pub struct RegFile<'a> {
     vcpu: &'a Vcpu,
     paging: GuestPaging,
+    /// The general registers came with the exit, and go with the next run.
+    brought: bool,
     cache: RefCell<Cache>,
 }
 
@@ -93,66 +110,88 @@ fn segment(s: Seg) -> RegName {
 }
 
 impl<'a> RegFile<'a> {
-    /// Registers at an exit: RIP and the paging mode came with it.
-    pub fn new(vcpu: &'a Vcpu, rip: u64, paging: GuestPaging) -> Result<RegFile<'a>> {
+    /// Registers at an exit: RIP and the paging mode came with it, and perhaps
+    /// more.
+    pub fn new(
+        vcpu: &'a Vcpu,
+        rip: u64,
+        paging: GuestPaging,
+        brought: Option<ExitRegisters>,
+    ) -> Result<RegFile<'a>> {
         let mut cache = Cache {
-            regs: [Slot::default(); COUNT],
+            values: [0; COUNT],
+            known: 0,
+            changed: 0,
             error: None,
         };
-        let ahead = vcpu.registers(&AHEAD)?;
-        for (reg, value) in AHEAD.into_iter().zip(ahead).chain([(RegName::Rip, rip)]) {
-            if let Some(slot) = cache.regs.get_mut(reg.raw() as usize) {
-                slot.value = Some(value);
+        cache.learn(RegName::Rip, rip);
+        if let Some(b) = brought {
+            let values = b.gprs.into_iter().chain([b.rflags, b.efer]);
+            for (reg, value) in AHEAD.into_iter().zip(values) {
+                cache.learn(reg, value);
+            }
+        } else {
+            for (reg, value) in AHEAD.into_iter().zip(vcpu.registers(&AHEAD)?) {
+                cache.learn(reg, value);
             }
         }
         Ok(RegFile {
             vcpu,
             paging,
+            brought: brought.is_some(),
             cache: RefCell::new(cache),
         })
     }
 
     fn get(&self, reg: RegName) -> u64 {
         let mut cache = self.cache.borrow_mut();
-        let cache = &mut *cache;
-        let Some(slot) = cache.regs.get_mut(reg.raw() as usize) else {
-            return 0;
-        };
-        *slot.value.get_or_insert_with(|| {
-            self.vcpu.register(reg).unwrap_or_else(|e| {
-                cache.error = Some(e);
-                0
-            })
-        })
+        if cache.known & 1 << reg.raw() == 0 {
+            match self.vcpu.register(reg) {
+                Ok(value) => cache.learn(reg, value),
+                Err(e) => cache.error = Some(e),
+            }
+        }
+        cache.values.get(reg.raw() as usize).copied().unwrap_or(0)
     }
 
     fn set(&mut self, reg: RegName, value: u64) {
-        if let Some(slot) = self.cache.get_mut().regs.get_mut(reg.raw() as usize)
-            && slot.value != Some(value)
-        {
-            *slot = Slot {
-                value: Some(value),
-                dirty: true,
-            };
+        let cache = self.cache.get_mut();
+        let bit = 1 << reg.raw();
+        if cache.known & bit == 0 || cache.values.get(reg.raw() as usize) != Some(&value) {
+            cache.learn(reg, value);
+            cache.changed |= bit;
         }
     }
 
-    /// Writes back what changed, RIP excepted: the kernel moves it.
-    pub fn write_back(self) -> Result<()> {
+    /// Writes back what changed, RIP excepted: the kernel moves it. With the next run,
+    /// where that can be.
+    pub fn write_back(self, runner: &mut Runner) -> Result<()> {
         let cache = self.cache.into_inner();
         if let Some(e) = cache.error {
             return Err(e);
         }
+        let mut left = cache.changed & !(1 << RegName::Rip.raw());
+        let value = |reg: RegName| cache.values.get(reg.raw() as usize).copied();
+        if self.brought {
+            let mut take = |reg: RegName| {
+                let bit = 1 << reg.raw();
+                let changed = left & bit != 0;
+                left &= !bit;
+                changed.then(|| value(reg)).flatten()
+            };
+            let rflags = take(RegName::Rflags);
+            let gprs = AHEAD.into_iter().take(GPRS).enumerate();
+            runner.set_registers(gprs.filter_map(|(n, r)| Some((n, take(r)?))), rflags);
+        }
+        if left == 0 {
+            return Ok(());
+        }
         let changed = RegName::ALL
             .iter()
-            .filter(|r| **r != RegName::Rip)
-            .filter_map(|r| {
-                let slot = cache.regs.get(r.raw() as usize)?;
-                slot.dirty.then_some((*r, slot.value?))
-            });
+            .filter(|r| left & 1 << r.raw() != 0)
+            .filter_map(|r| Some((*r, value(*r)?)));
         let changed: Vec<(RegName, u64)> = changed.collect();
         match changed.as_slice() {
-            [] => Ok(()),
             [(reg, value)] => self.vcpu.set_register(*reg, *value),
             several => self.vcpu.set_registers(several),
         }

@@ -48,7 +48,7 @@ pub use affinity::pin_thread;
 pub use error::{Error, Result};
 pub use memory::{GuestMemory, MemFlags, Segment, parse_memsize};
 pub use out_ring::OutRing;
-pub use runner::{Left, Runner};
+pub use runner::{ExitRegisters, Left, Runner};
 pub use state::Flat32;
 pub use title::set_process_title;
 pub use vcpu::{RegisterSet, Vcpu};

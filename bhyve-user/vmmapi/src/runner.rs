@@ -6,12 +6,13 @@ use crate::vcpu::Vcpu;
 use crate::vm::Vm;
 use std::cell::Cell;
 use std::io;
-use std::mem::offset_of;
+use std::mem::{self, offset_of};
 use std::sync::atomic::Ordering;
 use vmm_abi::exit::Inout;
 use vmm_abi::layout::{
-    EXT_F_RUN_PAGE, EXT_F_RUN_SEEK, EXT_RUN_MSI, EXT_RUN_MSIS, EXT_RUN_PAGES, EXT_RUN_RAX,
-    EXT_RUN_SHIFT, VmExtRunPage,
+    EXT_F_RUN_GPRS, EXT_F_RUN_PAGE, EXT_F_RUN_SEEK, EXT_RUN_CHANGED_RFLAGS, EXT_RUN_GPR_COUNT,
+    EXT_RUN_GPRS, EXT_RUN_MSI, EXT_RUN_MSIS, EXT_RUN_PAGES, EXT_RUN_RAX, EXT_RUN_SHIFT,
+    VmExtRunPage,
 };
 use vmm_abi::raw_exit::{InoutRaw, VmExitRaw};
 use vmm_abi::request::VM_EXT_RUN_PAGE;
@@ -31,9 +32,13 @@ impl RunPage {
     }
 
     #[inline]
+    fn set(&self, offset: usize, value: u64) {
+        self.0.word64(offset).store(value, Ordering::Relaxed);
+    }
+
+    #[inline]
     fn set_rax(&self, rax: u64) {
-        let at = self.0.word64(offset_of!(VmExtRunPage, rax));
-        at.store(rax, Ordering::Relaxed);
+        self.set(offset_of!(VmExtRunPage, rax), rax);
     }
 
     /// Hands the waiting messages over; what the request has to be told.
@@ -122,7 +127,22 @@ pub struct Runner<'a> {
     page: Option<RunPage>,
     /// Where the run page is in the VM's device, if a seek there runs the vCPU.
     seek: Option<u64>,
+    /// The kernel leaves registers in the run page.
+    gprs: bool,
+    /// Flags for the next run.
+    flags: u32,
     last: Last,
+}
+
+/// The registers of an [`Exit::InstEmul`].
+#[derive(Clone, Copy, Debug)]
+pub struct ExitRegisters {
+    /// The general ones, by their numbers in instructions.
+    pub gprs: [u64; EXT_RUN_GPR_COUNT],
+    /// RFLAGS.
+    pub rflags: u64,
+    /// IA32_EFER.
+    pub efer: u64,
 }
 
 impl<'a> Runner<'a> {
@@ -151,6 +171,8 @@ impl<'a> Runner<'a> {
         Ok(Runner {
             vcpu,
             seek: (page.is_some() && vm.has(EXT_F_RUN_SEEK)).then_some(offset),
+            gprs: page.is_some() && vm.has(EXT_F_RUN_GPRS),
+            flags: 0,
             page,
             last: Last::Exit(Box::new(bogus())),
         })
@@ -165,7 +187,7 @@ impl<'a> Runner<'a> {
         let Some(page) = &self.page else {
             return self.run_copied(rax);
         };
-        let mut flags = 0;
+        let mut flags = mem::take(&mut self.flags);
         if let Some(rax) = rax {
             page.set_rax(rax);
             flags |= EXT_RUN_RAX;
@@ -218,6 +240,52 @@ impl<'a> Runner<'a> {
         }
         self.last = Last::Exit(Box::new(exit));
         Ok(Left::Other)
+    }
+
+    /// The registers after an [`Exit::InstEmul`], where the kernel piece has left them
+    /// to us.
+    pub fn registers(&self) -> Option<ExitRegisters> {
+        let (true, Last::InPage, Some(page)) = (self.gprs, &self.last, &self.page) else {
+            return None;
+        };
+        let first = offset_of!(VmExtRunPage, gprs);
+        let mut n = 0;
+        let gprs = [(); EXT_RUN_GPR_COUNT].map(|()| {
+            n += 1;
+            page.word(first + 8 * (n - 1))
+        });
+        Some(ExitRegisters {
+            gprs,
+            rflags: page.word(offset_of!(VmExtRunPage, rflags)),
+            efer: page.word(offset_of!(VmExtRunPage, efer)),
+        })
+    }
+
+    /// The next run begins with these registers, after an exit of which
+    /// [`Runner::registers`] gave them: general ones by number, RFLAGS if it is there.
+    pub fn set_registers(
+        &mut self,
+        gprs: impl IntoIterator<Item = (usize, u64)>,
+        rflags: Option<u64>,
+    ) {
+        let Some(page) = &self.page else {
+            return;
+        };
+        let mut changed = 0;
+        for (n, value) in gprs {
+            if n < EXT_RUN_GPR_COUNT {
+                page.set(offset_of!(VmExtRunPage, gprs) + 8 * n, value);
+                changed |= 1 << n;
+            }
+        }
+        if let Some(rflags) = rflags {
+            page.set(offset_of!(VmExtRunPage, rflags), rflags);
+            changed |= EXT_RUN_CHANGED_RFLAGS;
+        }
+        if changed != 0 {
+            page.set(offset_of!(VmExtRunPage, changed), changed);
+            self.flags |= EXT_RUN_GPRS;
+        }
     }
 
     /// The exit after [`Left::Other`].

@@ -27,7 +27,7 @@ const fn exact(said: &'static str, name: &'static str, what: &'static str) -> Ki
 }
 
 /// All of them, in the order of the table.
-pub const KINDS: [Kind; 16] = [
+pub const KINDS: [Kind; 17] = [
     exact("CPUID", "exit_cpuid", "CPUID"),
     exact("RDMSR_APIC_BASE", "exit_rdmsr", "RDMSR IA32_APIC_BASE"),
     exact("RDMSR_PAT", "exit_rdmsr_pat", "RDMSR IA32_PAT"),
@@ -54,6 +54,12 @@ pub const KINDS: [Kind; 16] = [
         said: "HLT_WAKE",
         name: "exit_hlt_wake",
         what: "from HLT, timer to its handler",
+        exact: false,
+    },
+    Kind {
+        said: "HLT_SOON",
+        name: "exit_hlt_soon",
+        what: "from HLT, a timer less than 5,000 ticks off to its handler",
         exact: false,
     },
     Kind {

@@ -678,7 +678,7 @@ abi_struct! {
 abi_struct! {
     /// What a vCPU's run page holds (`VM_EXT_RUN_PAGE`); the rest of the page
     /// is zero.
-    VmExtRunPage, 280 {
+    VmExtRunPage, 432 {
         /// The last exit, filled in by the kernel. Bytes of the union that the
         /// exit's kind does not have are left over from exits before.
         vm_exit: VmExitRaw = 0,
@@ -688,6 +688,17 @@ abi_struct! {
         msis: u64 = 144,
         /// Messages, address and data each: filled in by userland.
         msi: [[u64; 2]; EXT_RUN_MSIS] = 152,
+        /// After an `InstEmul` exit the general registers, by their numbers in
+        /// instructions (SDM Vol. 2A §2.1.5), filled in by the kernel; before a run
+        /// with [`EXT_RUN_GPRS`] what userland wants them to be.
+        gprs: [u64; EXT_RUN_GPR_COUNT] = 280,
+        /// RFLAGS, as `gprs`.
+        rflags: u64 = 408,
+        /// IA32_EFER, filled in by the kernel.
+        efer: u64 = 416,
+        /// With [`EXT_RUN_GPRS`], what is to be set: bit n is `gprs[n]`, bit 16
+        /// `rflags`. Filled in by userland.
+        changed: u64 = 424,
     }
 }
 
@@ -788,6 +799,9 @@ pub const EXT_F_DOORBELL: u32 = 16;
 /// (`EXT_RUN_*`) are the offset in the page; the result is 0. For hosts where that
 /// system call costs less than ioctl(2).
 pub const EXT_F_RUN_SEEK: u32 = 32;
+/// `VmExtVersion::features`: an `InstEmul` exit leaves registers in the run page, and
+/// [`EXT_RUN_GPRS`] sets them.
+pub const EXT_F_RUN_GPRS: u32 = 64;
 /// `VmExtVersion::features`: `VM_EXT_RELEASE` is there.
 pub const EXT_F_RELEASE: u32 = 0x100;
 /// `VmExtVersion::features`: the paravirtual interface and `VM_EXT_PV` are there.
@@ -796,6 +810,12 @@ pub const EXT_F_PV: u32 = 0x1000;
 pub const EXT_RUN_RAX: u32 = 1;
 /// `VM_EXT_RUN_PAGE`: send the run page's messages first.
 pub const EXT_RUN_MSI: u32 = 2;
+/// `VM_EXT_RUN_PAGE`: set the registers that the run page's `changed` names.
+pub const EXT_RUN_GPRS: u32 = 4;
+/// General registers of a run page.
+pub const EXT_RUN_GPR_COUNT: usize = 16;
+/// `VmExtRunPage::changed`: RFLAGS.
+pub const EXT_RUN_CHANGED_RFLAGS: u64 = 1 << 16;
 /// Messages that a run page holds.
 pub const EXT_RUN_MSIS: usize = 8;
 

@@ -26,6 +26,7 @@ pub mod atpit;
 pub mod chipset;
 pub mod cpu;
 pub mod cpuid;
+pub mod haltpoll;
 pub mod host;
 pub mod hpet;
 pub mod inst;

@@ -66,6 +66,7 @@ stats! {
     TaskSwitch "vm exits due to task switch";
     VectoringExits "VM exits during event delivery";
     Hypercall "vm exits due to hypercall";
+    HaltPolled "number of times hlt ended without sleep";
 }
 
 /// How many counters there are; fits one `VM_STATS` answer (64).

@@ -5,6 +5,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use vmm_abi::exit::{Exit as UserExit, InstEmul, VmExit};
 use vmm_abi::layout::VmGla2gpa;
+use vmm_abi::raw_exit::Vie;
 use vmm_core::apicbus::DeliveryMode;
 use vmm_core::chipset::Chipset;
 use vmm_core::cpu::{Access, CpuState, Event, Exit, Reg, Seg};
@@ -294,6 +295,31 @@ impl<C: RunCpu> Runner<'_, C> {
         Some(spinup.then_some(Todo::Spinup))
     }
 
+    /// An instruction touched `gpa`, where neither memory is nor a device of the
+    /// kernel's: hands it to userland with interrupts off and the VMCS current. None: it
+    /// is not such a one, or cannot be read so.
+    #[cold]
+    pub fn user_at_once(&mut self, gpa: u64, gla: Option<u64>) -> Option<Todo> {
+        if self.is_device(gpa) || self.inner.vectoring.is_some() {
+            return None;
+        }
+        let mem = self.vm.mem.try_lock()?;
+        if mem.map.is_mapped(gpa) {
+            return None;
+        }
+        let cpu = &self.inner.hw;
+        let walk = self.paging(cpu);
+        let at = code_address(cpu, cpu.reg(Reg::Rip));
+        let fetched = paging::fetch_instruction(&mem.map.guest_known(), &walk, at);
+        drop(mem);
+        let inst = inst::decode(fetched.bytes(), CodeMode::of(cpu)).ok()?;
+        self.vcpu.stats.inc(Stat::InstEmul);
+        self.vcpu.stats.inc(Stat::MmioUser);
+        self.vcpu.run_page.put_registers(cpu);
+        let exit = inst_emul(cpu, gpa, gla, inst::vie(fetched.bytes(), Some(&inst)).0);
+        Some(self.user(inst.len, exit))
+    }
+
     /// Completes an exit with the instruction that caused it: for CPUs that do
     /// not tell its length or its operands.
     #[inline]
@@ -383,16 +409,8 @@ impl<C: RunCpu> Runner<'_, C> {
         }
         self.vcpu.stats.inc(Stat::MmioUser);
         let (vie, len) = inst::vie(fetched.bytes(), decoded.as_ref().ok());
-        let cs = cpu.seg(Seg::Cs);
-        let exit = UserExit::InstEmul(InstEmul {
-            gpa,
-            gla: gla.unwrap_or(0),
-            cs_base: cs.base,
-            cs_d: cs.default32(),
-            paging: regs::paging(&cpu),
-            vie,
-        });
-        self.user_outside(len, exit);
+        self.vcpu.run_page.put_registers(&cpu);
+        self.user_outside(len, inst_emul(&cpu, gpa, gla, vie));
         Ok(true)
     }
 
@@ -473,6 +491,19 @@ impl<C: RunCpu> Runner<'_, C> {
         }
         self.pdptes = Some((ptes, *new));
     }
+}
+
+/// An instruction that userland is to emulate.
+fn inst_emul(cpu: &impl CpuState, gpa: u64, gla: Option<u64>, vie: Vie) -> UserExit {
+    let cs = cpu.seg(Seg::Cs);
+    UserExit::InstEmul(InstEmul {
+        gpa,
+        gla: gla.unwrap_or(0),
+        cs_base: cs.base,
+        cs_d: cs.default32(),
+        paging: regs::paging(cpu),
+        vie,
+    })
 }
 
 /// Linear address of the instruction at `rip`.

@@ -55,8 +55,13 @@ impl<C: RunCpu> Runner<'_, C> {
                 access,
                 during_walk,
             } => {
-                if !during_walk && let Some(done) = self.device_at_once(gpa, gla) {
-                    return done;
+                if !during_walk {
+                    if let Some(done) = self.device_at_once(gpa, gla) {
+                        return done;
+                    }
+                    if let Some(todo) = self.user_at_once(gpa, gla) {
+                        return Some(todo);
+                    }
                 }
                 Some(self.later(Later::Fault(Fault {
                     gpa,

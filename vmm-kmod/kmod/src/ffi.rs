@@ -19,6 +19,7 @@ pub struct HostInfo {
     pub events: u32,
     pub run_by_seek: u32,
     pub no_halt_detection: u32,
+    pub halt_poll_us: u32,
 }
 
 macro_rules! opaque {
@@ -72,6 +73,8 @@ unsafe extern "C" {
     pub fn vmm_host_thread_flags() -> *const c_ulong;
     pub fn vmm_host_yield() -> c_int;
     pub fn vmm_host_give_way();
+    #[cfg_attr(not(feature = "freebsd"), link_name = "single_task_running")]
+    pub fn vmm_host_alone() -> bool;
 
     pub fn vmm_host_mutex_create() -> *mut HostMutex;
     #[cfg_attr(not(feature = "freebsd"), link_name = "kfree")]

@@ -34,6 +34,8 @@ pub struct Global {
     pub run_by_seek: bool,
     /// All CPUs in HLT with interrupts off end the VM.
     pub halt_detection: bool,
+    /// How long HLT is waited out awake at most, TSC ticks; 0: not at all.
+    pub halt_poll: u64,
     /// Microcode revision.
     pub microcode: u32,
     /// IA32_ARCH_CAPABILITIES of the host; 0 if it has none.

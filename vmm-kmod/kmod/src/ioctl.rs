@@ -6,7 +6,7 @@ use vmm_abi::layout::*;
 use vmm_abi::names::VM_REG_LAST_12;
 use vmm_abi::request as req;
 use vmm_abi::{Capability, CpusetWhich, IntrTrigger, X2apicState};
-use vmm_core::cpu::Gpr;
+use vmm_core::cpu::{Gpr, Reg};
 use vmm_hw::backend::ApicMode;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -58,6 +58,7 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
         features: EXT_F_RUN
             | EXT_F_CONSTANT_PORT
             | EXT_F_RUN_PAGE
+            | EXT_F_RUN_GPRS
             | EXT_F_OUT_RING
             | EXT_F_PV
             | if CAN_RELEASE { EXT_F_RELEASE } else { 0 }
@@ -71,7 +72,7 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
 #[inline(always)]
 pub fn run_page(vm: &Vm, arg: u32) -> Result<(), i32> {
     let flags = arg >> EXT_RUN_SHIFT;
-    if flags & !(EXT_RUN_RAX | EXT_RUN_MSI) != 0 {
+    if flags & !(EXT_RUN_RAX | EXT_RUN_MSI | EXT_RUN_GPRS) != 0 {
         return Err(errno::EINVAL);
     }
     let id = arg & ((1 << EXT_RUN_SHIFT) - 1);
@@ -88,9 +89,25 @@ pub fn run_page(vm: &Vm, arg: u32) -> Result<(), i32> {
     if flags & EXT_RUN_RAX != 0 {
         inner.hw.set_gpr(Gpr::Rax, vcpu.run_page.rax());
     }
+    if flags & EXT_RUN_GPRS != 0 {
+        take_registers(vcpu, &mut inner);
+    }
     run::run(vm, vcpu, &mut inner)?;
     vcpu.run_page.put(&inner.exit);
     Ok(())
+}
+
+/// Sets the registers that an instruction changed which userland has emulated.
+#[inline(never)]
+fn take_registers(vcpu: &Vcpu, inner: &mut Inner) {
+    let changed = vcpu.run_page.changed();
+    for (r, value) in vcpu.run_page.gprs(changed) {
+        inner.hw.set_gpr(r, value);
+    }
+    if changed & EXT_RUN_CHANGED_RFLAGS != 0 {
+        let rflags = vcpu.run_page.rflags();
+        regs::with_current(inner, |inner| inner.hw.set_reg(Reg::Rflags, rflags));
+    }
 }
 
 /// A request on a VM's device.

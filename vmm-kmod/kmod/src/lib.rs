@@ -95,6 +95,7 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         events: info.events != 0,
         run_by_seek: info.run_by_seek != 0,
         halt_detection: info.no_halt_detection == 0,
+        halt_poll: halt_poll(info),
         xsave_forms: info.xsave_forms,
         apic_virt: if info.use_apic_vid != 0 {
             vmm_hw::backend::ApicVirt::all()
@@ -106,6 +107,13 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
     // SAFETY: the first thing that happens.
     unsafe { global::set(g) };
     0
+}
+
+/// How long HLT is waited out awake, TSC ticks: at most ten milliseconds, whatever
+/// the host says.
+fn halt_poll(info: &ffi::HostInfo) -> u64 {
+    let us = u64::from(info.halt_poll_us.min(10_000));
+    (info.tsc_hz / 1_000_000).saturating_mul(us)
 }
 
 /// Says which weaknesses of the CPU guests can use.

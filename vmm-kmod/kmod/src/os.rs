@@ -231,6 +231,13 @@ pub fn give_way() {
     unsafe { ffi::vmm_host_give_way() }
 }
 
+/// Whether no other thread wants this CPU.
+#[inline]
+pub fn alone() -> bool {
+    // SAFETY: no preconditions.
+    unsafe { ffi::vmm_host_alone() }
+}
+
 /// Seconds since 1970 UTC.
 pub fn wallclock() -> i64 {
     // SAFETY: no preconditions.

@@ -3,8 +3,9 @@
 use core::mem::offset_of;
 
 use vmm_abi::ExitCode;
-use vmm_abi::layout::{EXT_RUN_MSIS, VmExtRunPage};
+use vmm_abi::layout::{EXT_RUN_GPR_COUNT, EXT_RUN_MSIS, VmExtRunPage};
 use vmm_abi::raw_exit::VmExitRaw;
+use vmm_core::cpu::{CpuState, Gpr, Reg};
 use vmm_hw::page::Pages;
 
 use crate::os::Os;
@@ -30,22 +31,57 @@ impl RunPage {
         self.0.pa()
     }
 
+    /// The word at an offset that is one of `VmExtRunPage`'s.
+    #[inline]
+    fn word(&self, offset: usize) -> u64 {
+        let at = self.0.as_ptr().wrapping_add(offset);
+        // SAFETY: the offsets in this file are inside the page, and aligned.
+        unsafe { at.cast::<u64>().read_volatile() }
+    }
+
     /// RAX as userland wants it.
     #[inline]
     pub fn rax(&self) -> u64 {
-        let at = self.0.as_ptr().wrapping_add(offset_of!(VmExtRunPage, rax));
-        // SAFETY: inside the page, and aligned.
-        unsafe { at.cast::<u64>().read_volatile() }
+        self.word(offset_of!(VmExtRunPage, rax))
+    }
+
+    /// Which registers userland wants to have set.
+    pub fn changed(&self) -> u64 {
+        self.word(offset_of!(VmExtRunPage, changed))
+    }
+
+    /// RFLAGS as userland wants it.
+    pub fn rflags(&self) -> u64 {
+        self.word(offset_of!(VmExtRunPage, rflags))
+    }
+
+    /// The general registers as userland wants them, those that `changed` names.
+    pub fn gprs(&self, changed: u64) -> impl Iterator<Item = (Gpr, u64)> + '_ {
+        let first = offset_of!(VmExtRunPage, gprs);
+        (0..EXT_RUN_GPR_COUNT)
+            .filter(move |n| changed & (1 << n) != 0)
+            .map(move |n| (Gpr::from_encoding(n as u8), self.word(first + 8 * n)))
+    }
+
+    /// Shows userland the registers that the emulation of an instruction needs.
+    pub fn put_registers(&self, cpu: &impl CpuState) {
+        let put = |offset, value| {
+            let at = self.0.as_ptr().wrapping_add(offset);
+            // SAFETY: as in `word`.
+            unsafe { at.cast::<u64>().write_volatile(value) }
+        };
+        let first = offset_of!(VmExtRunPage, gprs);
+        for n in 0..EXT_RUN_GPR_COUNT {
+            put(first + 8 * n, cpu.gpr(Gpr::from_encoding(n as u8)));
+        }
+        put(offset_of!(VmExtRunPage, rflags), cpu.reg(Reg::Rflags));
+        put(offset_of!(VmExtRunPage, efer), cpu.reg(Reg::Efer));
     }
 
     /// The messages that userland wants to have sent, address and data. The
     /// addresses are any.
     pub fn msis(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        let word = |offset: usize| {
-            let at = self.0.as_ptr().wrapping_add(offset);
-            // SAFETY: the offsets below are inside the page, and aligned.
-            unsafe { at.cast::<u64>().read_volatile() }
-        };
+        let word = |offset| self.word(offset);
         let n = word(offset_of!(VmExtRunPage, msis)).min(EXT_RUN_MSIS as u64);
         let first = offset_of!(VmExtRunPage, msi);
         (0..n as usize).map(move |i| (word(first + 16 * i), word(first + 16 * i + 8)))

@@ -11,6 +11,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use vmm_abi::raw_exit::VmExitRaw;
 use vmm_core::cpu::Event;
 use vmm_core::cpuid::{CpuidConfig, CpuidTable, Vendor, lapic_timer_hz};
+use vmm_core::haltpoll::HaltPoll;
 use vmm_core::host::Host;
 use vmm_core::lapic::{DEFAULT_BASE, Lapic, LapicConfig, LapicPage, Mailbox};
 use vmm_core::msr::{MsrConfig, MsrState};
@@ -108,6 +109,8 @@ pub struct Inner<C: ?Sized = dyn VirtualCpu> {
     pub active_seen: u32,
     /// Deadline that the host's timer was last armed for, host TSC.
     pub timer_armed: u64,
+    /// How long HLT is waited out awake.
+    pub halt_poll: HaltPoll,
     /// Where the last instruction was that had to be fetched.
     pub code: CodePage,
     /// The CPU's structures and the guest's registers.
@@ -409,6 +412,7 @@ impl<C: VirtualCpu> Inner<C> {
             pause_window: 0,
             active_seen: 1,
             timer_armed: 0,
+            halt_poll: HaltPoll::new(global::get().halt_poll),
             code: CodePage::new(),
             hw,
         }

@@ -168,7 +168,15 @@ fn triple_fault(_: &Lab, host: &mut Host) -> Result<()> {
 fn exit_cost(lab: &Lab, engine: Engine, host: &mut Host) -> Result<()> {
     let text = passes(host, &small("exitcost"))?;
     if engine == Engine::Bochs {
-        let counts: Vec<(&str, f64)> = exitcost::costs(&text)?
+        // A timer that is near is waited for awake: far less than to sleep and be woken.
+        let costs = exitcost::costs(&text)?;
+        let cost = |name| costs.iter().find(|c| c.0.name == name).map(|c| c.1);
+        let (soon, wake) = (cost("exit_hlt_soon"), cost("exit_hlt_wake"));
+        ensure!(
+            soon.context("no HLT_SOON")? * 2.0 < wake.context("no HLT_WAKE")?,
+            "a vCPU sleeps for a timer that is near: {soon:?} against {wake:?}"
+        );
+        let counts: Vec<(&str, f64)> = costs
             .into_iter()
             .filter_map(|(kind, cost)| kind.exact.then_some((kind.name, cost)))
             .collect();
