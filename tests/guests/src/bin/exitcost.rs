@@ -112,6 +112,39 @@ fn ipi(meter: &Meter, r: &mut Report, name: &str) {
     r.check("and is delivered", !apic.bit(register::IRR, IPI_VECTOR));
 }
 
+/// Instructions on memory that userland answers for: what they read, and the flags
+/// that they set, arrive in the registers named and in no others.
+fn registers_of_mmio(r: &mut Report) {
+    let at = PCI_CONFIGURATION;
+    let id = memory::mmio_read(at) as u32;
+    let (high, low, same, other): (u64, u64, u8, u8);
+    let kept: u64;
+    // SAFETY: reads of configuration space; only the registers named change.
+    unsafe {
+        asm!(
+            "mov r12, -1",
+            "mov r13, -1",
+            "mov r13d, [{at}]",
+            "movzx r14d, byte ptr [{at}]",
+            "cmp [{at}], {id:e}",
+            "setz {same}",
+            "cmp [{at}], {wrong:e}",
+            "setz {other}",
+            at = in(reg) at,
+            id = in(reg) id,
+            wrong = in(reg) !id,
+            same = out(reg_byte) same,
+            other = out(reg_byte) other,
+            out("r12") kept,
+            out("r13") high,
+            out("r14") low,
+        );
+    }
+    r.check("MMIO reads into any register", high == u64::from(id) && low == u64::from(id & 0xff));
+    r.check("and into no other", kept == u64::MAX);
+    r.check("MMIO sets flags", same == 1 && other == 0);
+}
+
 /// From the deadline of a timer, `ahead` ticks off, to the first instruction of its
 /// handler, with the CPU halted in between.
 fn halt_wake(meter: &Meter, r: &mut Report, name: &str, ahead: u64) {
@@ -238,6 +271,7 @@ extern "C" fn guest_main() -> ! {
     meter.measure("MMIO_PCI_READ", || {
         black_box(memory::mmio_read(PCI_CONFIGURATION));
     });
+    registers_of_mmio(&mut r);
     trap::handle(IPI_VECTOR, |_| Apic::current().eoi());
     meter.measure("APIC_EOI", || apic.eoi());
     ipi(&meter, &mut r, "APIC_IPI");
