@@ -140,7 +140,10 @@ fn registers_of_mmio(r: &mut Report) {
             out("r14") low,
         );
     }
-    r.check("MMIO reads into any register", high == u64::from(id) && low == u64::from(id & 0xff));
+    r.check(
+        "MMIO reads into any register",
+        high == u64::from(id) && low == u64::from(id & 0xff),
+    );
     r.check("and into no other", kept == u64::MAX);
     r.check("MMIO sets flags", same == 1 && other == 0);
 }

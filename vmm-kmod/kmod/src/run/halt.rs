@@ -60,7 +60,9 @@ impl<C: RunCpu> Runner<'_, C> {
         });
         let (vm, vcpu) = (self.vm, self.vcpu);
         let signal = self.vcpu.sleep(ns, || leave_sleep(vm, vcpu));
-        self.inner.halt_poll.slept(os::rdtsc().saturating_sub(began));
+        self.inner
+            .halt_poll
+            .slept(os::rdtsc().saturating_sub(began));
         if signal && os::yield_now() {
             self.leave_with(UserExit::Bogus);
             return Ok(true);
