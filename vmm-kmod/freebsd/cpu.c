@@ -64,25 +64,6 @@ vmm_host_kick_cpu(uint32_t cpu)
 	ipi_cpu(cpu, IPI_AST);
 }
 
-/*
- * A spin section, not only CLI: a thread that is made runnable meanwhile must
- * not be switched to before the end of it.
- */
-unsigned long
-vmm_host_irq_save(void)
-{
-
-	spinlock_enter();
-	return (0);
-}
-
-void
-vmm_host_irq_restore(unsigned long flags __unused)
-{
-
-	spinlock_exit();
-}
-
 void
 vmm_host_set_vmxe(int on)
 {

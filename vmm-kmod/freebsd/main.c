@@ -40,6 +40,24 @@ static int no_flush_rsb;
 SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, no_flush_rsb, CTLFLAG_RDTUN, &no_flush_rsb,
     0, "do not fill the return-stack buffer after VM exits");
 
+/*
+ * What VT-x has, and what of it is used, under the names of FreeBSD's own
+ * vmm.ko: scripts look at these.
+ */
+SYSCTL_NODE(_hw_vmm_vmx, OID_AUTO, cap, CTLFLAG_RW, NULL, "what VT-x has");
+#define	CAPABILITY(parent, name, n, text)				\
+	SYSCTL_INT(parent, OID_AUTO, name, CTLFLAG_RD,			\
+	    &vmm_rust_capabilities[n], 0, text)
+CAPABILITY(_hw_vmm_vmx, initialized, 0, "VT-x is in use");
+CAPABILITY(_hw_vmm_vmx_cap, halt_exit, 1, "HLT causes a VM exit");
+CAPABILITY(_hw_vmm_vmx_cap, pause_exit, 2, "PAUSE causes a VM exit");
+CAPABILITY(_hw_vmm_vmx_cap, monitor_trap, 3, "monitor trap flag");
+CAPABILITY(_hw_vmm_vmx_cap, unrestricted_guest, 4, "guests may be in real mode");
+CAPABILITY(_hw_vmm_vmx_cap, invpcid, 5, "guests may execute INVPCID");
+CAPABILITY(_hw_vmm_vmx_cap, virtual_interrupt_delivery, 6,
+    "virtual-interrupt delivery is used");
+CAPABILITY(_hw_vmm_vmx_cap, posted_interrupts, 7, "posted interrupts are used");
+
 static int halt_detection = 1;
 SYSCTL_INT(_hw_vmm, OID_AUTO, halt_detection, CTLFLAG_RDTUN, &halt_detection,
     0, "a guest that is in HLT with interrupts off on all CPUs has halted");
@@ -101,18 +119,6 @@ cpu_resume(void)
 	cpu_online(NULL);
 }
 
-/* CPUID.0DH.1:EAX, of which bit 0 is XSAVEOPT. */
-static uint32_t
-xsaveopt(void)
-{
-	u_int regs[4];
-
-	if (cpu_high < 0xd || (cpu_feature2 & CPUID2_XSAVE) == 0)
-		return (0);
-	cpuid_count(0xd, 1, regs);
-	return (regs[0] & CPUID_EXTSTATE_XSAVEOPT);
-}
-
 static int
 vmm_load(void)
 {
@@ -130,8 +136,9 @@ vmm_load(void)
 		.no_halt_detection = halt_detection == 0,
 		.halt_poll_us = halt_poll_us,
 		.thread_tss = 1,
+		.events = 1,
 		/* The only form that this kernel uses, and trusts. */
-		.xsave_forms = xsaveopt(),
+		.xsave_forms = CPUID_EXTSTATE_XSAVEOPT,
 	};
 	int error;
 
@@ -152,7 +159,6 @@ vmm_load(void)
 	    EVENTHANDLER_PRI_LAST);
 	resume_tag = EVENTHANDLER_REGISTER(power_resume, host_resume, NULL,
 	    EVENTHANDLER_PRI_FIRST);
-	vmm_sysctl_init(use_apic_vid != 0);
 	return (0);
 }
 

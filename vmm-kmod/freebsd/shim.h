@@ -18,8 +18,6 @@ extern bool vmm_unloading;
 int	vmm_check_jail(struct ucred *cred);
 int	vmm_device_init(void);
 void	vmm_device_exit(void);
-/* After VT-x is on. */
-void	vmm_sysctl_init(bool use_apic_vid);
 /* The memory of a segment, with a reference for the caller. */
 struct vm_object *vmm_memseg_object(struct vmm_memseg *seg);
 /* Whether the calling thread may sleep here. */
@@ -29,11 +27,5 @@ bool	vmm_can_sleep(void);
 uint32_t vmm_host_ppt_config(device_t dev, int at);
 void	vmm_host_ppt_stop(device_t dev);
 int	vmm_host_ppt_msi(device_t dev, int *n, int msix);
-/* Of a function that ppt holds, for vmm-kmod/kmod/src/ppt/freebsd.rs. */
-uint32_t vmm_host_ppt_config(device_t dev, int at);
-void	vmm_host_ppt_stop(device_t dev);
-int	vmm_host_ppt_vectors(device_t dev, int msix);
-void	vmm_host_ppt_free(device_t dev);
-int	vmm_host_ppt_alloc(device_t dev, int n, int msix);
 
 #endif

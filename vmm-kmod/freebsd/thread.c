@@ -4,6 +4,7 @@
 #include <sys/param.h>
 #include <sys/systm.h>
 #include <sys/callout.h>
+#include <sys/event.h>
 #include <sys/kernel.h>
 #include <sys/lock.h>
 #include <sys/malloc.h>
@@ -21,6 +22,7 @@
 /* Longer than this is for ever (a signed 32.32 number of seconds). */
 #define	MAX_NS	(1000000000ULL * 86400 * 365)
 
+/* What is done with these besides is in vmm-kmod/kmod/src/ffi/freebsd.rs. */
 struct vmm_mutex {
 	struct sx sx;
 };
@@ -95,49 +97,6 @@ vmm_host_mutex_destroy(struct vmm_mutex *m)
 	free(m, M_VMM);
 }
 
-void
-vmm_host_mutex_lock(struct vmm_mutex *m)
-{
-
-	sx_xlock(&m->sx);
-}
-
-int
-vmm_host_mutex_trylock(struct vmm_mutex *m)
-{
-
-	return (sx_try_xlock(&m->sx));
-}
-
-void
-vmm_host_mutex_unlock(struct vmm_mutex *m)
-{
-
-	sx_xunlock(&m->sx);
-}
-
-struct vmm_sleeper *
-vmm_host_sleeper_create(void)
-{
-
-	return (malloc(sizeof(struct vmm_sleeper), M_VMM, M_WAITOK | M_ZERO));
-}
-
-void
-vmm_host_sleeper_destroy(struct vmm_sleeper *s)
-{
-
-	free(s, M_VMM);
-}
-
-void
-vmm_host_sleep_prepare(struct vmm_sleeper *s)
-{
-
-	atomic_store_int(&s->woken, 0);
-	atomic_thread_fence_seq_cst();
-}
-
 /*
  * The sleep queue itself and not msleep(9): its locks are spin locks, so
  * that wake() may come from anywhere.
@@ -178,22 +137,28 @@ timer_fired(void *arg)
 	vmm_rust_timer(((struct vmm_timer *)arg)->arg);
 }
 
-/* eventfd(2) came with FreeBSD 13, and modules cannot signal one. */
+/*
+ * An event is the EVFILT_USER event 0 of a kqueue, named by its process and its
+ * descriptor there: all that the kernel lets a module signal is an event of the
+ * calling thread's process.
+ */
 struct vmm_event *
-vmm_host_event_get(int fd __unused)
+vmm_host_event_get(int fd)
 {
 
-	return (NULL);
+	return ((void *)((uintptr_t)curproc->p_pid << 32 | (u_int)fd));
 }
 
-void
-vmm_host_event_put(struct vmm_event *e __unused)
+int
+vmm_host_event_signal(struct vmm_event *e)
 {
-}
+	struct kevent event;
+	uintptr_t id = (uintptr_t)e;
 
-void
-vmm_host_event_signal(struct vmm_event *e __unused)
-{
+	if (id >> 32 != (uintptr_t)curproc->p_pid)
+		return (EINVAL);
+	EV_SET(&event, 0, EVFILT_USER, 0, NOTE_TRIGGER, 0, NULL);
+	return (kqfd_register((int)id, &event, curthread, M_WAITOK));
 }
 
 struct vmm_timer *
@@ -228,11 +193,4 @@ vmm_host_timer_disarm(struct vmm_timer *t)
 {
 
 	callout_stop(&t->callout);
-}
-
-int64_t
-vmm_host_wallclock(void)
-{
-
-	return (time_second);
 }

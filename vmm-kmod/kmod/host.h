@@ -44,7 +44,7 @@ void *vmm_host_alloc_pages(unsigned int order, uint64_t *pa);
 void vmm_host_free_pages(void *va, unsigned int order);
 
 /*
- * Guest memory: a segment's pages are allocated at first use, in the largest
+ * FreeBSD's guest memory: a segment's pages are allocated at first use, in the largest
  * pieces the host gives. page() returns the physical address of the 4 KiB
  * page at off and, in *order, that of the naturally aligned run of contiguous
  * pages around it (segment offset and physical address equally aligned).
@@ -54,16 +54,11 @@ struct vmm_memseg *vmm_host_memseg_create(uint64_t len);
 void vmm_host_memseg_destroy(struct vmm_memseg *seg);
 int vmm_host_memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
     unsigned int *order);
-/* Hosts that take memory back (not FreeBSD, which knows nothing of userland's
- * mappings of a segment) have these two. Takes what was allocated at off, of
- * 4 KiB << *order, out of the segment; NULL if there is nothing. It goes to
- * vmm_host_free_pages() when no CPU uses it any more. */
-void *vmm_host_memseg_detach(struct vmm_memseg *seg, uint64_t off,
-    unsigned int *order);
-/* Keeps a page of guest memory for whoever has called vmm_rust_vm_page(). */
-void vmm_host_page_hold(uint64_t pa);
 /* Bytes allocated so far. */
 uint64_t vmm_host_memseg_resident(struct vmm_memseg *seg);
+
+/* Linux: maps a page for userland, where fault (struct vm_fault) says. */
+int vmm_host_map_page(void *fault, uint64_t pa);
 
 int vmm_host_copyin(uint64_t user, void *kernel, size_t len);
 int vmm_host_copyout(const void *kernel, uint64_t user, size_t len);
@@ -122,12 +117,17 @@ void vmm_host_sleep_prepare(struct vmm_sleeper *s);
 int vmm_host_sleep(struct vmm_sleeper *s, uint64_t ns);
 void vmm_host_wake(struct vmm_sleeper *s);
 
-/* An event that userland waits for by a descriptor (eventfd). get(): NULL where
- * the host has none such, or fd is none; signal() works from any context. */
+/* An event that userland waits for by a descriptor. Linux: an eventfd; get() says
+ * NULL if fd is none, signal() works from any context. FreeBSD: a kqueue's event
+ * EVFILT_USER 0; there is nothing to put, and signal() may sleep and fail. */
 struct vmm_event;
 struct vmm_event *vmm_host_event_get(int fd);
+#ifdef __linux__
 void vmm_host_event_put(struct vmm_event *e);
 void vmm_host_event_signal(struct vmm_event *e);
+#else
+int vmm_host_event_signal(struct vmm_event *e);
+#endif
 
 /* A one-shot timer that calls vmm_rust_timer(arg) in interrupt context. */
 struct vmm_timer;
@@ -155,7 +155,7 @@ void vmm_host_panic(const char *msg, size_t len) __attribute__((noreturn));
 /* ---- what the Rust side offers ---------------------------------------- */
 int vmm_rust_init(const struct vmm_host_info *info);
 void vmm_rust_exit(void);
-/* On the CPU itself, interrupts off. */
+/* On the CPU itself. */
 int vmm_rust_cpu_online(void);
 void vmm_rust_cpu_offline(void);
 void vmm_rust_timer(void *arg);
@@ -166,14 +166,16 @@ void vmm_rust_vm_put(void *vm);
  * says so and the result is 0. */
 int vmm_rust_ctl_ioctl(uint32_t cmd, void *data, size_t len);
 int vmm_rust_vm_ioctl(void *vm, uint32_t cmd, void *data, size_t len);
+/* Linux: both, vm NULL for the first; the structure is at user. */
+int vmm_rust_ioctl(void *vm, uint32_t cmd, uint64_t user, void *mapping);
 /* The request that has to be fast, as a call of its own: runs a vCPU. Its
  * argument is passed by value; vmm_rust_vm_ioctl() takes it as well. */
 #define VMM_REQ_RUN 0x200476c3u
 int vmm_rust_vm_run(void *vm, uint32_t arg);
-/* VM_EXT_RELEASE: its argument starts with gpa and length, 64 bits each. */
-#define VMM_REQ_RELEASE 0xc01876c8u
 /* The guest page at gpa (segid < 0) or at an offset of a segment. */
 int vmm_rust_vm_page(void *vm, int segid, uint64_t off, uint64_t *pa);
+/* Linux: has it mapped by vmm_host_map_page(). */
+int vmm_rust_vm_fault(void *vm, int segid, uint64_t off, void *fault);
 /* Whether [off, off+len) can be mapped. */
 int vmm_rust_vm_mmap_ok(void *vm, int segid, uint64_t off, uint64_t len);
 
@@ -186,6 +188,8 @@ void vmm_rust_ppt_remove(void *device);
 /* Whether a tunable names the function, and whether a VM has it. */
 int vmm_rust_ppt_wanted(unsigned int rid);
 int vmm_rust_ppt_busy(void *device);
+/* FreeBSD: what VT-x has, 0 or 1, as src/capabilities.rs numbers it. */
+extern int vmm_rust_capabilities[8];
 
 /* From this offset on a VM's node has pages that are no guest memory; they are
  * mapped by vmm_rust_vm_mmap_ok and vmm_rust_vm_page. */

@@ -1,5 +1,4 @@
 /* /dev/vmmctl, /dev/vmm/NAME, /dev/vmm.io/NAME.SEGMENT. */
-#include <linux/cdev.h>
 #include <linux/device.h>
 #include <linux/fs.h>
 #include <linux/idr.h>
@@ -9,19 +8,11 @@
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/slab.h>
-#include <linux/uaccess.h>
 #include <linux/version.h>
 
 #include "shim.h"
 
 #define MAX_NODES 65536
-/* Requests up to this size are copied to the stack. */
-#define SMALL_REQUEST 256
-
-/* FreeBSD's request encoding (sys/ioccom.h). */
-#define REQ_LEN(cmd) (((cmd) >> 16) & 0x1fff)
-#define REQ_OUT 0x40000000u
-#define REQ_IN 0x80000000u
 
 struct vmm_node {
 	void *vm;
@@ -35,39 +26,9 @@ struct open_vm {
 };
 
 static struct class *vmm_class;
-static struct cdev vmm_cdev;
-static dev_t vmm_devt;
+static int vmm_major;
 static DEFINE_IDR(nodes);
 static DEFINE_MUTEX(nodes_lock);
-
-static long request(void *vm, unsigned int cmd, unsigned long arg)
-{
-	uint8_t small[SMALL_REQUEST] __aligned(16);
-	size_t len = REQ_LEN(cmd);
-	void *data = small;
-	int error = 0;
-
-	if (len > sizeof(small)) {
-		data = kmalloc(len, GFP_KERNEL_ACCOUNT);
-		if (data == NULL)
-			return -ENOMEM;
-	}
-	if (cmd & REQ_IN) {
-		if (copy_from_user(data, (void __user *)arg, len) != 0)
-			error = EFAULT;
-	} else {
-		memset(data, 0, len);
-	}
-	if (error == 0)
-		error = vm != NULL ? vmm_rust_vm_ioctl(vm, cmd, data, len) :
-		    vmm_rust_ctl_ioctl(cmd, data, len);
-	if (error == 0 && (cmd & REQ_OUT) != 0 &&
-	    copy_to_user((void __user *)arg, data, len) != 0)
-		error = EFAULT;
-	if (data != small)
-		kfree(data);
-	return -error;
-}
 
 static int vmmdev_open(struct inode *inode, struct file *file)
 {
@@ -104,19 +65,12 @@ static int vmmdev_release(struct inode *inode, struct file *file)
 static long vmmdev_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
 	struct open_vm *open = file->private_data;
-	uint64_t range[2];
-	long error;
 
 	if (open->segid >= 0)
 		return -ENOTTY;
 	if (cmd == VMM_REQ_RUN)
 		return -vmm_rust_vm_run(open->vm, arg);
-	error = request(open->vm, cmd, arg);
-	/* Userland's mappings would keep the pages; they come back as needed. */
-	if (cmd == VMM_REQ_RELEASE && error == 0 &&
-	    copy_from_user(range, (void __user *)arg, sizeof(range)) == 0)
-		unmap_mapping_range(file->f_mapping, range[0], range[1], 1);
-	return error;
+	return -vmm_rust_ioctl(open->vm, cmd, arg, file->f_mapping);
 }
 
 /*
@@ -140,16 +94,13 @@ static loff_t vmmdev_llseek(struct file *file, loff_t offset, int whence)
 static vm_fault_t vmmdev_fault(struct vm_fault *vmf)
 {
 	struct open_vm *open = vmf->vma->vm_file->private_data;
-	uint64_t pa;
 	int error;
 
-	error = vmm_rust_vm_page(open->vm, open->segid,
-	    (uint64_t)vmf->pgoff << PAGE_SHIFT, &pa);
+	error = vmm_rust_vm_fault(open->vm, open->segid,
+	    (uint64_t)vmf->pgoff << PAGE_SHIFT, vmf);
 	if (error != 0)
 		return error == ENOMEM ? VM_FAULT_OOM : VM_FAULT_SIGBUS;
-	/* It is held already. */
-	vmf->page = pfn_to_page(PHYS_PFN(pa));
-	return 0;
+	return VM_FAULT_NOPAGE;
 }
 
 static const struct vm_operations_struct vmmdev_vmops = {
@@ -169,9 +120,9 @@ static int vmmdev_mmap(struct file *file, struct vm_area_struct *vma)
 	if (error != 0)
 		return -error;
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 3, 0)
-	vm_flags_set(vma, VM_DONTEXPAND | VM_DONTDUMP);
+	vm_flags_set(vma, VM_DONTEXPAND | VM_DONTDUMP | VM_MIXEDMAP);
 #else
-	vma->vm_flags |= VM_DONTEXPAND | VM_DONTDUMP;
+	vma->vm_flags |= VM_DONTEXPAND | VM_DONTDUMP | VM_MIXEDMAP;
 #endif
 	vma->vm_ops = &vmmdev_vmops;
 	return 0;
@@ -188,7 +139,7 @@ static const struct file_operations vmmdev_fops = {
 
 static long ctl_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
-	return request(NULL, cmd, arg);
+	return -vmm_rust_ioctl(NULL, cmd, arg, NULL);
 }
 
 static const struct file_operations ctl_fops = {
@@ -223,7 +174,7 @@ int vmm_host_node_create(const char *name, void *vm, int segid,
 		return ENOMEM;
 	}
 	/* devtmpfs turns '!' into a directory separator. */
-	dev = device_create(vmm_class, NULL, MKDEV(MAJOR(vmm_devt), node->minor),
+	dev = device_create(vmm_class, NULL, MKDEV(vmm_major, node->minor),
 	    NULL, "%s!%s", dir, name);
 	if (IS_ERR(dev)) {
 		mutex_lock(&nodes_lock);
@@ -240,7 +191,7 @@ int vmm_host_node_create(const char *name, void *vm, int segid,
 
 void vmm_host_node_destroy(struct vmm_node *node)
 {
-	device_destroy(vmm_class, MKDEV(MAJOR(vmm_devt), node->minor));
+	device_destroy(vmm_class, MKDEV(vmm_major, node->minor));
 	mutex_lock(&nodes_lock);
 	idr_remove(&nodes, node->minor);
 	mutex_unlock(&nodes_lock);
@@ -248,47 +199,27 @@ void vmm_host_node_destroy(struct vmm_node *node)
 	module_put(THIS_MODULE);
 }
 
-static char *vmm_devnode(
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0)
-    const
-#endif
-    struct device *dev, umode_t *mode)
-{
-	if (mode != NULL)
-		*mode = 0600;
-	return NULL;
-}
-
 int vmm_device_init(void)
 {
 	int error;
 
-	error = alloc_chrdev_region(&vmm_devt, 0, MAX_NODES, "vmm");
-	if (error != 0)
-		return error;
-	cdev_init(&vmm_cdev, &vmmdev_fops);
-	vmm_cdev.owner = THIS_MODULE;
-	error = cdev_add(&vmm_cdev, vmm_devt, MAX_NODES);
-	if (error != 0)
-		goto fail_region;
+	vmm_major = __register_chrdev(0, 0, MAX_NODES, "vmm", &vmmdev_fops);
+	if (vmm_major < 0)
+		return vmm_major;
+	/* The nodes are root's, mode 600. */
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 4, 0)
 	vmm_class = class_create("vmm");
 #else
 	vmm_class = class_create(THIS_MODULE, "vmm");
 #endif
-	if (IS_ERR(vmm_class)) {
-		error = PTR_ERR(vmm_class);
-		goto fail_cdev;
+	error = PTR_ERR_OR_ZERO(vmm_class);
+	if (error == 0) {
+		error = misc_register(&ctl_device);
+		if (error == 0)
+			return 0;
+		class_destroy(vmm_class);
 	}
-	vmm_class->devnode = vmm_devnode;
-	error = misc_register(&ctl_device);
-	if (error == 0)
-		return 0;
-	class_destroy(vmm_class);
-fail_cdev:
-	cdev_del(&vmm_cdev);
-fail_region:
-	unregister_chrdev_region(vmm_devt, MAX_NODES);
+	__unregister_chrdev(vmm_major, 0, MAX_NODES, "vmm");
 	return error;
 }
 
@@ -296,7 +227,6 @@ void vmm_device_exit(void)
 {
 	misc_deregister(&ctl_device);
 	class_destroy(vmm_class);
-	cdev_del(&vmm_cdev);
-	unregister_chrdev_region(vmm_devt, MAX_NODES);
+	__unregister_chrdev(vmm_major, 0, MAX_NODES, "vmm");
 	idr_destroy(&nodes);
 }

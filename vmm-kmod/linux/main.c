@@ -33,22 +33,12 @@ MODULE_PARM_DESC(halt_poll_us,
 
 static int cpu_up(unsigned int cpu)
 {
-	unsigned long flags;
-	int error;
-
-	local_irq_save(flags);
-	error = vmm_rust_cpu_online();
-	local_irq_restore(flags);
-	return -error;
+	return -vmm_rust_cpu_online();
 }
 
 static int cpu_down(unsigned int cpu)
 {
-	unsigned long flags;
-
-	local_irq_save(flags);
 	vmm_rust_cpu_offline();
-	local_irq_restore(flags);
 	return 0;
 }
 

@@ -1,8 +1,7 @@
-/* Kernel memory, guest memory segments, copies from and to userland. */
+/* Kernel memory, copies from and to userland. */
 #include <linux/gfp.h>
 #include <linux/io.h>
 #include <linux/mm.h>
-#include <linux/mutex.h>
 #include <linux/preempt.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
@@ -18,22 +17,8 @@
 /* Guest memory comes in chunks of the size of a second-level page. */
 #define CHUNK_ORDER 9
 #define CHUNK_SIZE (PAGE_SIZE << CHUNK_ORDER)
-#define CHUNK_PAGES (1u << CHUNK_ORDER)
 /* Zeroed at a time. */
 #define ZERO_PIECE (256u << 10)
-
-struct chunk {
-	struct page *huge;    /* one compound page, or */
-	struct page **small;  /* CHUNK_PAGES single pages, each once needed */
-};
-
-struct vmm_memseg {
-	struct mutex lock;
-	uint64_t len;
-	uint64_t resident;
-	unsigned long nchunks;
-	struct chunk chunks[];
-};
 
 static gfp_t context_flags(void)
 {
@@ -78,55 +63,6 @@ void *vmm_host_alloc(size_t size, size_t align)
 		p = kvmalloc(size, gfp);
 	zero(p, size, gfp);
 	return p;
-}
-
-void *vmm_host_alloc_pages(unsigned int order, uint64_t *pa)
-{
-	gfp_t gfp = context_flags() | __GFP_NOWARN;
-	void *va = (void *)__get_free_pages(gfp, order);
-
-	if (va == NULL)
-		return NULL;
-	zero(va, PAGE_SIZE << order, gfp);
-	*pa = __pa(va);
-	return va;
-}
-
-struct vmm_memseg *vmm_host_memseg_create(uint64_t len)
-{
-	uint64_t nchunks = DIV_ROUND_UP_ULL(len, CHUNK_SIZE);
-	struct vmm_memseg *seg;
-
-	if (len == 0 || nchunks > INT_MAX / 2 / sizeof(struct chunk))
-		return NULL;
-	seg = kvzalloc(struct_size(seg, chunks, nchunks), GFP_KERNEL_ACCOUNT);
-	if (seg == NULL)
-		return NULL;
-	mutex_init(&seg->lock);
-	seg->len = len;
-	seg->nchunks = nchunks;
-	return seg;
-}
-
-void vmm_host_memseg_destroy(struct vmm_memseg *seg)
-{
-	unsigned long i;
-	unsigned int j;
-
-	for (i = 0; i < seg->nchunks; i++) {
-		struct chunk *c = &seg->chunks[i];
-
-		if (c->huge != NULL)
-			__free_pages(c->huge, CHUNK_ORDER);
-		if (c->small != NULL) {
-			for (j = 0; j < CHUNK_PAGES; j++)
-				if (c->small[j] != NULL)
-					put_page(c->small[j]);
-			kvfree(c->small);
-		}
-		cond_resched();
-	}
-	kvfree(seg);
 }
 
 /* Zeroes from p up to end, in stores of a register's width, 32 at a time. */
@@ -176,88 +112,34 @@ static void chunk_zero(char *p)
 	}
 }
 
-static int chunk_fill(struct vmm_memseg *seg, struct chunk *c,
-    unsigned int index, bool whole)
+void *vmm_host_alloc_pages(unsigned int order, uint64_t *pa)
 {
-	const gfp_t gfp = GFP_KERNEL_ACCOUNT | __GFP_NOWARN;
+	gfp_t gfp = context_flags() | __GFP_NOWARN;
+	void *va;
 
-	if (c->huge != NULL || (c->small != NULL && c->small[index] != NULL))
-		return 0;
-	if (c->small == NULL && whole) {
-		c->huge = alloc_pages(gfp | __GFP_COMP | __GFP_NORETRY,
-		    CHUNK_ORDER);
-		if (c->huge != NULL) {
-			chunk_zero(page_address(c->huge));
-			seg->resident += CHUNK_SIZE;
-			return 0;
-		}
-	}
-	if (c->small == NULL) {
-		c->small = kvcalloc(CHUNK_PAGES, sizeof(*c->small),
-		    GFP_KERNEL_ACCOUNT);
-		if (c->small == NULL)
-			return ENOMEM;
-	}
-	c->small[index] = alloc_page(gfp);
-	if (c->small[index] == NULL)
-		return ENOMEM;
-	zero(page_address(c->small[index]), PAGE_SIZE, gfp);
-	seg->resident += PAGE_SIZE;
-	return 0;
+	/* Guest memory, parts of which userland maps; it can do with less. */
+	if (order == CHUNK_ORDER)
+		gfp |= __GFP_COMP | __GFP_NORETRY;
+	va = (void *)__get_free_pages(gfp, order);
+	if (va == NULL)
+		return NULL;
+	if (order == CHUNK_ORDER)
+		chunk_zero(va);
+	else
+		zero(va, PAGE_SIZE << order, gfp);
+	*pa = __pa(va);
+	return va;
 }
 
-int vmm_host_memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
-    unsigned int *order)
+int vmm_host_map_page(void *fault, uint64_t pa)
 {
-	unsigned int index = (off / PAGE_SIZE) % CHUNK_PAGES;
-	uint64_t start = round_down(off, CHUNK_SIZE);
-	struct chunk *c;
+	struct vm_fault *vmf = fault;
 	int error;
 
-	if (off >= seg->len)
-		return EFAULT;
-	c = &seg->chunks[off / CHUNK_SIZE];
-	mutex_lock(&seg->lock);
-	error = chunk_fill(seg, c, index, seg->len - start >= CHUNK_SIZE);
-	if (error == 0) {
-		if (c->huge != NULL) {
-			*pa = page_to_phys(c->huge) + index * PAGE_SIZE;
-			*order = CHUNK_ORDER;
-		} else {
-			*pa = page_to_phys(c->small[index]);
-			*order = 0;
-		}
-	}
-	mutex_unlock(&seg->lock);
-	return error;
-}
-
-void *vmm_host_memseg_detach(struct vmm_memseg *seg, uint64_t off,
-    unsigned int *order)
-{
-	struct chunk *c = &seg->chunks[off / CHUNK_SIZE];
-	struct page **slot = &c->huge, *page;
-
-	mutex_lock(&seg->lock);
-	if (c->small != NULL)
-		slot = &c->small[(off / PAGE_SIZE) % CHUNK_PAGES];
-	*order = c->small == NULL ? CHUNK_ORDER : 0;
-	page = *slot;
-	*slot = NULL;
-	if (page != NULL)
-		seg->resident -= PAGE_SIZE << *order;
-	mutex_unlock(&seg->lock);
-	return page != NULL ? page_address(page) : NULL;
-}
-
-void vmm_host_page_hold(uint64_t pa)
-{
-	get_page(pfn_to_page(PHYS_PFN(pa)));
-}
-
-uint64_t vmm_host_memseg_resident(struct vmm_memseg *seg)
-{
-	return READ_ONCE(seg->resident);
+	error = vm_insert_page(vmf->vma, vmf->address,
+	    pfn_to_page(PHYS_PFN(pa)));
+	/* Another thread was faster. */
+	return error == -EBUSY ? 0 : -error;
 }
 
 int vmm_host_copyin(uint64_t user, void *kernel, size_t len)

@@ -27,7 +27,7 @@ pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
         mirror(&dirs.root.join("vmm-kmod/linux"), &shim)?;
         mirror(&krate, &build.join("kmod"))?;
         let object = shim.join("vmm_rust.o_shipped");
-        link(&archive, &krate.join("exports.txt"), &object)?;
+        link(&archive, &krate.join("exports.txt"), "linux", &object)?;
         // Kbuild wants to know the command that made an object.
         fs::write(shim.join(".vmm_rust.o.cmd"), "")?;
         output(
@@ -58,7 +58,9 @@ pub fn object(dirs: &Dirs, into: &str, extra: &[&str], object: &Path) -> Result<
         static_library(dirs, &source, into, extra)
     })?;
     let exports = dirs.root.join("vmm-kmod/kmod/exports.txt");
-    link(&archive, &exports, object)
+    let freebsd = extra.contains(&"freebsd");
+    let host = if freebsd { "freebsd" } else { "linux" };
+    link(&archive, &exports, host, object)
 }
 
 /// A cargo command on the workspace `folder`, which is one of its own for the
@@ -127,14 +129,18 @@ pub(crate) fn static_library(
         .context("vmm-kmod/kmod made no static library")
 }
 
-/// One relocatable object with what the C side calls, and what that needs.
-pub(crate) fn link(archive: &Path, exports: &Path, object: &Path) -> Result<()> {
+/// One relocatable object with what the C side calls on `host`, and what that
+/// needs. A line of `exports` is a name, and the host if it is for one only.
+pub(crate) fn link(archive: &Path, exports: &Path, host: &str, object: &Path) -> Result<()> {
     let names = fs::read_to_string(exports)
         .with_context(|| format!("cannot read {}", exports.display()))?;
     let names: Vec<&str> = names
         .lines()
         .map(str::trim)
         .filter(|l| !l.is_empty() && !l.starts_with('#'))
+        .map(|l| l.split_once(' ').unwrap_or((l, host)))
+        .filter(|(_, only)| *only == host)
+        .map(|(name, _)| name)
         .collect();
     let mut ld = Command::new("ld");
     ld.args(["-r", "--gc-sections"]);

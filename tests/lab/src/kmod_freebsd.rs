@@ -163,7 +163,7 @@ pub fn build(dirs: &Dirs, headers: &Headers) -> Result<PathBuf> {
         let dir = dirs.fresh(name)?;
         let rust = dir.join("vmm_rust.o");
         let krate = dirs.root.join("vmm-kmod/kmod");
-        kmod::link(&archive, &krate.join("exports.txt"), &rust)?;
+        kmod::link(&archive, &krate.join("exports.txt"), "freebsd", &rust)?;
         let mut objects = vec![rust];
         headers.prepare(&dir)?;
         for file in c_files(&dirs.root.join("vmm-kmod/freebsd"))? {

@@ -23,6 +23,13 @@ impl Bell {
     }
 }
 
+/// A doorbell that rings, or is to be rung.
+#[cfg(not(feature = "freebsd"))]
+pub type Rung = ();
+/// A doorbell that rings, or is to be rung.
+#[cfg(feature = "freebsd")]
+pub type Rung = Event;
+
 /// A VM's doorbells.
 pub struct Doorbells {
     bells: SpinLock<[Option<Bell>; MOST]>,
@@ -48,13 +55,13 @@ impl Doorbells {
         let mut new = event.map(|event| Bell { port, value, event });
         let wanted = new.is_some();
         // What is replaced is dropped behind the lock.
-        let mut old = None;
+        let mut _old = None;
         let mut bells = self.bells.lock();
         let mine = |b: &Option<Bell>| b.as_ref().is_some_and(|b| b.is(port, value));
         let at = bells.iter().position(mine);
         let at = at.or_else(|| bells.iter().position(|b| b.is_none() && wanted));
         if let Some(slot) = at.and_then(|n| bells.get_mut(n)) {
-            old = core::mem::replace(slot, new.take());
+            _old = core::mem::replace(slot, new.take());
         }
         let ports = || bells.iter().flatten().map(|b| u32::from(b.port));
         let range = match (ports().min(), ports().max()) {
@@ -63,44 +70,46 @@ impl Doorbells {
         };
         self.range.store(range, Ordering::Release);
         drop(bells);
-        drop(old);
         if new.is_some() {
             return Err(errno::ENOSPC);
         }
         Ok(())
     }
 
-    /// Rings, if that is what an OUT does.
+    /// Rings, if that is what an OUT does; or says what to ring where that may
+    /// sleep.
     #[inline]
-    pub fn ring(&self, port: u16, size: u8, value: u32) -> bool {
+    pub fn ring(&self, port: u16, size: u8, value: u32) -> Option<Rung> {
         if size != SIZE {
-            return false;
+            return None;
         }
         let range = self.range.load(Ordering::Acquire);
         if port < range as u16 || u32::from(port) > range >> 16 {
-            return false;
+            return None;
         }
         self.find(port, value as u16)
     }
 
     #[inline(never)]
-    fn find(&self, port: u16, value: u16) -> bool {
+    fn find(&self, port: u16, value: u16) -> Option<Rung> {
         let bells = self.bells.lock();
         let mut found = bells.iter().flatten();
-        let bell = found.find(|b| b.port == port && b.value.is_none_or(|v| v == value));
-        if let Some(bell) = bell {
-            bell.event.signal();
-        }
-        bell.is_some()
+        let bell = found.find(|b| b.port == port && b.value.is_none_or(|v| v == value))?;
+        #[cfg(not(feature = "freebsd"))]
+        bell.event.signal();
+        #[cfg(feature = "freebsd")]
+        return Some(bell.event);
+        #[cfg(not(feature = "freebsd"))]
+        Some(())
     }
 
     /// Forgets all.
     pub fn clear(&self) {
         for n in 0..MOST {
             let mut bells = self.bells.lock();
-            let old = bells.get_mut(n).and_then(Option::take);
+            // Dropped behind the lock.
+            let _old = bells.get_mut(n).and_then(Option::take);
             drop(bells);
-            drop(old);
         }
         self.range.store(NONE, Ordering::Release);
     }

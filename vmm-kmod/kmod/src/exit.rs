@@ -15,6 +15,7 @@ use vmm_core::stats::Stat;
 use vmm_hw::backend::{ApicMode, RunCpu};
 use vmm_hw::msr;
 
+use crate::doorbells::Rung;
 use crate::emulate::{Fault, apply};
 use crate::os;
 use crate::regs;
@@ -359,11 +360,26 @@ impl<C: RunCpu> Runner<'_, C> {
                 return None;
             }
         }
-        if !io.input() && self.vm.doorbells.ring(io.port(), io.size(), rax as u32) {
-            self.finish();
-            return None;
+        if !io.input()
+            && let Some(rung) = self.vm.doorbells.ring(io.port(), io.size(), rax as u32)
+        {
+            return self.rung(rung, &io, len, rax as u32);
         }
         Some(self.inout_exit(&io, len, rax as u32))
+    }
+
+    /// An OUT has rung a doorbell.
+    #[cfg(not(feature = "freebsd"))]
+    fn rung(&mut self, (): Rung, _: &IoExit, _: u8, _: u32) -> Option<Todo> {
+        self.finish();
+        None
+    }
+
+    /// An OUT that is to ring a doorbell; should that be gone, it is userland's.
+    #[cfg(feature = "freebsd")]
+    fn rung(&mut self, rung: Rung, io: &IoExit, len: u8, eax: u32) -> Option<Todo> {
+        let _ = self.inout_exit(io, len, eax);
+        Some(self.later(Later::Ring(rung)))
     }
 
     /// Leaves for userland with an IN or OUT: what `user` does, but as this is

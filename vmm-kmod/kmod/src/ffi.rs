@@ -1,6 +1,12 @@
 //! `host.h`, as Rust sees it. The functions' contracts are documented there.
 #![allow(missing_docs)]
 
+#[cfg(feature = "freebsd")]
+mod freebsd;
+
+#[cfg(feature = "freebsd")]
+pub use freebsd::*;
+
 use core::ffi::{c_char, c_int, c_uint, c_ulong, c_void};
 
 #[repr(C)]
@@ -28,7 +34,9 @@ macro_rules! opaque {
         pub struct $name { _private: [u8; 0] }
     )* };
 }
-opaque!(Memseg, HostMutex, Sleeper, Event, Timer, Node);
+opaque!(HostMutex, Sleeper, Event, Timer, Node);
+#[cfg(feature = "freebsd")]
+opaque!(Memseg);
 
 // Where a host's kernel has the very function, that one is called: its last
 // arguments may be fewer.
@@ -40,31 +48,37 @@ unsafe extern "C" {
     #[cfg_attr(not(feature = "freebsd"), link_name = "free_pages")]
     pub fn vmm_host_free_pages(va: *mut c_void, order: c_uint);
 
+    #[cfg(feature = "freebsd")]
     pub fn vmm_host_memseg_create(len: u64) -> *mut Memseg;
+    #[cfg(feature = "freebsd")]
     pub fn vmm_host_memseg_destroy(seg: *mut Memseg);
+    #[cfg(feature = "freebsd")]
     pub fn vmm_host_memseg_page(
         seg: *mut Memseg,
         off: u64,
         pa: *mut u64,
         order: *mut c_uint,
     ) -> c_int;
-    #[cfg(not(feature = "freebsd"))]
-    pub fn vmm_host_memseg_detach(seg: *mut Memseg, off: u64, order: *mut c_uint) -> *mut c_void;
-    #[cfg(not(feature = "freebsd"))]
-    pub fn vmm_host_page_hold(pa: u64);
+    #[cfg(feature = "freebsd")]
     pub fn vmm_host_memseg_resident(seg: *mut Memseg) -> u64;
 
     #[cfg_attr(feature = "freebsd", link_name = "copyin")]
     pub fn vmm_host_copyin(user: u64, kernel: *mut c_void, len: usize) -> c_int;
     #[cfg_attr(feature = "freebsd", link_name = "copyout")]
     pub fn vmm_host_copyout(kernel: *const c_void, user: u64, len: usize) -> c_int;
+    #[cfg(not(feature = "freebsd"))]
+    pub fn vmm_host_map_page(fault: *mut c_void, pa: u64) -> c_int;
+    #[cfg(not(feature = "freebsd"))]
+    pub fn unmap_mapping_range(mapping: *mut c_void, from: i64, len: i64, even_private: c_int);
 
     pub fn vmm_host_cpu() -> u32;
     pub fn vmm_host_run_on_cpu(cpu: u32, f: extern "C" fn(*mut c_void), arg: *mut c_void) -> c_int;
     pub fn vmm_host_run_on_all(f: extern "C" fn(*mut c_void), arg: *mut c_void);
     pub fn vmm_host_kick_cpu(cpu: u32);
     pub fn vmm_host_set_vmxe(on: c_int);
+    #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_irq_save() -> c_ulong;
+    #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_irq_restore(flags: c_ulong);
     pub fn vmm_host_guest_begin() -> c_int;
     pub fn vmm_host_guest_end(fpu_live: c_int);
@@ -79,23 +93,33 @@ unsafe extern "C" {
     pub fn vmm_host_mutex_create() -> *mut HostMutex;
     #[cfg_attr(not(feature = "freebsd"), link_name = "kfree")]
     pub fn vmm_host_mutex_destroy(m: *mut HostMutex);
+    #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_mutex_lock(m: *mut HostMutex);
-    #[cfg_attr(not(feature = "freebsd"), link_name = "mutex_trylock")]
+    #[cfg(not(feature = "freebsd"))]
+    #[link_name = "mutex_trylock"]
     pub fn vmm_host_mutex_trylock(m: *mut HostMutex) -> c_int;
-    #[cfg_attr(not(feature = "freebsd"), link_name = "mutex_unlock")]
+    #[cfg(not(feature = "freebsd"))]
+    #[link_name = "mutex_unlock"]
     pub fn vmm_host_mutex_unlock(m: *mut HostMutex);
 
+    #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_sleeper_create() -> *mut Sleeper;
-    #[cfg_attr(not(feature = "freebsd"), link_name = "kfree")]
+    #[cfg(not(feature = "freebsd"))]
+    #[link_name = "kfree"]
     pub fn vmm_host_sleeper_destroy(s: *mut Sleeper);
+    #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_sleep_prepare(s: *mut Sleeper);
     pub fn vmm_host_sleep(s: *mut Sleeper, ns: u64) -> c_int;
     pub fn vmm_host_wake(s: *mut Sleeper);
 
     pub fn vmm_host_event_get(fd: c_int) -> *mut Event;
-    #[cfg_attr(not(feature = "freebsd"), link_name = "eventfd_ctx_put")]
+    #[cfg(not(feature = "freebsd"))]
+    #[link_name = "eventfd_ctx_put"]
     pub fn vmm_host_event_put(e: *mut Event);
+    #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_event_signal(e: *mut Event);
+    #[cfg(feature = "freebsd")]
+    pub fn vmm_host_event_signal(e: *mut Event) -> c_int;
 
     pub fn vmm_host_timer_create(arg: *mut c_void) -> *mut Timer;
     pub fn vmm_host_timer_destroy(t: *mut Timer);
@@ -103,7 +127,8 @@ unsafe extern "C" {
     #[cfg_attr(not(feature = "freebsd"), link_name = "hrtimer_try_to_cancel")]
     pub fn vmm_host_timer_disarm(t: *mut Timer);
 
-    #[cfg_attr(not(feature = "freebsd"), link_name = "ktime_get_real_seconds")]
+    #[cfg(not(feature = "freebsd"))]
+    #[link_name = "ktime_get_real_seconds"]
     pub fn vmm_host_wallclock() -> i64;
 
     pub fn vmm_host_node_create(

@@ -7,7 +7,11 @@
 
 extern crate alloc;
 
+#[cfg(feature = "freebsd")]
+mod capabilities;
 mod code;
+#[cfg(not(feature = "freebsd"))]
+mod copied;
 mod cpuset;
 mod doorbells;
 mod emulate;
@@ -35,6 +39,7 @@ mod vm_memory;
 
 use core::ffi::{c_int, c_void};
 use core::fmt::Write;
+#[cfg(feature = "freebsd")]
 use core::slice;
 
 use vmm_core::host::Host;
@@ -104,6 +109,8 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         },
         backend,
     };
+    #[cfg(feature = "freebsd")]
+    capabilities::tell(&g);
     // SAFETY: the first thing that happens.
     unsafe { global::set(g) };
     0
@@ -158,14 +165,20 @@ fn set_vmxe(on: bool) {
 /// VT-x or AMD-V on, on this CPU.
 ///
 /// # Safety
-/// Interrupts off.
+/// The thread stays on this CPU.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmm_rust_cpu_online() -> c_int {
     let Some(g) = global::try_get() else {
         return errno::ENXIO;
     };
-    // SAFETY: CPL 0 with interrupts off.
-    match unsafe { g.backend.cpu_on(set_vmxe) } {
+    // SAFETY: restored below; CPL 0 with interrupts off.
+    let on = unsafe {
+        let flags = ffi::vmm_host_irq_save();
+        let on = g.backend.cpu_on(set_vmxe);
+        ffi::vmm_host_irq_restore(flags);
+        on
+    };
+    match on {
         Ok(()) => {
             iommu::resume();
             0
@@ -184,12 +197,16 @@ pub unsafe extern "C" fn vmm_rust_cpu_online() -> c_int {
 /// VT-x or AMD-V off, on this CPU.
 ///
 /// # Safety
-/// Interrupts off, no vCPU in the guest here.
+/// The thread stays on this CPU; no vCPU in the guest here.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmm_rust_cpu_offline() {
     if let Some(g) = global::try_get() {
-        // SAFETY: by the caller's word.
-        unsafe { g.backend.cpu_off(set_vmxe) };
+        // SAFETY: restored at once, and by the caller's word.
+        unsafe {
+            let flags = ffi::vmm_host_irq_save();
+            g.backend.cpu_off(set_vmxe);
+            ffi::vmm_host_irq_restore(flags);
+        }
     }
 }
 
@@ -231,10 +248,33 @@ pub unsafe extern "C" fn vmm_rust_vm_put(vm: *mut c_void) {
     unsafe { Vm::put(vm.cast()) }
 }
 
+/// A request on /dev/vmm/NAME, or on /dev/vmmctl (`vm` is NULL), whose structure
+/// is at `user`; `mapping` is what the file's mappings are known by.
+///
+/// # Safety
+/// `vm` is alive, if any; `mapping` is the host's own.
+#[cfg(not(feature = "freebsd"))]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_ioctl(
+    vm: *mut c_void,
+    cmd: u32,
+    user: u64,
+    mapping: *mut c_void,
+) -> c_int {
+    // SAFETY: by the caller's word.
+    let vm = unsafe { vm.cast::<Vm>().as_ref() };
+    let unmap = |from, len| {
+        // SAFETY: by the caller's word; whatever it unmaps comes back as needed.
+        unsafe { ffi::unmap_mapping_range(mapping, from, len, 1) }
+    };
+    copied::ioctl(vm, cmd, user, unmap).err().unwrap_or(0)
+}
+
 /// A request on /dev/vmmctl.
 ///
 /// # Safety
 /// `data` is writable for `len` bytes.
+#[cfg(feature = "freebsd")]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmm_rust_ctl_ioctl(cmd: u32, data: *mut u8, len: usize) -> c_int {
     // SAFETY: by the caller's word.
@@ -246,6 +286,7 @@ pub unsafe extern "C" fn vmm_rust_ctl_ioctl(cmd: u32, data: *mut u8, len: usize)
 ///
 /// # Safety
 /// `vm` is alive; `data` is writable for `len` bytes.
+#[cfg(feature = "freebsd")]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmm_rust_vm_ioctl(
     vm: *mut c_void,
@@ -274,6 +315,7 @@ pub unsafe extern "C" fn vmm_rust_vm_run(vm: *mut c_void, arg: u32) -> c_int {
 ///
 /// # Safety
 /// `vm` is alive; `pa` is writable.
+#[cfg(feature = "freebsd")]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmm_rust_vm_page(
     vm: *mut c_void,
@@ -282,15 +324,37 @@ pub unsafe extern "C" fn vmm_rust_vm_page(
     pa: *mut u64,
 ) -> c_int {
     // SAFETY: by the caller's word.
-    let vm = unsafe { &*vm.cast::<Vm>() };
-    match vm.page(segid, off) {
+    let (vm, pa) = unsafe { (&*vm.cast::<Vm>(), &mut *pa) };
+    match vm.with_page(segid, off, Ok) {
         Ok(hpa) => {
-            // SAFETY: by the caller's word.
-            unsafe { pa.write(hpa) };
+            *pa = hpa;
             0
         }
         Err(e) => e,
     }
+}
+
+/// Has the page behind an address of a VM's memory mapped: where memory can be
+/// released, it has to stay there until it is.
+///
+/// # Safety
+/// `vm` is alive; `fault` is what `vmm_host_map_page` wants.
+#[cfg(not(feature = "freebsd"))]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_vm_fault(
+    vm: *mut c_void,
+    segid: c_int,
+    off: u64,
+    fault: *mut c_void,
+) -> c_int {
+    // SAFETY: by the caller's word.
+    let vm = unsafe { &*vm.cast::<Vm>() };
+    // SAFETY: by the caller's word; the page is the VM's.
+    let map = |hpa| match unsafe { ffi::vmm_host_map_page(fault, hpa) } {
+        0 => Ok(()),
+        e => Err(e),
+    };
+    vm.with_page(segid, off, map).err().unwrap_or(0)
 }
 
 /// Whether a stretch of a VM's memory can be mapped.
@@ -314,6 +378,7 @@ pub unsafe extern "C" fn vmm_rust_vm_mmap_ok(
 ///
 /// # Safety
 /// `vm` is alive; `seg` and `seg_off` are writable.
+#[cfg(feature = "freebsd")]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmm_rust_vm_segment(
     vm: *mut c_void,

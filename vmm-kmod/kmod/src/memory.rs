@@ -2,10 +2,11 @@
 //! space, and the nested page tables that are filled from them as the guest
 //! touches it.
 
+#[cfg_attr(feature = "freebsd", path = "memory/freebsd.rs")]
+#[cfg_attr(not(feature = "freebsd"), path = "memory/linux.rs")]
+pub mod store;
+
 use alloc::boxed::Box;
-use core::ffi::c_uint;
-#[cfg(not(feature = "freebsd"))]
-use core::ffi::c_void;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,6 +18,9 @@ use crate::errno;
 use crate::ffi;
 use crate::os::Os;
 use crate::sync::NoMemory;
+#[cfg(not(feature = "freebsd"))]
+use store::Chunk;
+use store::Store;
 
 /// Segments a VM can have: system memory, boot ROM, frame buffer, and room.
 pub const MAX_SEGS: usize = 8;
@@ -42,7 +46,8 @@ const PROT_ALL: i32 = PROT_READ | PROT_WRITE | PROT_EXEC;
 pub const MAP_WIRED: i32 = 1;
 /// A piece of memory that can be mapped into the guest.
 pub struct Segment {
-    raw: NonNull<ffi::Memseg>,
+    /// The host's memory.
+    pub store: Store,
     /// Where the host has put each chunk, as far as that is known and the
     /// chunk is contiguous: physical address | order << 1 | 1. Pages stay
     /// where they are until the segment goes, or they are released.
@@ -57,17 +62,15 @@ pub struct Segment {
     pub node: Option<NonNull<ffi::Node>>,
 }
 
-// SAFETY: the host's segment locks itself; the node is only used to remove it.
+// SAFETY: the node is only used to remove it.
 unsafe impl Send for Segment {}
 
 impl Segment {
     fn new(len: u64, sysmem: bool, name: [u8; SEG_NAME_MAX + 1]) -> Result<Self, NoMemory> {
         let count = usize::try_from(len.div_ceil(CHUNK)).map_err(|_| NoMemory)?;
         let chunks = crate::sync::try_slice(count, |_| AtomicU64::new(0))?;
-        // SAFETY: no preconditions; NULL is checked.
-        let raw = NonNull::new(unsafe { ffi::vmm_host_memseg_create(len) }).ok_or(NoMemory)?;
         Ok(Segment {
-            raw,
+            store: Store::new(len)?,
             chunks,
             len,
             sysmem,
@@ -84,21 +87,14 @@ impl Segment {
         {
             return Ok(known);
         }
-        let mut pa = 0;
-        let mut order: c_uint = 0;
-        // SAFETY: `raw` lives as long as self.
-        match unsafe { ffi::vmm_host_memseg_page(self.raw.as_ptr(), off, &mut pa, &mut order) } {
-            0 => {
-                if order >= CHUNK_ORDER
-                    && let Some(chunk) = self.chunks.get((off / CHUNK) as usize)
-                {
-                    let base = pa & !(CHUNK - 1);
-                    chunk.store(base | u64::from(order) << 1 | 1, Ordering::Relaxed);
-                }
-                Ok((pa, order))
-            }
-            e => Err(e),
+        let (pa, order) = self.store.page(off)?;
+        if order >= CHUNK_ORDER
+            && let Some(chunk) = self.chunks.get((off / CHUNK) as usize)
+        {
+            let base = pa & !(CHUNK - 1);
+            chunk.store(base | u64::from(order) << 1 | 1, Ordering::Relaxed);
         }
+        Ok((pa, order))
     }
 
     /// As [`Segment::page`], without asking the host: None if that would be
@@ -114,35 +110,13 @@ impl Segment {
         Some((v & !(CHUNK - 1) | in_chunk, (v & (CHUNK - 1)) as u32 >> 1))
     }
 
-    /// The host's own segment; it lives as long as this one.
-    pub fn raw(&self) -> NonNull<ffi::Memseg> {
-        self.raw
-    }
-
     /// Takes the host memory of the chunk at `off` out of the segment.
     #[cfg(not(feature = "freebsd"))]
-    fn detach(&self, off: u64, to: &mut Released) {
+    fn detach(&self, off: u64) -> Chunk {
         if let Some(known) = self.chunks.get((off / CHUNK) as usize) {
             known.store(0, Ordering::Relaxed);
         }
-        let mut at = off;
-        for piece in &mut to.0 {
-            let mut order: c_uint = 0;
-            // SAFETY: `raw` lives as long as self; `release` has looked
-            // whether the chunk is of the segment.
-            let p = unsafe { ffi::vmm_host_memseg_detach(self.raw.as_ptr(), at, &mut order) };
-            *piece = NonNull::new(p).map(|p| (p, order));
-            at += PAGE << order;
-            if at >= off + CHUNK {
-                return;
-            }
-        }
-    }
-
-    /// Bytes of host memory behind the segment.
-    pub fn resident(&self) -> u64 {
-        // SAFETY: `raw` lives as long as self.
-        unsafe { ffi::vmm_host_memseg_resident(self.raw.as_ptr()) }
+        self.store.detach(off)
     }
 }
 
@@ -152,50 +126,6 @@ impl Drop for Segment {
             // SAFETY: the node is this segment's and is removed once.
             unsafe { ffi::vmm_host_node_destroy(node.as_ptr()) }
         }
-        // SAFETY: nothing maps the segment any more: the VM is being freed.
-        unsafe { ffi::vmm_host_memseg_destroy(self.raw.as_ptr()) }
-    }
-}
-
-/// Where the host has a piece, and its order.
-#[cfg(not(feature = "freebsd"))]
-type Piece = (NonNull<c_void>, c_uint);
-
-/// Host memory that left its segment. It goes back to the host when this is
-/// dropped: not before every vCPU has forgotten it.
-#[cfg(not(feature = "freebsd"))]
-pub struct Released(Box<[Option<Piece>]>);
-
-#[cfg(not(feature = "freebsd"))]
-impl Released {
-    /// Room for a chunk, in single pages if need be. ENOMEM.
-    pub fn new() -> Result<Self, i32> {
-        let room = crate::sync::try_slice((CHUNK / PAGE) as usize, |_| None);
-        room.map(Released).map_err(|_| errno::ENOMEM)
-    }
-
-    /// Whether there is nothing in it.
-    pub fn is_empty(&self) -> bool {
-        self.0.iter().all(Option::is_none)
-    }
-
-    /// Gives it back; the bytes. Nobody uses it any more.
-    pub fn free(&mut self) -> u64 {
-        let pieces = self.0.iter_mut().filter_map(Option::take);
-        pieces
-            .map(|(p, order)| {
-                // SAFETY: it is nobody else's since it left its segment.
-                unsafe { ffi::vmm_host_free_pages(p.as_ptr(), order) };
-                PAGE << order
-            })
-            .sum()
-    }
-}
-
-#[cfg(not(feature = "freebsd"))]
-impl Drop for Released {
-    fn drop(&mut self) {
-        self.free();
     }
 }
 
@@ -320,7 +250,7 @@ impl MemMap {
 
     /// All bytes that the host holds for the guest, and those that are wired.
     pub fn resident(&self) -> u64 {
-        self.segs.iter().flatten().map(|s| s.resident()).sum()
+        self.segs.iter().flatten().map(|s| s.store.resident()).sum()
     }
 
     /// Maps part of a segment into the guest, as VM_MMAP_MEMSEG does.
@@ -417,7 +347,7 @@ impl MemMap {
     /// away. EINVAL: it is not that. EBUSY: it is wired, as all memory is
     /// that a device reaches by itself, or the guest has it elsewhere too.
     #[cfg(not(feature = "freebsd"))]
-    pub fn release(&self, gpa: Gpa, to: &mut Released) -> Result<(), i32> {
+    pub fn release(&self, gpa: Gpa) -> Result<Chunk, i32> {
         let (id, off) = self.locate(gpa, CHUNK).ok_or(errno::EINVAL)?;
         let seg = self.segment(id).ok_or(errno::EINVAL)?;
         if !seg.sysmem || off % CHUNK != 0 {
@@ -434,8 +364,7 @@ impl MemMap {
         if wired || users.next().is_some() {
             return Err(errno::EBUSY);
         }
-        seg.detach(off, to);
-        Ok(())
+        Ok(seg.detach(off))
     }
 
     fn find(&self, gpa: Gpa) -> Option<&Map> {

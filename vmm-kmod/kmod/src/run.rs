@@ -67,6 +67,9 @@ pub enum Later {
     },
     /// The paravirtual clock has to follow the TSC.
     PvClock,
+    /// A doorbell; the exit that it stands for is in place.
+    #[cfg(feature = "freebsd")]
+    Ring(crate::sync::Event),
     /// Where the guest may have noted an end of interrupt is to be found again.
     PvEoi,
     /// An exit of which the CPU does not tell enough, and whose instruction
@@ -198,6 +201,8 @@ impl<C: RunCpu> Runner<'_, C> {
             Later::Fault(fault) => return self.fault(fault),
             Later::ApicAccess { gpa } => return self.emulate(gpa, None),
             Later::LoadPdptes(new) => self.load_pdptes(&new),
+            #[cfg(feature = "freebsd")]
+            Later::Ring(event) => return Ok(!event.signal()),
             Later::ApicMode { virtualized } => {
                 self.vm
                     .apic_mode_changed(self.vcpu.id as usize, virtualized)?;

@@ -275,6 +275,7 @@ impl Drop for Sleeper {
 }
 
 /// Something that userland waits for by a descriptor.
+#[cfg_attr(feature = "freebsd", derive(Clone, Copy))]
 pub struct Event(NonNull<ffi::Event>);
 
 // SAFETY: the host's event is made to be signalled from anywhere.
@@ -287,16 +288,29 @@ impl Event {
     /// event and the host has such.
     pub fn of(fd: i32) -> Option<Event> {
         // SAFETY: process context; any number may be asked for.
-        NonNull::new(unsafe { ffi::vmm_host_event_get(fd) }).map(Event)
+        let event = NonNull::new(unsafe { ffi::vmm_host_event_get(fd) }).map(Event);
+        // Only here it shows what the number stands for.
+        #[cfg(feature = "freebsd")]
+        let event = event.filter(Event::signal);
+        event
     }
 
     /// Signals it; works in any context.
+    #[cfg(not(feature = "freebsd"))]
     pub fn signal(&self) {
         // SAFETY: the event lives as long as self.
         unsafe { ffi::vmm_host_event_signal(self.0.as_ptr()) }
     }
+
+    /// Signals it, if it is the calling process's and still there; may sleep.
+    #[cfg(feature = "freebsd")]
+    pub fn signal(&self) -> bool {
+        // SAFETY: process context; an event is only a name.
+        unsafe { ffi::vmm_host_event_signal(self.0.as_ptr()) == 0 }
+    }
 }
 
+#[cfg(not(feature = "freebsd"))]
 impl Drop for Event {
     fn drop(&mut self) {
         // SAFETY: gives back what `of` got.

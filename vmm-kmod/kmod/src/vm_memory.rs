@@ -12,9 +12,9 @@ use vmm_hw::nested::NestedTables;
 use crate::errno;
 use crate::ffi;
 use crate::iommu::Domain;
-use crate::memory::{self, MemMap, SEG_NAME_MAX};
 #[cfg(not(feature = "freebsd"))]
-use crate::memory::{CHUNK, Released};
+use crate::memory::CHUNK;
+use crate::memory::{self, MemMap, SEG_NAME_MAX};
 use crate::os::Os;
 use crate::vm::{FILE_NAME_MAX, NAME_MAX, Vm, check_name};
 
@@ -31,17 +31,6 @@ pub struct Memory {
 /// Whether this host takes guest memory back: one that knows who else has it
 /// mapped.
 pub const CAN_RELEASE: bool = cfg!(not(feature = "freebsd"));
-
-/// The page stays, for userland to map, while its memory may be released.
-fn hold(hpa: u64) {
-    #[cfg(not(feature = "freebsd"))]
-    // SAFETY: a page of the VM's, which the caller keeps where it is.
-    unsafe {
-        ffi::vmm_host_page_hold(hpa);
-    }
-    #[cfg(feature = "freebsd")]
-    let _ = hpa;
-}
 
 impl Memory {
     /// Puts backing memory into the nested page tables.
@@ -258,11 +247,10 @@ impl Vm {
         if (gpa | len) & 0xfff != 0 || !self.mem.lock().map.covers(gpa, len) {
             return Err(errno::EINVAL);
         }
-        let mut taken = Released::new()?;
         let mut bytes = 0;
         let mut at = gpa.checked_next_multiple_of(CHUNK).ok_or(errno::EINVAL)?;
         while at.checked_add(CHUNK).is_some_and(|end| end <= gpa + len) {
-            match self.release_chunk(at, &mut taken) {
+            match self.release_chunk(at) {
                 Ok(n) => bytes += n,
                 // Userland's mappings of what went have to go too: the host
                 // takes them away only after success.
@@ -276,7 +264,7 @@ impl Vm {
 
     /// One chunk of them; with an error, nothing of it went.
     #[cfg(not(feature = "freebsd"))]
-    fn release_chunk(&self, at: u64, taken: &mut Released) -> Result<u64, i32> {
+    fn release_chunk(&self, at: u64) -> Result<u64, i32> {
         let mut mem = self.mem.lock();
         if mem.dma() {
             return Err(errno::EBUSY);
@@ -284,9 +272,10 @@ impl Vm {
         // One after the other under the lock: nobody can map in between
         // what is about to go.
         let stale = mem.nested.unmap(at, CHUNK).map_err(|_| errno::ENOMEM)?;
-        let left = mem.map.release(at, taken);
+        let left = mem.map.release(at);
         drop(mem);
-        if stale == Invalidation::Required || !taken.is_empty() {
+        let bytes = left.as_ref().map_or(0, |chunk| chunk.resident());
+        if stale == Invalidation::Required || bytes != 0 {
             // Not all that is there was in the nested page tables: a vCPU
             // may know where a word of the guest's is (`Pv`).
             self.generation.raise();
@@ -296,8 +285,8 @@ impl Vm {
             }
             self.mem.lock().nested.reclaim();
         }
-        left?;
-        Ok(taken.free())
+        // The memory goes with what was left.
+        left.map(|_| bytes)
     }
 
     /// ENOTTY: this host cannot.
@@ -346,22 +335,24 @@ impl Vm {
         Ok(())
     }
 
-    /// The page behind an address of the guest's memory (`segid` < 0), or of
-    /// a device segment, held for the caller where such pages can be released. EFAULT: there is none. ENOMEM.
-    pub fn page(&self, segid: i32, off: u64) -> Result<u64, i32> {
+    /// Does `f` with the page behind an address of the guest's memory
+    /// (`segid` < 0), or of a device segment, which stays there meanwhile.
+    /// EFAULT: there is none. ENOMEM.
+    pub fn with_page<R>(
+        &self,
+        segid: i32,
+        off: u64,
+        f: impl FnOnce(u64) -> Result<R, i32>,
+    ) -> Result<R, i32> {
         if segid < 0 && off >= EXT_RUN_PAGES {
-            return self
-                .shared_page(off)
-                .inspect(|p| hold(*p))
-                .ok_or(errno::EFAULT);
+            return f(self.shared_page(off).ok_or(errno::EFAULT)?);
         }
         let mem = self.mem.lock();
         let hpa = match usize::try_from(segid) {
             Ok(id) => mem.map.segment(id).ok_or(errno::EFAULT)?.page(off)?.0,
             Err(_) => mem.map.backing(off)?.ok_or(errno::EFAULT)?.hpa,
         };
-        hold(hpa);
-        Ok(hpa)
+        f(hpa)
     }
 
     /// Whether a stretch of memory can be mapped by userland. EINVAL.
@@ -394,6 +385,7 @@ impl Vm {
 
     /// The one segment behind a stretch of memory, and the offset in it.
     /// EINVAL: there is none, or more than one.
+    #[cfg(feature = "freebsd")]
     pub fn segment_at(
         &self,
         segid: i32,
@@ -409,6 +401,6 @@ impl Vm {
         if at.checked_add(len).is_none_or(|end| end > seg.len) {
             return Err(errno::EINVAL);
         }
-        Ok((seg.raw(), at))
+        Ok((seg.store.raw(), at))
     }
 }
