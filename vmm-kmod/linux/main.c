@@ -81,10 +81,10 @@ static int __init vmm_init(void)
 		.fill_rsb = boot_cpu_has(X86_FEATURE_RSB_VMEXIT) ||
 		    boot_cpu_has(X86_FEATURE_RSB_VMEXIT_LITE),
 		/* What this kernel does not trust, guests should not either. */
-		.xsave_forms = !!boot_cpu_has(X86_FEATURE_XSAVEOPT) |
-		    !!boot_cpu_has(X86_FEATURE_XSAVEC) << 1 |
-		    !!boot_cpu_has(X86_FEATURE_XGETBV1) << 2 |
-		    !!boot_cpu_has(X86_FEATURE_XSAVES) << 3,
+		.xsave_forms = (boot_cpu_has(X86_FEATURE_XSAVEOPT) ? 1 : 0) |
+		    (boot_cpu_has(X86_FEATURE_XSAVEC) ? 2 : 0) |
+		    (boot_cpu_has(X86_FEATURE_XGETBV1) ? 4 : 0) |
+		    (boot_cpu_has(X86_FEATURE_XSAVES) ? 8 : 0),
 	};
 	int error;
 

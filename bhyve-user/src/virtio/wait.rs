@@ -80,10 +80,10 @@ impl Sleeper {
         }
     }
 
-    /// The eventfd that wakes it, where that is what it sleeps on.
-    pub(super) fn eventfd(&self) -> Option<BorrowedFd<'_>> {
+    /// What the kernel can wake it by, where that is what it sleeps on.
+    pub(super) fn doorbell(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Sleeper::Poll(bell) => bell.host.eventfd(),
+            Sleeper::Poll(bell) => bell.host.doorbell(),
             Sleeper::Park(_) => None,
         }
     }
@@ -198,7 +198,7 @@ mod host {
         pub fn fd(&self) -> RawFd {
             self.0.as_fd().as_raw_fd()
         }
-        pub fn eventfd(&self) -> Option<BorrowedFd<'_>> {
+        pub fn doorbell(&self) -> Option<BorrowedFd<'_>> {
             Some(self.0.as_fd())
         }
         pub fn ring(&self) {
@@ -213,35 +213,53 @@ mod host {
 
 #[cfg(not(target_os = "linux"))]
 mod host {
-    //! A pipe: eventfd(2) came with FreeBSD 13.
+    //! A kqueue(2) with a user's event, which our vmm.ko can signal too.
     use super::{AsRawFd, BorrowedFd, RawFd, io};
-    use nix::fcntl::OFlag;
-    use nix::unistd::{pipe2, read, write};
-    use std::os::fd::OwnedFd;
+    use nix::libc::{timespec, uintptr_t};
+    use nix::sys::event::{EvFlags, EventFilter, FilterFlag, KEvent, Kqueue};
+    use std::os::fd::AsFd;
 
-    pub struct Bell {
-        heard: OwnedFd,
-        rung: OwnedFd,
-    }
+    /// The event that `VM_EXT_DOORBELL` is about.
+    const IDENT: uintptr_t = 0;
+
+    pub struct Bell(Kqueue);
 
     impl Bell {
         pub fn new() -> io::Result<Bell> {
-            let (heard, rung) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-            Ok(Bell { heard, rung })
+            let bell = Bell(Kqueue::new()?);
+            let flags = EvFlags::EV_ADD | EvFlags::EV_CLEAR;
+            bell.change(flags, FilterFlag::empty())?;
+            Ok(bell)
+        }
+        fn change(&self, flags: EvFlags, what: FilterFlag) -> nix::Result<usize> {
+            let user = EventFilter::EVFILT_USER;
+            let event = KEvent::new(IDENT, user, flags, what, 0, 0);
+            self.0.kevent(&[event], &mut [], None)
         }
         pub fn fd(&self) -> RawFd {
-            self.heard.as_raw_fd()
+            self.0.as_fd().as_raw_fd()
         }
-        pub fn eventfd(&self) -> Option<BorrowedFd<'_>> {
-            None
+        pub fn doorbell(&self) -> Option<BorrowedFd<'_>> {
+            Some(self.0.as_fd())
         }
         pub fn ring(&self) {
-            // It fails when it is full, and then it rings already.
-            let _ = write(&self.rung, &[0]);
+            // The event is there, so that nothing can be wrong with this.
+            let _ = self.change(EvFlags::empty(), FilterFlag::NOTE_TRIGGER);
         }
         pub fn hush(&self) {
-            // One ring a sleep: there are few bytes.
-            let _ = read(&self.heard, &mut [0; 16]);
+            let now = timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            let none = KEvent::new(
+                IDENT,
+                EventFilter::EVFILT_USER,
+                EvFlags::empty(),
+                FilterFlag::empty(),
+                0,
+                0,
+            );
+            let _ = self.0.kevent(&[], &mut [none], Some(now));
         }
     }
 }

@@ -260,8 +260,8 @@ impl Shared {
                 at_once: device.at_once(),
                 inbox: Arc::new(Inbox {
                     notified: AtomicU64::new(0),
-                    // On Linux the kernel can ring the thread's eventfd; what
-                    // vCPUs do themselves needs no ringing.
+                    // The kernel can ring what threads poll; what vCPUs do
+                    // themselves needs no ringing.
                     sleeper: Sleeper::new(
                         device.polls() || cfg!(target_os = "linux") && !device.at_once(),
                     )?,
@@ -360,7 +360,7 @@ impl Shared {
             return;
         };
         for crew in self.crews.iter().filter(|c| !c.at_once) {
-            let Some(fd) = crew.inbox.sleeper.eventfd() else {
+            let Some(fd) = crew.inbox.sleeper.doorbell() else {
                 continue;
             };
             // The value is the queue's number, which need not be looked at if

@@ -288,11 +288,12 @@ impl Vm {
     }
 
     /// Makes two-byte OUTs (of `value`, or of any) to a port complete in the
-    /// kernel and signal the eventfd `fd`, or ends that (`None`). False where
-    /// the kernel piece cannot: then each is an exit.
+    /// kernel and signal `fd` (an eventfd; on FreeBSD the event EVFILT_USER 0 of a
+    /// kqueue of this process), or ends that (`None`). False where the kernel piece
+    /// cannot: then each is an exit.
     ///
     /// # Errors
-    /// EINVAL where `fd` is no eventfd; ENOSPC where there are too many.
+    /// EINVAL where `fd` is none such; ENOSPC where there are too many.
     pub fn set_doorbell(
         &self,
         port: u16,

@@ -755,7 +755,9 @@ abi_struct! {
         value: u16 = 2,
         /// `DOORBELL_*`.
         flags: u32 = 4,
-        /// With [`DOORBELL_ON`], the eventfd that is signalled.
+        /// With [`DOORBELL_ON`], what is signalled: an eventfd; on FreeBSD the event
+        /// EVFILT_USER 0 of this kqueue, as long as the process that set it runs the
+        /// vCPU.
         fd: i32 = 8,
         /// Zero.
         _pad0: u32 = 12,
