@@ -94,16 +94,19 @@ static noinline void run_softirqs(void)
 
 void vmm_host_guest_end(int fpu_live)
 {
+	bool softirqs;
+
 	/* A VM exit leaves TR's limit at 67H, short of the I/O bitmap
 	 * (SDM Vol. 3C 27.5.2). */
 	this_cpu_write(__tss_limit_invalid, true);
 	if (unlikely(test_thread_flag(TIF_IO_BITMAP)))
 		reload_tss();
+	/* Those that irq_window left; what comes later is run by who brings it. */
+	softirqs = FPU_BY_CALLER && local_softirq_pending() != 0;
 	local_irq_enable();
 	if (unlikely(!fpu_live))
 		kernel_fpu_end();
-	/* Those that irq_window left. */
-	if (FPU_BY_CALLER && unlikely(local_softirq_pending()))
+	if (unlikely(softirqs))
 		run_softirqs();
 }
 
