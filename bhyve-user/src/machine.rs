@@ -50,9 +50,9 @@ pub trait Machine: Send + Sync {
     fn out_ring(&self, _port: u16) -> Option<Box<dyn OutRing>> {
         None
     }
-    /// Makes two-byte OUTs (of `value`, or of any) to a port signal an
-    /// eventfd instead of coming to the device, or ends that (`None`). False:
-    /// the machine cannot.
+    /// Makes two-byte OUTs (of `value`, or of any) to a port signal `fd` (see
+    /// `vmmapi::Vm::set_doorbell`) instead of coming to the device, or ends that
+    /// (`None`). False: the machine cannot.
     fn doorbell(&self, _port: u16, _value: Option<u16>, _fd: Option<BorrowedFd<'_>>) -> bool {
         false
     }
