@@ -30,6 +30,7 @@ pub mod machine;
 pub mod mmio;
 pub mod net;
 pub mod nvme;
+pub mod pause;
 pub mod pci;
 pub mod pm;
 pub mod sandbox;

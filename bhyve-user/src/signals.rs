@@ -9,6 +9,7 @@ use nix::sys::signal::{SigSet, Signal};
 use crate::boot;
 use crate::ending::{ERROR, Ending};
 use crate::machine::{Machine, Suspend};
+use crate::pause;
 use crate::pm::Pm;
 
 /// How long a guest may take to shut down.
@@ -46,7 +47,7 @@ pub fn listen(pm: Arc<Pm>, machine: Arc<dyn Machine>, ending: Arc<Ending>) {
                 pressed = true;
                 let (machine, ending) = (Arc::clone(&machine), Arc::clone(&ending));
                 std::thread::spawn(move || {
-                    std::thread::sleep(GRACE);
+                    pause::sleep(GRACE);
                     power_off(&*machine, &ending);
                 });
             } else {
@@ -58,7 +59,7 @@ pub fn listen(pm: Arc<Pm>, machine: Arc<dyn Machine>, ending: Arc<Ending>) {
 
 fn power_off(machine: &dyn Machine, ending: &Ending) {
     machine.suspend(Suspend::PowerOff);
-    std::thread::sleep(STOP);
+    pause::sleep(STOP);
     eprintln!("the VM does not stop; giving up\r");
     ending.end(ERROR);
 }

@@ -185,7 +185,7 @@ fn serve_in(
                 // Who has gone away meanwhile is not to be told.
                 match stream {
                     Ok(stream) => drop(answer(stream, &status)),
-                    Err(_) => std::thread::sleep(Duration::from_millis(200)),
+                    Err(_) => crate::pause::sleep(Duration::from_millis(200)),
                 }
             }
         })?;

@@ -109,7 +109,7 @@ fn other(vm: &Arc<Vm>, vcpu: &Vcpu, runner: &mut Runner, exit: &VmExit) -> vmmap
         }
         Exit::Debug => {
             // Stopped by bhyvectl; look again soon.
-            std::thread::sleep(std::time::Duration::from_millis(10));
+            crate::pause::sleep(std::time::Duration::from_millis(10));
             Next::Run
         }
         Exit::Bogus

@@ -203,7 +203,7 @@ impl Read for Pty {
                 Err(e) if e.raw_os_error() == Some(nix::libc::EIO) => {}
                 r => return r,
             }
-            std::thread::sleep(Duration::from_millis(200));
+            crate::pause::sleep(Duration::from_millis(200));
         }
     }
 }
@@ -242,7 +242,7 @@ fn listening(accept: impl Fn() -> io::Result<OwnedFd> + Send + 'static) -> Backe
                         accepted.arrived.notify_all();
                     }
                 }
-                Err(_) => std::thread::sleep(Duration::from_millis(200)),
+                Err(_) => crate::pause::sleep(Duration::from_millis(200)),
             }
         }
     });

@@ -252,7 +252,7 @@ impl Shared {
                 Ok(n) => n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    std::thread::sleep(Duration::from_millis(20));
+                    crate::pause::sleep(Duration::from_millis(20));
                     continue;
                 }
                 Err(_) => return,
@@ -359,7 +359,7 @@ fn write_all(output: &mut dyn Write, mut bytes: &[u8]) -> io::Result<()> {
             Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                std::thread::sleep(Duration::from_millis(5))
+                crate::pause::sleep(Duration::from_millis(5))
             }
             Err(e) => return Err(e),
         }

@@ -162,7 +162,7 @@ impl Bell {
             Ok(n) => n,
             // Out of memory, for one: no reason to spin.
             Err(_) => {
-                thread::sleep(Duration::from_millis(10));
+                crate::pause::sleep(Duration::from_millis(10));
                 return (false, rung);
             }
         };
