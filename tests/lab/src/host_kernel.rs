@@ -70,6 +70,31 @@ fn download(base: &Path) -> Result<HostKernel> {
     Ok(kernel)
 }
 
+/// The headers of Debian's usual kernel of the same version, beside those that both
+/// have in common: what `make -C` wants to build a module for a guest with it.
+///
+/// # Errors
+/// They are not there and cannot be fetched.
+pub fn usual_headers(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
+    let release = kernel.release.replace("-cloud", "");
+    let root = dirs.cache.join("host").join(&kernel.release);
+    let headers = root.join(format!("usr/src/linux-headers-{release}"));
+    let makefile = headers.join("Makefile");
+    let theirs = "include /usr/src/";
+    let ready = fs::read_to_string(&makefile).is_ok_and(|text| !text.starts_with(theirs));
+    if !ready {
+        step("headers of Debian's usual kernel", || {
+            let package = format!("linux-headers-{release}");
+            if apt::extract(&[], &[&package], &root).is_err() {
+                apt::update()?;
+                apt::extract(&[], &[&package], &root)?;
+            }
+            relocate(&makefile, &root)
+        })?;
+    }
+    Ok(headers)
+}
+
 fn at(base: &Path, release: &str) -> HostKernel {
     let root = base.join(release);
     HostKernel {

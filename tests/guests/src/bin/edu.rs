@@ -2,7 +2,8 @@
 //! guest has no memory.
 //!
 //! Prints `edu: interrupt MINIMUM MEAN`, ticks of the TSC from the register that asks
-//! for it to the handler. With `guest.wait=1` it goes on with DMA until it is killed.
+//! for it to the handler. With `guest.wait=1` it goes on with DMA until it is killed;
+//! with `guest.reset=1` it resets the machine while the device is at it.
 #![no_std]
 #![no_main]
 
@@ -106,17 +107,21 @@ fn interrupts(r: &mut Report, count: u64) {
     cpu::disable_interrupts();
 }
 
-/// A transfer, which takes 100 ms, asleep until its interrupt; false if it is not done
-/// then.
-fn dma(from: u64, to: u64, command: u32) -> bool {
+/// Begins a transfer, which takes 100 ms.
+fn begin(from: u64, to: u64, command: u32) {
     for (register, value) in [(DMA_FROM, from), (DMA_TO, to)] {
         write(register, value as u32);
         write(register + 4, 0);
     }
     write(DMA_COUNT, LENGTH as u32);
     write(DMA_COUNT + 4, 0);
-    let before = FIRED.load(Ordering::SeqCst);
     write(DMA_COMMAND, START | AND_INTERRUPT | command);
+}
+
+/// A transfer, asleep until its interrupt; false if it is not done then.
+fn dma(from: u64, to: u64, command: u32) -> bool {
+    let before = FIRED.load(Ordering::SeqCst);
+    begin(from, to, command);
     while FIRED.load(Ordering::SeqCst) == before {
         cpu::enable_and_halt();
         cpu::disable_interrupts();
@@ -220,6 +225,15 @@ extern "C" fn guest_main() -> ! {
         println!("edu: busy");
         loop {
             dma(BUFFER, here, TO_MEMORY);
+        }
+    }
+    if preload::variable("guest.reset").is_some() {
+        println!("edu: reset");
+        begin(BUFFER, physical(&raw const MEMORY), TO_MEMORY);
+        // Reset control: all of it (RST_CPU, SYS_RST).
+        cpu::outb(0xcf9, 6);
+        loop {
+            cpu::halt();
         }
     }
     interrupts(&mut r, 1000);

@@ -97,9 +97,14 @@ fn disk(host: &mut Host) -> Result<()> {
 /// Types a line; its output up to the mark that is typed behind it, in two
 /// parts so that the echo does not look like it.
 pub fn types(host: &mut Host, line: &str) -> Result<String> {
+    types_within(host, line, COMMAND)
+}
+
+/// The same where it may take longer.
+pub fn types_within(host: &mut Host, line: &str, limit: Duration) -> Result<String> {
     let console = host.guest();
     console.send(format!("{line}; echo lab-status=$? lab-'end'\r").as_bytes())?;
-    let found: Found = console.expect(r"lab-status=(\d+) lab-end", COMMAND)?;
+    let found: Found = console.expect(r"lab-status=(\d+) lab-end", limit)?;
     ensure!(
         found.group(1) == "0",
         "`{line}` in the guest gives status {}:\n{}",
