@@ -18,11 +18,10 @@ pub const GUEST_MIB: u32 = 512;
 /// A guest from start to end.
 const RUN: Duration = Duration::from_secs(1200);
 /// KVM and what it stands on.
-const KVM_MODULES: [&str; 3] = [
-    "virt/lib/irqbypass.ko",
-    "arch/x86/kvm/kvm.ko",
-    "arch/x86/kvm/kvm-intel.ko",
-];
+const KVM_MODULES: [&str; 2] = ["virt/lib/irqbypass.ko", "arch/x86/kvm/kvm.ko"];
+/// Its half for VT-x, and that for AMD-V.
+const KVM_INTEL: &str = "arch/x86/kvm/kvm-intel.ko";
+const KVM_AMD: &str = "arch/x86/kvm/kvm-amd.ko";
 
 /// A kind of exit: its name, what it is, and how many.
 pub type Reason = (&'static str, &'static str, u64);
@@ -46,7 +45,14 @@ impl Session {
     /// Either does not come up.
     pub fn boot(lab: &Lab, tools: &Tools, files: &Files, column: Column) -> Result<Session> {
         let kit = &lab.kit;
+        let cpu = if lab.engine.is_amd() {
+            KVM_AMD
+        } else {
+            KVM_INTEL
+        };
+        let kvm_modules = KVM_MODULES.into_iter().chain([cpu]);
         let mut config = Config::new(lab.engine, GUEST_MIB);
+        config.count_instructions = true;
         config.file("guest/linux", &kit.kernel.image);
         for guest in &kit.guests {
             if let Some(name) = guest.file_name() {
@@ -62,7 +68,7 @@ impl Session {
         }
         config.file("tun.ko", &kit.kernel.modules.join(TUN));
         if column == Column::Kvm {
-            for module in KVM_MODULES {
+            for module in kvm_modules.clone() {
                 config.file(&format!("kvm/{module}"), &kit.kernel.modules.join(module));
             }
         }
@@ -72,7 +78,7 @@ impl Session {
         host.must("chmod +x /tools/* && insmod /tun.ko", SHORT)?;
         match column {
             Column::Kvm => {
-                for module in KVM_MODULES {
+                for module in kvm_modules {
                     host.must(&format!("insmod /kvm/{module}"), SHORT)?;
                 }
                 host.must("mount -t debugfs debugfs /sys/kernel/debug", SHORT)?;
