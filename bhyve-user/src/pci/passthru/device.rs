@@ -185,12 +185,7 @@ impl Passthrough {
                     // as quiet.
                     Err(e) if e.errno() == Some(nix::libc::ENOTTY) => {
                         for index in open {
-                            let masked = Entry {
-                                address: 0,
-                                data: 0,
-                                masked: true,
-                            };
-                            self.set_vector(index, masked);
+                            self.set_vector(index, Entry::MASKED);
                         }
                     }
                     done => {

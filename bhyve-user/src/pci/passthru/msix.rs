@@ -18,6 +18,15 @@ pub struct Entry {
     pub masked: bool,
 }
 
+impl Entry {
+    /// One that sends nothing.
+    pub const MASKED: Entry = Entry {
+        address: 0,
+        data: 0,
+        masked: true,
+    };
+}
+
 /// What the kernel is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Order {
@@ -88,9 +97,21 @@ impl Table {
             self.told.fill(None);
             return told.then_some(Order::Off(open)).into_iter().collect();
         }
-        (0..self.entries.len() as u16)
+        let mut orders: Vec<Order> = (0..self.entries.len() as u16)
             .filter_map(|index| self.order(index))
-            .collect()
+            .collect();
+        // So that it is on in the device as well, before any entry is unmasked: devices
+        // look at that too. QEMU's NVMe has no interrupts for a queue that was made
+        // while it was off, and Linux unmasks the vector after that.
+        if is
+            && !was
+            && orders.is_empty()
+            && let Some(told) = self.told.first_mut()
+        {
+            *told = Some(Entry::MASKED);
+            orders.push(Order::Set(0, Entry::MASKED));
+        }
+        orders
     }
 
     /// Whether the guest has it enabled.
@@ -138,7 +159,8 @@ mod tests {
     #[test]
     fn the_kernel_hears_of_an_entry_once_it_is_unmasked() {
         let mut t = Table::new(5);
-        assert_eq!(t.control(ENABLE | MASK_ALL), []);
+        let on = [Order::Set(0, Entry::MASKED)];
+        assert_eq!(t.control(ENABLE | MASK_ALL), on, "on in the device too");
         for (at, value) in [(0, 0xfee0_1000), (4, 0), (8, 0x41)] {
             assert_eq!(t.write(2 * ENTRY + at, 4, value), None);
         }
