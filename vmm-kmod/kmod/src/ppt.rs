@@ -17,7 +17,7 @@ use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::fmt::{self, Write};
 use core::ptr;
-use core::sync::atomic::{AtomicPtr, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use vmm_hw::ept::MemType;
 
@@ -280,6 +280,9 @@ impl Function {
 /// the rest of the module, and after it has ended that.
 static LIST: AtomicPtr<Mutex<Functions>> = AtomicPtr::new(ptr::null_mut());
 
+/// `exit` has run.
+static ENDED: AtomicBool = AtomicBool::new(false);
+
 /// ENOENT: there has never been a function.
 fn lock() -> Result<MutexGuard<'static, Functions>, i32> {
     let list = LIST.load(Ordering::Acquire);
@@ -307,7 +310,14 @@ fn made() -> Result<MutexGuard<'static, Functions>, i32> {
 
 /// The module ends: no VM is left.
 pub fn exit() {
-    if lock().is_ok_and(|list| list.0.is_empty()) {
+    ENDED.store(true, Ordering::Release);
+    end();
+}
+
+/// Frees the list if the module has ended and the host has all its functions
+/// back; FreeBSD takes them from ppt after the rest of the module.
+fn end() {
+    if ENDED.load(Ordering::Acquire) && lock().is_ok_and(|list| list.0.is_empty()) {
         let list = LIST.swap(ptr::null_mut(), Ordering::AcqRel);
         // SAFETY: the host's ppt has given back all it had, and gets no more.
         drop(unsafe { Box::from_raw(list) });
@@ -358,6 +368,8 @@ pub fn remove(device: *mut c_void) {
     let f = list.0.swap_remove(at);
     f.device.release();
     iommu::release(&f.device, f.rid);
+    drop(list);
+    end();
 }
 
 /// Whether a VM has it.
