@@ -107,11 +107,12 @@ pub fn emulate(
         faulted: false,
         error: None,
     };
-    let hint = Hint {
+    // 0 is also what there is for a CPU that does not tell.
+    let hint = (e.gla != 0).then_some(Hint {
         gla: e.gla,
         gpa: e.gpa,
-    };
-    let outcome = inst::emulate(&inst, &mut regs, &mut view, Some(hint));
+    });
+    let outcome = inst::emulate(&inst, &mut regs, &mut view, hint);
     if let Some(error) = view.error {
         return Err(error);
     }

@@ -19,6 +19,9 @@
 
 #include "shim.h"
 
+/* As in vmm-kmod/abi. */
+#define	DOORBELL_IDENT	0x76697274
+
 /* Longer than this is for ever (a signed 32.32 number of seconds). */
 #define	MAX_NS	(1000000000ULL * 86400 * 365)
 
@@ -138,7 +141,7 @@ timer_fired(void *arg)
 }
 
 /*
- * An event is the EVFILT_USER event 0 of a kqueue, named by its process and its
+ * An event is the EVFILT_USER event DOORBELL_IDENT of a kqueue, named by its process and its
  * descriptor there: all that the kernel lets a module signal is an event of the
  * calling thread's process.
  */
@@ -157,7 +160,7 @@ vmm_host_event_signal(struct vmm_event *e)
 
 	if (id >> 32 != (uintptr_t)curproc->p_pid)
 		return (EINVAL);
-	EV_SET(&event, 0, EVFILT_USER, 0, NOTE_TRIGGER, 0, NULL);
+	EV_SET(&event, DOORBELL_IDENT, EVFILT_USER, 0, NOTE_TRIGGER, 0, NULL);
 	return (kqfd_register((int)id, &event, curthread, M_WAITOK));
 }
 

@@ -220,7 +220,7 @@ mod host {
     use std::os::fd::AsFd;
 
     /// The event that `VM_EXT_DOORBELL` is about.
-    const IDENT: uintptr_t = 0;
+    const IDENT: uintptr_t = vmm_abi::layout::DOORBELL_IDENT;
 
     pub struct Bell(Kqueue);
 

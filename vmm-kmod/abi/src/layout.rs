@@ -756,7 +756,7 @@ abi_struct! {
         /// `DOORBELL_*`.
         flags: u32 = 4,
         /// With [`DOORBELL_ON`], what is signalled: an eventfd; on FreeBSD the event
-        /// EVFILT_USER 0 of this kqueue, as long as the process that set it runs the
+        /// EVFILT_USER [`DOORBELL_IDENT`] of this kqueue, as long as the process that set it runs the
         /// vCPU.
         fd: i32 = 8,
         /// Zero.
@@ -764,6 +764,9 @@ abi_struct! {
     }
 }
 
+/// On FreeBSD the identifier of the event in the kqueue; one that no other kqueue has,
+/// should the descriptor become another's.
+pub const DOORBELL_IDENT: usize = 0x7669_7274;
 /// `VmExtDoorbell::flags`: from now on; without it, no more.
 pub const DOORBELL_ON: u32 = 1;
 /// `VmExtDoorbell::flags`: only OUTs of `value` ring.

@@ -90,7 +90,7 @@ pub fn run_page(vm: &Vm, arg: u32) -> Result<(), i32> {
         inner.hw.set_gpr(Gpr::Rax, vcpu.run_page.rax());
     }
     if flags & EXT_RUN_GPRS != 0 {
-        take_registers(vcpu, &mut inner);
+        take_registers(vcpu, &mut inner)?;
     }
     run::run(vm, vcpu, &mut inner)?;
     vcpu.run_page.put(&inner.exit);
@@ -98,16 +98,31 @@ pub fn run_page(vm: &Vm, arg: u32) -> Result<(), i32> {
 }
 
 /// Sets the registers that an instruction changed which userland has emulated.
+/// EINVAL: there is no such register.
 #[inline(never)]
-fn take_registers(vcpu: &Vcpu, inner: &mut Inner) {
+fn take_registers(vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
+    // VT-x keeps these two in the VMCS.
+    const IN_VMCS: u64 = 1 << Gpr::Rsp as u8 | EXT_RUN_CHANGED_RFLAGS;
     let changed = vcpu.run_page.changed();
-    for (r, value) in vcpu.run_page.gprs(changed) {
+    if changed >> EXT_RUN_GPR_COUNT & !(EXT_RUN_CHANGED_RFLAGS >> EXT_RUN_GPR_COUNT) != 0 {
+        return Err(errno::EINVAL);
+    }
+    for (r, value) in vcpu.run_page.gprs(changed & !IN_VMCS) {
         inner.hw.set_gpr(r, value);
     }
-    if changed & EXT_RUN_CHANGED_RFLAGS != 0 {
-        let rflags = vcpu.run_page.rflags();
-        regs::with_current(inner, |inner| inner.hw.set_reg(Reg::Rflags, rflags));
+    if changed & IN_VMCS != 0 {
+        let page = &vcpu.run_page;
+        let rflags = page.rflags();
+        regs::with_current(inner, |inner| {
+            for (r, value) in page.gprs(changed & IN_VMCS) {
+                inner.hw.set_gpr(r, value);
+            }
+            if changed & EXT_RUN_CHANGED_RFLAGS != 0 {
+                inner.hw.set_reg(Reg::Rflags, rflags);
+            }
+        });
     }
+    Ok(())
 }
 
 /// A request on a VM's device.

@@ -202,7 +202,18 @@ impl<C: RunCpu> Runner<'_, C> {
             Later::ApicAccess { gpa } => return self.emulate(gpa, None),
             Later::LoadPdptes(new) => self.load_pdptes(&new),
             #[cfg(feature = "freebsd")]
-            Later::Ring(event) => return Ok(!event.signal()),
+            Later::Ring(event) => {
+                if !event.signal() {
+                    self.vcpu.stats.inc(Stat::UserExits);
+                    return Ok(true);
+                }
+                // It is complete, as the next instruction sees it.
+                crate::regs::with_current(self.inner, |inner| {
+                    inner.next_rip = None;
+                    let len = inner.hw.inst_len();
+                    inner.hw.advance(len);
+                });
+            }
             Later::ApicMode { virtualized } => {
                 self.vm
                     .apic_mode_changed(self.vcpu.id as usize, virtualized)?;

@@ -58,7 +58,7 @@ pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
             )
         })],
     };
-    vtd.config.cmdline = "intel_iommu=off".to_owned();
+    vtd.config.cmdline = "intel_iommu=off no_timer_check".to_owned();
     let amdvi = Group {
         name: "passthru-own-amdvi".to_owned(),
         config: config(lab, "amdvi", 128, Iommu::Amd)?,

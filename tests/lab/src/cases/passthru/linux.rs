@@ -28,7 +28,9 @@ const MODULES: [&str; 8] = [
     "drivers/net/ethernet/intel/e1000e/e1000e.ko",
 ];
 /// What the guest's drivers say when they wait for an interrupt that does not come.
-const LOST: &str = "nvme.*timeout|NETDEV WATCHDOG|Unit Hang|is lost";
+/// The card's says so after 5 s by a clock that goes on when an emulator stalls: that
+/// its traffic ends tells as much.
+const LOST: &str = "nvme.*timeout|is lost";
 
 /// The host and its test.
 pub fn group(lab: &Lab) -> Result<Group> {
@@ -223,10 +225,14 @@ fn busy(host: &mut Host, seconds: u32) -> Result<()> {
         lines(&guests, "").join("\n    "),
         lines(&hosts, "").join("\n    ")
     );
-    ensure!(
-        guests.contains("eth0-rx") && guests.contains("nvme0q1"),
-        "no messages:\n{guests}{kernel}"
-    );
+    for name in ["eth0-rx", "nvme0q1"] {
+        let line = guests.lines().find(|l| l.contains(name));
+        let came = line.and_then(|l| l.split_whitespace().nth(1)?.parse::<u64>().ok());
+        ensure!(
+            came.is_some_and(|n| n > 0),
+            "no messages of {name}:\n{guests}{kernel}"
+        );
+    }
     Ok(())
 }
 
