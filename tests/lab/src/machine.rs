@@ -179,8 +179,7 @@ impl Machine {
     /// # Errors
     /// The emulator is not there or does not start.
     pub fn start(spec: &Spec, dir: &Path) -> Result<Self> {
-        // With counted instructions, timers and CPU are one thread's.
-        let lossy = spec.engine == Engine::Qemu && !spec.count_instructions;
+        let lossy = spec.engine == Engine::Qemu;
         Self::connect(dir, lossy, |ports, monitor| match spec.engine {
             Engine::Bochs => {
                 let iso = iso::build(dir, &spec.kernel, &spec.initramfs, &spec.cmdline)?;

@@ -1,23 +1,36 @@
 //! A FreeBSD 12.1 host: vmm.ko and the programs in every mixture of ours and
 //! FreeBSD's own boot the same guest to the same end.
 
+use super::guests;
+use crate::exitcost;
 use crate::freebsd_host;
 use crate::guest::{Guest, Load};
 use crate::host::{Config, Host, SHORT};
 use crate::runner::{Case, Group, Lab};
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 
 /// The small guest of the host's image, for FreeBSD's own bhyveload.
 const STOCK_LOAD: &str =
     "/usr/sbin/bhyveload -m 256M -h /guest -e bhyvers.poweroff=1 -e bhyvers.clocktest=0 guest";
 
+/// Instructions that a CPUID exit takes at most.
+const CPUID: f64 = 300.0;
+/// And an OUT to bhyve and back.
+const OUT: f64 = 1800.0;
+
 /// The host and its tests.
 pub fn group(lab: &Lab) -> Group {
     let mut config = Config::new(lab.engine, 256);
+    for guest in &lab.kit.guests {
+        if guest.ends_with("exitcost") {
+            config.file("guests/exitcost", guest);
+        }
+    }
     type Body = fn(&Lab, &mut Host) -> Result<()>;
-    let names: [(&str, Body); 3] = [
+    let names: [(&str, Body); 4] = [
         ("freebsd-host", ours),
+        ("freebsd-host-exit-cost", exit_cost),
         ("freebsd-host-stock-bhyve", stock_bhyve),
         ("freebsd-host-stock-vmm", stock_vmm),
     ];
@@ -63,6 +76,22 @@ fn ours(_: &Lab, host: &mut Host) -> Result<()> {
         SHORT,
     )
     .map(drop)
+}
+
+/// What exits cost on this host, in instructions.
+fn exit_cost(_: &Lab, host: &mut Host) -> Result<()> {
+    let text = guests::passes(host, &guests::small("exitcost"))?;
+    let costs = exitcost::costs(&text)?;
+    for (name, most) in [("exit_cpuid", CPUID), ("exit_out", OUT)] {
+        let cost = costs.iter().find(|c| c.0.name == name);
+        let cost = cost.with_context(|| format!("{name} was not measured"))?.1;
+        println!("freebsd-host-exit-cost: {name}: {cost}");
+        ensure!(
+            cost <= most,
+            "{name} takes {cost} instructions, more than {most}"
+        );
+    }
+    Ok(())
 }
 
 /// FreeBSD's own programs on our module.

@@ -85,14 +85,21 @@ fn busy(host: &mut Host) -> Result<String> {
         .find(is_sum)
         .with_context(|| format!("no checksum in:\n{sum}"))?
         .to_owned();
+    // FreeBSD's terminal takes no line much longer than these.
+    types(
+        host,
+        &format!(
+            "piece() {{ (tail -c +$(($2*8+$1+9)) /tmp/data; cat /tmp/data) | \
+             head -c $(({MIB}*1048576)) >/tmp/half$1; }}"
+        ),
+    )?;
     // Each in its half, one place after another written, and read; no two alike.
     types(
         host,
         &format!(
             "half() {{ k=0; bad=0; end=$(($(date +%s)+{seconds})); \
              while [ $k = 0 ] || [ $(date +%s) -lt $end ]; do at=$((($1+k%7)*32)); \
-             {{ tail -c +$((k*8+$1+9)) /tmp/data; cat /tmp/data; }} | head -c $(({MIB}*1048576)) >/tmp/half$1; \
-             dd if=/tmp/half$1 of=/dev/nvd0 bs=128k seek=$at 2>/dev/null || bad=$((bad+1)); \
+             piece $1 $k; dd if=/tmp/half$1 of=/dev/nvd0 bs=128k seek=$at 2>/dev/null || bad=$((bad+1)); \
              dd if=/dev/nvd0 bs=128k skip=$at count=32 2>/dev/null | cmp -s - /tmp/half$1 || bad=$((bad+1)); \
              k=$((k+1)); done; echo half $1: times=$k bad=$bad; }}"
         ),
