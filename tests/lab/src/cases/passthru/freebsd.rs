@@ -85,25 +85,26 @@ fn busy(host: &mut Host) -> Result<String> {
         .find(is_sum)
         .with_context(|| format!("no checksum in:\n{sum}"))?
         .to_owned();
-    // FreeBSD's terminal takes no line much longer than these.
-    types(
-        host,
-        &format!(
+    // Each in its half, one place after another written, and read; no two alike. In short
+    // lines: what is typed beyond 384 characters before FreeBSD looks may get lost.
+    for line in [
+        format!(
             "piece() {{ (tail -c +$(($2*8+$1+9)) /tmp/data; cat /tmp/data) | \
              head -c $(({MIB}*1048576)) >/tmp/half$1; }}"
         ),
-    )?;
-    // Each in its half, one place after another written, and read; no two alike.
-    types(
-        host,
-        &format!(
+        "put() { dd if=/tmp/half$1 of=/dev/nvd0 bs=128k seek=$2 2>/dev/null; }".to_owned(),
+        "get() { dd if=/dev/nvd0 bs=128k skip=$2 count=32 2>/dev/null | cmp -s - /tmp/half$1; }"
+            .to_owned(),
+        "both() { at=$((($1+k%7)*32)); piece $1 $k; put $1 $at && get $1 $at || bad=$((bad+1)); }"
+            .to_owned(),
+        format!(
             "half() {{ k=0; bad=0; end=$(($(date +%s)+{seconds})); \
-             while [ $k = 0 ] || [ $(date +%s) -lt $end ]; do at=$((($1+k%7)*32)); \
-             piece $1 $k; dd if=/tmp/half$1 of=/dev/nvd0 bs=128k seek=$at 2>/dev/null || bad=$((bad+1)); \
-             dd if=/dev/nvd0 bs=128k skip=$at count=32 2>/dev/null | cmp -s - /tmp/half$1 || bad=$((bad+1)); \
-             k=$((k+1)); done; echo half $1: times=$k bad=$bad; }}"
+             while [ $k = 0 ] || [ $(date +%s) -lt $end ]; do both $1; k=$((k+1)); done; \
+             echo half $1: times=$k bad=$bad; }}"
         ),
-    )?;
+    ] {
+        types(host, &line)?;
+    }
     let limit = Duration::from_secs(u64::from(seconds) * 4) + UP;
     let text = types_within(
         host,
