@@ -123,7 +123,13 @@ fn boot(lab: &Lab, host: &mut Host, v: Variant, bare: &Shared<BTreeSet<String>>)
     let complaints = complaints(console)?;
     if !complaints.is_empty() {
         let known = bare.get(|| on_bare(lab))?;
-        let new: Vec<&String> = complaints.difference(&known).collect();
+        // Two vCPUs take turns at the host's one CPU: while the other has it, a timer's
+        // interrupt takes long.
+        let taken = |c: &&String| v.vcpus > 1 && c.starts_with(TURNS);
+        let new: Vec<&String> = complaints
+            .difference(&known)
+            .filter(|c| !taken(c))
+            .collect();
         ensure!(
             new.is_empty(),
             "the guest's kernel complains as it does not on the bare emulator: {new:#?}"
@@ -244,6 +250,9 @@ fn hotplug(console: &mut Console) -> Result<()> {
     }
     runs_on(console, 1)
 }
+
+/// What a kernel says whose timer's interrupt took long.
+const TURNS: &str = "hrtimer: interrupt took";
 
 /// Warnings and errors, and what else smells of a clock or an interrupt
 /// controller gone wrong, without what varies from boot to boot.
