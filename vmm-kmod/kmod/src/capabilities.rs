@@ -5,19 +5,9 @@ use core::sync::atomic::{AtomicI32, Ordering};
 
 use vmm_hw::backend::ApicVirt;
 use vmm_hw::instr;
+use vmm_hw::vmx::fields::{msr, proc1, proc2};
 
 use crate::global::Global;
-
-/// VMX capability MSRs (SDM Vol. 3D appendix A.3): a control can be set if its bit
-/// is in the upper half.
-const PROCBASED: u32 = 0x482;
-const PROCBASED2: u32 = 0x48b;
-const HLT: u32 = 7;
-const MTF: u32 = 27;
-const PAUSE: u32 = 30;
-const UNRESTRICTED: u32 = 7;
-const VID: u32 = 9;
-const INVPCID: u32 = 12;
 
 /// Whether VT-x is in use; exits by HLT and by PAUSE, monitor trap flag,
 /// unrestricted guest, INVPCID; the use of virtual-interrupt delivery and of posted
@@ -31,24 +21,26 @@ pub fn tell(g: &Global) {
     if g.backend.is_amd() {
         return;
     }
+    // A control can be set if its bit is in the upper half (SDM Vol. 3D appendix A.3).
     // SAFETY: CPL 0, and the backend is VT-x.
     let [primary, secondary] = unsafe {
         [
-            instr::rdmsr(PROCBASED) >> 32,
-            instr::rdmsr(PROCBASED2) >> 32,
+            (instr::rdmsr(msr::VMX_PROCBASED) >> 32) as u32,
+            (instr::rdmsr(msr::VMX_PROCBASED2) >> 32) as u32,
         ]
     };
     let values = [
-        1,
-        primary >> HLT,
-        primary >> PAUSE,
-        primary >> MTF,
-        secondary >> UNRESTRICTED,
-        secondary >> INVPCID,
-        secondary >> VID & u64::from(g.apic_virt.contains(ApicVirt::INTERRUPTS)),
-        0,
+        true,
+        primary & proc1::HLT != 0,
+        primary & proc1::PAUSE != 0,
+        primary & proc1::MTF != 0,
+        secondary & proc2::UNRESTRICTED_GUEST != 0,
+        secondary & proc2::INVPCID != 0,
+        secondary & proc2::VIRTUAL_INTERRUPT_DELIVERY != 0
+            && g.apic_virt.contains(ApicVirt::INTERRUPTS),
+        false,
     ];
     for (slot, value) in vmm_rust_capabilities.iter().zip(values) {
-        slot.store((value & 1) as c_int, Ordering::Relaxed);
+        slot.store(c_int::from(value), Ordering::Relaxed);
     }
 }
