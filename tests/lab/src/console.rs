@@ -120,19 +120,36 @@ impl Listening {
         transcript: &Path,
         timeout: Duration,
         emulator: u32,
-        mut alive: impl FnMut() -> Result<()>,
+        alive: impl FnMut() -> Result<()>,
     ) -> Result<Console> {
+        let stream = self.stream("serial port", timeout, alive)?;
+        Console::new(stream, transcript, emulator)
+    }
+
+    /// The same for what is no console: `what` it is, for the error.
+    ///
+    /// # Errors
+    /// As for [`Self::accept`].
+    pub fn stream(
+        self,
+        what: &str,
+        timeout: Duration,
+        mut alive: impl FnMut() -> Result<()>,
+    ) -> Result<TcpStream> {
         self.listener.set_nonblocking(true)?;
         let deadline = Instant::now() + timeout;
         loop {
             match self.listener.accept() {
-                Ok((stream, _)) => return Console::new(stream, transcript, emulator),
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(false)?;
+                    return Ok(stream);
+                }
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(e) => return Err(e.into()),
             }
             alive()?;
             if Instant::now() > deadline {
-                bail!("the emulator did not connect its serial port");
+                bail!("the emulator did not connect its {what}");
             }
             thread::sleep(Duration::from_millis(20));
         }
@@ -155,7 +172,6 @@ pub struct Console {
 
 impl Console {
     fn new(stream: TcpStream, transcript: &Path, emulator: u32) -> Result<Self> {
-        stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
         let shared = Arc::new(Shared::default());
         let mut file = File::create(transcript)

@@ -5,7 +5,6 @@ use crate::nudge::Nudge;
 use crate::{bochs, iso, qemu};
 use anyhow::{Context, Result, bail};
 use std::fmt;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
@@ -207,20 +206,14 @@ impl Machine {
     ) -> Result<Self> {
         let ports = [Listening::new()?, Listening::new()?];
         let numbers = [ports[0].port(), ports[1].port()];
-        let monitor = lossy
-            .then(|| TcpListener::bind(("127.0.0.1", 0)).context("no loopback port"))
-            .transpose()?;
-        let number = match &monitor {
-            Some(m) => Some(m.local_addr()?.port()),
-            None => None,
-        };
-        let mut child = spawn(numbers, number)?;
+        let monitor = lossy.then(Listening::new).transpose()?;
+        let mut child = spawn(numbers, monitor.as_ref().map(Listening::port))?;
         let [first, second] = ports;
         let pid = child.id();
         let connected = (|| {
             let mut alive = || ended(&mut child, dir);
             let nudge = monitor
-                .map(|m| Nudge::accept(&m, CONNECT, &mut alive))
+                .map(|m| Nudge::new(m.stream("monitor", CONNECT, &mut alive)?))
                 .transpose()?;
             let mut com1 = first.accept(&dir.join("com1.log"), CONNECT, pid, &mut alive)?;
             let mut com2 = second.accept(&dir.join("com2.log"), CONNECT, pid, &mut alive)?;

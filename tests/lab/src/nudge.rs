@@ -6,9 +6,9 @@
 //! and a host that sleeps until then sleeps for ever. Any later interrupt brings
 //! the lost one along: a key that nobody looks at.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use std::io::{self, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,30 +27,11 @@ struct Keys {
 }
 
 impl Nudge {
-    /// Waits until QEMU connects its monitor.
+    /// QEMU has connected its monitor.
     ///
     /// # Errors
-    /// It ends (`alive`), or does not connect within `timeout`.
-    pub fn accept(
-        listener: &TcpListener,
-        timeout: Duration,
-        mut alive: impl FnMut() -> Result<()>,
-    ) -> Result<Self> {
-        listener.set_nonblocking(true)?;
-        let deadline = Instant::now() + timeout;
-        let monitor = loop {
-            match listener.accept() {
-                Ok((stream, _)) => break stream,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                Err(e) => return Err(e.into()),
-            }
-            alive()?;
-            if Instant::now() > deadline {
-                bail!("QEMU did not connect its monitor");
-            }
-            thread::sleep(Duration::from_millis(20));
-        };
-        monitor.set_nonblocking(false)?;
+    /// There are no more descriptors.
+    pub fn new(monitor: TcpStream) -> Result<Self> {
         let mut answers = monitor.try_clone().context("the monitor's other half")?;
         // A monitor that nobody reads would stop QEMU. Its end is no news: the
         // consoles close with it.

@@ -134,10 +134,18 @@ pub fn kernel(dirs: &Dirs, host: &str) -> Result<(PathBuf, PathBuf)> {
 
 /// Host's or guest's end of a stream socket.
 fn sock(dirs: &Dirs) -> Result<PathBuf> {
-    let dir = dirs.fresh("sock")?;
-    let source = dir.join("sock.c");
-    std::fs::write(&source, include_str!("../../host/sock.c"))?;
-    let program = dir.join("sock");
+    c_program(dirs, "sock", include_str!("../../host/sock.c"))
+}
+
+/// A static program for the host or a guest, of one file of C.
+///
+/// # Errors
+/// gcc refuses it, or the disk is full.
+pub fn c_program(dirs: &Dirs, name: &str, text: &str) -> Result<PathBuf> {
+    let dir = dirs.fresh(name)?;
+    let source = dir.join("program.c");
+    std::fs::write(&source, text)?;
+    let program = dir.join(name);
     command::output(
         Command::new("gcc")
             .args(["-O1", "-static", "-o"])

@@ -82,17 +82,7 @@ fn driver(dirs: &Dirs, headers: &Path) -> Result<PathBuf> {
 
 /// What keeps the card and the disk busy.
 fn traffic(dirs: &Dirs) -> Result<PathBuf> {
-    let dir = dirs.fresh("traffic")?;
-    let source = dir.join("traffic.c");
-    fs::write(&source, include_str!("../../../host/traffic.c"))?;
-    let program = dir.join("traffic");
-    output(
-        Command::new("gcc")
-            .args(["-O1", "-static", "-o"])
-            .arg(&program)
-            .arg(&source),
-    )?;
-    Ok(program)
+    share::c_program(dirs, "traffic", include_str!("../../../host/traffic.c"))
 }
 
 fn devices(_: &Lab, host: &mut Host) -> Result<()> {
