@@ -6,6 +6,7 @@
 #include <sys/systm.h>
 #include <sys/conf.h>
 #include <sys/fcntl.h>
+#include <sys/file.h>
 #include <sys/ioccom.h>
 #include <sys/jail.h>
 #include <sys/kernel.h>
@@ -18,6 +19,7 @@
 #include <sys/sx.h>
 #include <sys/sysctl.h>
 #include <sys/ucred.h>
+#include <sys/unistd.h>
 
 #include <vm/vm.h>
 #include <vm/vm_param.h>
@@ -197,6 +199,66 @@ static struct cdev_pager_ops pager_ops = {
 	.cdev_pg_fault = pager_fault,
 };
 
+/* devfs's for an open device, other than for lseek(2); nodes_lock. */
+static struct fileops run_ops;
+static fo_close_t *devfs_close;
+
+/*
+ * SEEK_DATA from a vCPU's run page on goes to its next exit: VMM_REQ_RUN without
+ * what every ioctl costs before it gets here. It is a call of the device as any
+ * other, which a destroyed node does not let in, and waits for.
+ */
+static int
+run_seek(struct file *fp, off_t offset, int whence, struct thread *td)
+{
+	uint64_t at = (uint64_t)offset - VMM_EXT_PAGES;
+	struct file *fpop = td->td_fpop;
+	struct vmm_user *u;
+	struct cdev *dev;
+	int error = ENXIO, ref;
+
+	if (__predict_false((at & ~VMM_RUN_OFFSETS) != 0 || whence != SEEK_DATA))
+		return (vn_seek(fp, offset, whence, td));
+	if (__predict_false(devvn_refthread(fp->f_vnode, &dev, &ref) == NULL))
+		return (ENXIO);
+	td->td_fpop = fp;
+	if (__predict_true(dev == fp->f_data &&
+	    devfs_get_cdevpriv((void **)&u) == 0))
+		error = vmm_rust_vm_run(u->vm, VMM_RUN_ARG(at));
+	td->td_fpop = fpop;
+	dev_relthread(dev, ref);
+	return (error);
+}
+
+static int
+run_close(struct file *fp, struct thread *td)
+{
+	int error;
+
+	error = devfs_close(fp, td);
+	atomic_subtract_int(&vmm_users, 1);
+	return (error);
+}
+
+/* A file through which a run page is mapped takes lseek(2) for a run. */
+static void
+run_by_seek(struct file *fp)
+{
+
+	sx_xlock(&nodes_lock);
+	if (fp->f_ops != &run_ops) {
+		devfs_close = fp->f_ops->fo_close;
+		run_ops = *fp->f_ops;
+		run_ops.fo_seek = run_seek;
+		run_ops.fo_close = run_close;
+		/* The file outlives its VM, if that is destroyed. */
+		atomic_add_int(&vmm_users, 1);
+		atomic_store_rel_ptr((volatile uintptr_t *)&fp->f_ops,
+		    (uintptr_t)&run_ops);
+	}
+	sx_xunlock(&nodes_lock);
+}
+
 /* Maps pages that are no segment's; the mapping keeps the VM. */
 static int
 mmap_pages(struct vmm_user *u, vm_ooffset_t offset, vm_size_t size,
@@ -215,6 +277,7 @@ mmap_pages(struct vmm_user *u, vm_ooffset_t offset, vm_size_t size,
 		user_free(mapping);
 		return (EINVAL);
 	}
+	run_by_seek(curthread->td_fpop);
 	return (0);
 }
 

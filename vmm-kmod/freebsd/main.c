@@ -137,6 +137,7 @@ vmm_load(void)
 		.halt_poll_us = halt_poll_us,
 		.thread_tss = 1,
 		.events = 1,
+		.run_by_seek = 1,
 		/* The only form that this kernel uses, and trusts. */
 		.xsave_forms = CPUID_EXTSTATE_XSAVEOPT,
 	};

@@ -45,7 +45,7 @@ pub fn limit(fd: BorrowedFd<'_>, purpose: Purpose<'_>) -> io::Result<()> {
     let (rights, requests): (&[u64], &[u64]) = match purpose {
         Purpose::Vm(requests) => {
             owned = requests.iter().map(|r| u64::from(*r)).collect();
-            (&[CAP_IOCTL, CAP_MMAP_RW], &owned)
+            (&[CAP_IOCTL, CAP_MMAP_RW, CAP_SEEK], &owned)
         }
         Purpose::Control(requests) => {
             owned = requests.iter().map(|r| u64::from(*r)).collect();

@@ -17,7 +17,7 @@ const STOCK_LOAD: &str =
 /// Instructions that a CPUID exit takes at most.
 const CPUID: f64 = 300.0;
 /// And an OUT to bhyve and back.
-const OUT: f64 = 1800.0;
+const OUT: f64 = 1500.0;
 
 /// The host and its tests.
 pub fn group(lab: &Lab) -> Group {
