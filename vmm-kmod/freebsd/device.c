@@ -479,6 +479,17 @@ vmm_device_init(void)
 	return (make_dev_s(&args, &ctl_dev, "vmmctl"));
 }
 
+bool
+vmm_device_busy(void)
+{
+	bool busy;
+
+	sx_slock(&nodes_lock);
+	busy = !LIST_EMPTY(&nodes);
+	sx_sunlock(&nodes_lock);
+	return (busy);
+}
+
 void
 vmm_device_exit(void)
 {

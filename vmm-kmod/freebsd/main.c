@@ -28,6 +28,8 @@
 
 /* Messages a second, of each level. */
 #define	LOG_RATE	10
+/* Tenths of a second for which unloading waits for destroyed VMs. */
+#define	UNLOAD_PATIENCE	50
 
 SYSCTL_DECL(_hw_vmm);
 SYSCTL_NODE(_hw_vmm, OID_AUTO, vmx, CTLFLAG_RW, NULL, "Intel VT-x");
@@ -163,12 +165,30 @@ vmm_load(void)
 	return (0);
 }
 
+/*
+ * What is left of VMs that have been destroyed is waited for: the kernel takes
+ * nodes away when it gets to it, and a process that has been killed goes on until
+ * its memory is gone.
+ */
+static int
+quiesce(void)
+{
+	int patience = UNLOAD_PATIENCE;
+
+	while (atomic_load_int(&vmm_users) != 0) {
+		if (vmm_device_busy() || patience-- == 0)
+			return (EBUSY);
+		pause("vmmend", hz / 10);
+	}
+	return (0);
+}
+
 static int
 vmm_unload(void)
 {
 
 	vmm_unloading = true;
-	if (atomic_load_int(&vmm_users) != 0) {
+	if (quiesce() != 0) {
 		vmm_unloading = false;
 		return (EBUSY);
 	}
@@ -189,7 +209,7 @@ vmm_event(module_t mod __unused, int what, void *arg __unused)
 	case MOD_LOAD:
 		return (vmm_load());
 	case MOD_QUIESCE:
-		return (atomic_load_int(&vmm_users) != 0 ? EBUSY : 0);
+		return (quiesce());
 	case MOD_UNLOAD:
 		return (vmm_unload());
 	default:

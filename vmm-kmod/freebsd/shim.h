@@ -18,6 +18,8 @@ extern bool vmm_unloading;
 int	vmm_check_jail(struct ucred *cred);
 int	vmm_device_init(void);
 void	vmm_device_exit(void);
+/* Whether there is a VM that has not been destroyed. */
+bool	vmm_device_busy(void);
 /* The memory of a segment, with a reference for the caller. */
 struct vm_object *vmm_memseg_object(struct vmm_memseg *seg);
 /* Whether the calling thread may sleep here. */
