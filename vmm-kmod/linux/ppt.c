@@ -1,7 +1,9 @@
 /* ppt: holds PCI functions for guests. Nothing but driver_override binds it. */
 #include <linux/iommu.h>
+#include <linux/irq.h>
 #include <linux/irqdomain.h>
 #include <linux/module.h>
+#include <linux/msi.h>
 #include <linux/pci.h>
 #include <linux/version.h>
 
@@ -48,4 +50,19 @@ struct iommu_domain *vmm_host_domain(struct device *dev)
 #else
 	return iommu_domain_alloc(dev->bus);
 #endif
+}
+
+static void ppt_msi_written(struct msi_desc *desc, void *vector)
+{
+	vmm_rust_ppt_msi(vector, (u64)desc->msg.address_hi << 32 |
+	    desc->msg.address_lo, desc->msg.data);
+}
+
+/* From now on each message that the kernel gives this vector is told. */
+void vmm_host_watch_msi(unsigned int irq, void *vector)
+{
+	struct msi_desc *desc = irq_get_msi_desc(irq);
+
+	desc->write_msi_msg_data = vector;
+	desc->write_msi_msg = ppt_msi_written;
 }

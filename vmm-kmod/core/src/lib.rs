@@ -32,6 +32,7 @@ pub mod hpet;
 pub mod inst;
 pub mod intinfo;
 pub mod ioapic;
+pub mod iommu;
 pub mod lapic;
 pub mod msr;
 pub mod paging;

@@ -3,13 +3,17 @@
 //! page tables of a domain. Sections are those of the AMD I/O Virtualization
 //! Technology Specification (48882).
 
+pub mod interrupts;
+#[cfg(test)]
+mod tests;
+
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering, fence};
 
 use vmm_core::host::{Host, Hpa};
 
 use crate::page::Pages;
-use crate::vtd::{Fault, Refusal, Registers};
+use crate::vtd::{Access, Fault, Refusal, Registers};
 
 // Offsets of the registers, §3.4.
 const DEVICE_TABLE: usize = 0;
@@ -40,20 +44,50 @@ const MODE_SHIFT: u32 = 9;
 /// Levels of page tables.
 const LEVELS: u8 = 4;
 
+// Its third quadword, on interrupts.
+const INTERRUPTS_VALID: u64 = 1;
+/// Binary logarithm of the number of entries.
+const TABLE_LENGTH: u64 = (interrupts::ENTRIES.ilog2() as u64) << 1;
+/// Of those that are plain interrupts; all others are blocked where the
+/// quadword is valid, and so are these without this.
+const THROUGH_TABLE: u64 = 2 << 60;
+
 const COMPLETION_WAIT: u64 = 1 << 60;
 const INVALIDATE_ENTRY: u64 = 2 << 60;
 const INVALIDATE_PAGES: u64 = 3 << 60;
+const INVALIDATE_INTERRUPTS: u64 = 5 << 60;
 /// All pages of a domain, those of tables too (§2.4.3).
 const ALL_PAGES: u64 = 0x7fff_ffff_ffff_f003;
 const STORE: u64 = 1;
 
 const IO_PAGE_FAULT: u64 = 2;
+/// In the event: of an interrupt, a write.
+const OF_INTERRUPT: u64 = 1 << 51;
+const OF_WRITE: u64 = 1 << 53;
 
 /// Reads of a place until a command must be done.
 const PATIENCE: u32 = 10_000_000;
 
 /// Domain of all that passes as it is.
 const PASS_DOMAIN: u16 = 1;
+
+/// A device table entry.
+struct Entry {
+    translation: u64,
+    domain: u16,
+    interrupts: u64,
+}
+
+const PASS: Entry = Entry {
+    translation: VALID | READ_WRITE,
+    domain: PASS_DOMAIN,
+    interrupts: 0,
+};
+const BLOCKED: Entry = Entry {
+    translation: VALID,
+    domain: PASS_DOMAIN,
+    interrupts: INTERRUPTS_VALID,
+};
 
 /// A unit that is on. Dropping it turns it off.
 pub struct Unit<H: Host, R: Registers> {
@@ -95,7 +129,7 @@ impl<H: Host, R: Registers> Unit<H, R> {
             sequence: AtomicU64::new(0),
         };
         for rid in 0..=u16::MAX {
-            unit.put(rid, VALID | READ_WRITE, PASS_DOMAIN);
+            unit.put(rid, &PASS);
         }
         unit.start()?;
         Ok(unit)
@@ -157,42 +191,63 @@ impl<H: Host, R: Registers> Unit<H, R> {
         self.wait()
     }
 
-    /// Writes a device table entry, its first half last.
-    fn put(&self, rid: u16, low: u64, domain: u16) {
+    /// Writes a device table entry, its first quadword last.
+    fn put(&self, rid: u16, entry: &Entry) {
         let at = usize::from(rid) * ENTRY;
-        // Interrupts pass as they are: the entry's third quadword stays 0.
-        shared(&self.devices, at + 8).store(u64::from(domain), Ordering::Relaxed);
-        shared(&self.devices, at).store(low, Ordering::Release);
+        shared(&self.devices, at + 8).store(entry.domain.into(), Ordering::Relaxed);
+        shared(&self.devices, at + 16).store(entry.interrupts, Ordering::Relaxed);
+        shared(&self.devices, at).store(entry.translation, Ordering::Release);
     }
 
-    fn set(&self, rid: u16, low: u64, domain: u16) -> Result<(), Refusal> {
+    fn set(&self, rid: u16, entry: &Entry) -> Result<(), Refusal> {
         let at = usize::from(rid) * ENTRY;
         let old = shared(&self.devices, at + 8).load(Ordering::Relaxed) as u16;
         // Blocked while it is neither the one nor the other.
-        self.put(rid, VALID, domain);
+        let domain = entry.domain;
+        self.put(rid, &Entry { domain, ..BLOCKED });
         self.command(INVALIDATE_ENTRY | u64::from(rid), 0);
         self.wait()?;
-        self.put(rid, low, domain);
+        self.put(rid, entry);
         self.command(INVALIDATE_ENTRY | u64::from(rid), 0);
+        self.command(INVALIDATE_INTERRUPTS | u64::from(rid), 0);
         self.invalidate(old)?;
         self.invalidate(domain)
     }
 
     /// Sends a function's DMA through the tables at `root`; `domain` is a
-    /// number that no other tables have, from 2.
-    pub fn attach(&self, rid: u16, root: Hpa, domain: u16) -> Result<(), Refusal> {
+    /// number that no other tables have, from 2. Its interrupts go through the
+    /// table at `interrupts`, or pass as they are.
+    pub fn attach(
+        &self,
+        rid: u16,
+        root: Hpa,
+        domain: u16,
+        interrupts: Option<Hpa>,
+    ) -> Result<(), Refusal> {
         let mode = u64::from(LEVELS) << MODE_SHIFT;
-        self.set(rid, root | mode | VALID | READ_WRITE, domain)
+        let remap = INTERRUPTS_VALID | TABLE_LENGTH | THROUGH_TABLE;
+        let entry = Entry {
+            translation: root | mode | VALID | READ_WRITE,
+            domain,
+            interrupts: interrupts.map_or(0, |table| table | remap),
+        };
+        self.set(rid, &entry)
     }
 
-    /// Blocks a function's DMA.
+    /// Has the unit forget what it has cached of a function's interrupts.
+    pub fn invalidate_interrupts(&self, rid: u16) -> Result<(), Refusal> {
+        self.command(INVALIDATE_INTERRUPTS | u64::from(rid), 0);
+        self.wait()
+    }
+
+    /// Blocks a function's DMA and its interrupts.
     pub fn block(&self, rid: u16) -> Result<(), Refusal> {
-        self.set(rid, VALID, PASS_DOMAIN)
+        self.set(rid, &BLOCKED)
     }
 
-    /// Lets a function's DMA pass.
+    /// Lets a function's DMA and interrupts pass.
     pub fn pass_on(&self, rid: u16) -> Result<(), Refusal> {
-        self.set(rid, VALID | READ_WRITE, PASS_DOMAIN)
+        self.set(rid, &PASS)
     }
 
     /// Calls `f` with each fault that has been recorded, and clears them.
@@ -203,11 +258,17 @@ impl<H: Host, R: Registers> Unit<H, R> {
         while head != tail {
             let event = shared(&self.events, head as usize).load(Ordering::Acquire);
             if event >> 60 == IO_PAGE_FAULT {
+                let address =
+                    shared(&self.events, head as usize + 8).load(Ordering::Relaxed) & !0xfff;
                 f(Fault {
                     source: event as u16,
-                    address: shared(&self.events, head as usize + 8).load(Ordering::Relaxed)
-                        & !0xfff,
-                    write: event >> 53 & 1 != 0,
+                    access: if event & OF_INTERRUPT != 0 {
+                        Access::Interrupt
+                    } else if event & OF_WRITE != 0 {
+                        Access::Write(address)
+                    } else {
+                        Access::Read(address)
+                    },
                     reason: IO_PAGE_FAULT as u8,
                 });
             }
@@ -225,6 +286,3 @@ impl<H: Host, R: Registers> Drop for Unit<H, R> {
         r.write64(CONTROL, control & !(IOMMU_EN | COMMANDS_EN | EVENT_LOG_EN));
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -2,8 +2,7 @@
 //! privileged registers or page tables that the CPU walks.
 //!
 //! `vmx` drives VT-x and `svm` AMD-V, both behind the traits of `backend`;
-//! `vtd` drives Intel's IOMMU, which the firmware describes in `dmar`, and
-//! `amdvi` AMD's, described in `ivrs`;
+//! `vtd` drives Intel's IOMMU and `amdvi` AMD's;
 //! `ept` owns nested page tables, the IOMMU's too, in a format-generic way; `mitigation` decides what a CPU's vulnerabilities cost. Locks, ioctls and
 //! the run loop belong to `vmm-kmod`.
 //!
@@ -24,16 +23,13 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
-pub mod acpi_table;
 pub mod amdvi;
 pub mod backend;
 pub mod cr;
-pub mod dmar;
 pub mod ept;
 pub mod error;
 pub mod fpu;
 pub mod instr;
-pub mod ivrs;
 pub mod mitigation;
 pub mod msr;
 pub mod nested;

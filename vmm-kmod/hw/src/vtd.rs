@@ -156,15 +156,34 @@ impl Capabilities {
     }
 }
 
-/// DMA that was not allowed.
+/// What a function tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To read the page at this address.
+    Read(u64),
+    /// To write it.
+    Write(u64),
+    /// To send an interrupt.
+    Interrupt,
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Access::Read(at) => write!(f, "DMA read from {at:#x}"),
+            Access::Write(at) => write!(f, "DMA write to {at:#x}"),
+            Access::Interrupt => f.write_str("an interrupt that is not its own"),
+        }
+    }
+}
+
+/// DMA or an interrupt that was not allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Requester ID.
     pub source: u16,
-    /// The page that it aimed at.
-    pub address: u64,
-    /// A write, or a read.
-    pub write: bool,
+    /// What it tried.
+    pub access: Access,
     /// §7.1.3.
     pub reason: u8,
 }
@@ -343,10 +362,14 @@ impl<H: Host, R: Registers> Unit<H, R> {
             if high >> 63 == 0 {
                 continue;
             }
+            let address = r.read64(at) & !0xfff;
             f(Fault {
                 source: high as u16,
-                address: r.read64(at) & !0xfff,
-                write: high >> 62 & 1 == 0,
+                access: if high >> 62 & 1 == 0 {
+                    Access::Write(address)
+                } else {
+                    Access::Read(address)
+                },
                 reason: (high >> 32) as u8,
             });
             // Written as one, the F bit is cleared (§11.4.14.4).

@@ -1,24 +1,24 @@
 //! What a VM's PCI functions see of its memory: through the host's own IOMMU
 //! driver where that is at work, otherwise through ours (VT-d and AMD-Vi).
 
+mod place;
+pub mod remap;
+
 use alloc::vec::Vec;
-use core::ffi::CStr;
-use core::fmt;
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use vmm_hw::acpi_table::Malformed;
-use vmm_hw::dmar::{self, Structure};
 use vmm_hw::ept::{AmdviFormat, Ept, MemType, Options, Prot, VtdFormat};
-use vmm_hw::ivrs::{self, Block, Serves};
 use vmm_hw::vtd::{Fault, Refusal, Registers};
 use vmm_hw::{amdvi, vtd};
 
+use self::place::{own_name, unit_of};
+use self::remap::Remap;
 use crate::errno;
 use crate::klog;
 use crate::os::Os;
+use crate::ppt::Rid;
 use crate::ppt::host::{self, Device};
-use crate::ppt::{self, Rid};
 use crate::sync::{SpinLock, Timer};
 
 /// How often faults are looked for, ns.
@@ -120,8 +120,17 @@ impl Unit {
         }
     }
 
-    fn attach(&mut self, rid: Rid, root: u64, domain: u16) -> Result<(), Refusal> {
-        each!(self, u => u.attach(rid.0, root, domain))
+    fn attach(
+        &mut self,
+        rid: Rid,
+        root: u64,
+        domain: u16,
+        remap: Option<u64>,
+    ) -> Result<(), Refusal> {
+        match self {
+            Unit::Intel(u) => u.attach(rid.0, root, domain),
+            Unit::Amd(u) => u.attach(rid.0, root, domain, remap),
+        }
     }
 
     fn block(&mut self, rid: Rid) -> Result<(), Refusal> {
@@ -225,157 +234,6 @@ impl Units {
     }
 }
 
-/// A table of the firmware's, if there is one. It stays mapped.
-fn acpi(signature: &CStr) -> Option<&'static [u8]> {
-    let mut table: *const u8 = ptr::null();
-    // SAFETY: the signature ends with NUL, `table` is writable.
-    let status = unsafe { host::get_table(signature.as_ptr(), 1, &mut table) };
-    if status != 0 || table.is_null() {
-        return None;
-    }
-    // SAFETY: an ACPI table begins with its signature and its length, and is
-    // mapped as a whole; nobody writes it.
-    unsafe {
-        let len = table.add(4).cast::<u32>().read_unaligned();
-        Some(core::slice::from_raw_parts(table, len as usize))
-    }
-}
-
-/// The unit that serves a function, and whether it is AMD's. ENXIO.
-fn unit_of(rid: Rid) -> Result<(u64, bool), i32> {
-    let found = match (acpi(c"DMAR"), acpi(c"IVRS")) {
-        (Some(table), _) => intel(table, rid).map(|base| (base, false)),
-        (None, Some(table)) => amd(table, rid).map(|base| (base, true)),
-        (None, None) => Err(Excuse::Nothing),
-    };
-    found.map_err(|why| {
-        klog!(Error, "ppt {rid}: {why}");
-        errno::ENXIO
-    })
-}
-
-/// Why no unit serves a function.
-enum Excuse {
-    Nothing,
-    Table(Malformed),
-    Firmware,
-    Alias(u16),
-    Unserved,
-}
-
-impl fmt::Display for Excuse {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Excuse::Nothing => {
-                f.write_str("no IOMMU: the firmware describes none (is VT-d or AMD-Vi off there?)")
-            }
-            Excuse::Table(e) => e.fmt(f),
-            Excuse::Firmware => f.write_str(
-                "the firmware uses memory through it (RMRR, IVMD): it has to stay with the host",
-            ),
-            Excuse::Alias(bridge) => write!(
-                f,
-                "its DMA comes in the name of the bridge {}, and that of others too",
-                Rid(*bridge)
-            ),
-            Excuse::Unserved => f.write_str("no IOMMU serves it"),
-        }
-    }
-}
-
-/// Secondary and subordinate bus of a bridge.
-fn buses(rid: u16) -> Option<(u8, u8)> {
-    let value = host::config(rid, 0x18)?;
-    Some(((value >> 8) as u8, (value >> 16) as u8))
-}
-
-/// The bridge that a bus is behind, if it is no root bus.
-fn bridge_to(bus: u8) -> Option<u16> {
-    const HEADER: u16 = 0xc;
-    // A bridge's own bus comes before those behind it.
-    (0..u16::from(bus) << 8).find(|rid| {
-        host::config(*rid, HEADER).is_some_and(|h| h >> 16 & 0x7f == 1)
-            && buses(*rid).is_some_and(|(secondary, _)| secondary == bus)
-    })
-}
-
-/// Device and port type of a PCI Express function (PCI Express 6.0 §7.5.3.2).
-fn express(rid: u16) -> Option<u32> {
-    const EXPRESS: u8 = 0x10;
-    let config = |at| host::config(rid, at).unwrap_or(u32::MAX);
-    ppt::capability(config, EXPRESS).map(|at| config(at) >> 20 & 0xf)
-}
-
-/// Whether all DMA of a function comes with its own requester ID: what
-/// conventional PCI sends comes with that of a bridge, or of its bus, whose
-/// context would let it pass.
-fn own_name(Rid(rid): Rid) -> Result<(), Excuse> {
-    /// PCI Express to PCI, and back.
-    const TO_PCI: [u32; 2] = [7, 8];
-    let mut at = rid;
-    let mut kind = express(rid);
-    while let Some(bridge) = bridge_to((at >> 8) as u8) {
-        // Whatever is below is told from others only on PCI Express.
-        if kind.is_none() {
-            return Err(Excuse::Alias(bridge));
-        }
-        kind = express(bridge);
-        if kind.is_none_or(|k| TO_PCI.contains(&k)) {
-            return Err(Excuse::Alias(bridge));
-        }
-        at = bridge;
-    }
-    Ok(())
-}
-
-fn intel(table: &[u8], rid: Rid) -> Result<u64, Excuse> {
-    let (mut named, mut rest) = (None, None);
-    for s in dmar::structures(table) {
-        match s.map_err(Excuse::Table)? {
-            Structure::Reserved { segment: 0, scopes } if scopes.has(rid.0, buses) => {
-                return Err(Excuse::Firmware);
-            }
-            Structure::Unit {
-                segment: 0,
-                base,
-                rest: others,
-                scopes,
-            } => {
-                if scopes.has(rid.0, buses) {
-                    named = Some(base);
-                } else if others {
-                    rest = Some(base);
-                }
-            }
-            _ => {}
-        }
-    }
-    named.or(rest).ok_or(Excuse::Unserved)
-}
-
-fn amd(table: &[u8], rid: Rid) -> Result<u64, Excuse> {
-    let mut found = Err(Excuse::Unserved);
-    for b in ivrs::blocks(table) {
-        match b.map_err(Excuse::Table)? {
-            Block::Reserved { first, last } if (first..=last).contains(&rid.0) => {
-                return Err(Excuse::Firmware);
-            }
-            Block::Unit {
-                segment: 0,
-                base,
-                entries,
-            } => match entries.serves(rid.0) {
-                Serves::Yes => found = Ok(base),
-                Serves::As(other) if other == rid.0 => found = Ok(base),
-                Serves::As(other) => return Err(Excuse::Alias(other)),
-                Serves::No => {}
-            },
-            _ => {}
-        }
-    }
-    found
-}
-
 /// Turns the unit at `base` on, unless it is. ENXIO. Under ppt's lock.
 fn turn_on(rid: Rid, (base, amd): (u64, bool)) -> Result<(), i32> {
     let count = {
@@ -429,7 +287,8 @@ pub fn group(device: &Device, rid: Rid) -> Result<Group, i32> {
             (Group::Own(rid), Some(unit))
         }
     };
-    if !device.interrupts_safe() {
+    let remapped = own.is_some_and(|(_, amd)| remap::possible(amd));
+    if !remapped && !device.interrupts_safe() {
         klog!(
             Error,
             "ppt {rid}: no interrupt remapping: a guest could send the host any interrupt"
@@ -465,13 +324,15 @@ pub fn poll() {
     let units = UNITS.lock();
     for on in &units.list {
         on.unit.faults(|f| {
-            let what = if f.write { "write to" } else { "read from" };
+            let Fault {
+                source,
+                access,
+                reason,
+            } = f;
             klog!(
                 Error,
-                "ppt {}: DMA {what} {:#x} is not allowed (fault reason {})",
-                Rid(f.source),
-                f.address,
-                f.reason
+                "ppt {}: {access} is not allowed (fault reason {reason})",
+                Rid(source)
             );
         });
     }
@@ -548,7 +409,7 @@ impl Own {
             .map_err(|_| errno::EIO)
     }
 
-    fn attach(&mut self, rid: Rid) -> Result<(), i32> {
+    fn attach(&mut self, rid: Rid, remap: Option<&Remap>) -> Result<(), i32> {
         if unit_of(rid)?.0 != self.base {
             klog!(
                 Error,
@@ -565,7 +426,7 @@ impl Own {
         self.publish()?;
         let mut units = UNITS.lock();
         let unit = units.of(self.base).ok_or(errno::ENXIO)?;
-        unit.attach(rid, root, self.number)
+        unit.attach(rid, root, self.number, remap.map(Remap::table))
             .map_err(|_| errno::EIO)?;
         self.attached.fetch_add(1, Ordering::Relaxed);
         units.users += 1;
@@ -622,12 +483,12 @@ impl Domain {
         }
     }
 
-    /// Puts a group under it. EBUSY: a driver of the host uses part of it.
-    /// ENXIO, ENOMEM.
-    pub fn attach(&mut self, group: &Group) -> Result<(), i32> {
+    /// Puts a group under it; under our own driver its interrupts go through
+    /// `remap`. EBUSY: a driver of the host uses part of it. ENXIO, ENOMEM.
+    pub fn attach(&mut self, group: &Group, remap: Option<&Remap>) -> Result<(), i32> {
         match (self, group) {
             (Domain::Host(d), Group::Host(g)) => d.attach(g),
-            (Domain::Own(d), Group::Own(rid)) => d.attach(*rid),
+            (Domain::Own(d), Group::Own(rid)) => d.attach(*rid, remap),
             _ => Err(errno::ENXIO),
         }
     }

@@ -25,6 +25,7 @@ use self::bar::{Bar, Kind};
 use self::host::Device;
 use self::vector::{MAX_MSI, Vectors};
 use crate::errno;
+use crate::iommu::remap::Remap;
 use crate::iommu::{self, Domain, Group};
 use crate::klog;
 use crate::sync::{Mutex, MutexGuard, try_box, try_slice};
@@ -57,28 +58,6 @@ pub fn rid(bus: i32, slot: i32, func: i32) -> Result<Rid, i32> {
         (0..=255, 0..=31, 0..=7) => Ok(Rid((bus << 8 | slot << 3 | func) as u16)),
         _ => Err(errno::ENOENT),
     }
-}
-
-/// Offset of a capability (PCI Local Bus 3.0 §6.7).
-pub fn capability(config: impl Fn(u16) -> u32, id: u8) -> Option<u16> {
-    const STATUS: u16 = 4;
-    const POINTER: u16 = 0x34;
-    if config(STATUS) >> 20 & 1 == 0 {
-        return None;
-    }
-    let mut at = config(POINTER) as u16 & 0xfc;
-    // Twice as many as there is room for: a list may be a ring.
-    for _ in 0..96 {
-        if at < 0x40 {
-            return None;
-        }
-        let word = config(at);
-        if word as u8 == id {
-            return Some(at);
-        }
-        at = (word >> 8) as u16 & 0xfc;
-    }
-    None
 }
 
 /// Whether a list of "bus/slot/func" with blanks between has this one.
@@ -117,6 +96,9 @@ pub struct Function {
     vm: *const Vm,
     mmio: [Option<Mmio>; MAX_MMIO],
     vectors: Vectors,
+    /// Where its interrupts go through while a VM has it, if they do: after
+    /// `vectors`, which know it.
+    remap: Option<Box<Remap>>,
 }
 
 // SAFETY: `vm` is that of a VM which gives its functions back, under the list's
@@ -181,6 +163,10 @@ impl Functions {
             }
             None => false,
         };
+        let remap = Remap::new(&group)?
+            .map(try_box)
+            .transpose()
+            .map_err(|_| errno::ENOMEM)?;
         let f = self.0.get_mut(at).ok_or(errno::ENOENT)?;
         f.quiesce(false)?;
         let mut mem = vm.mem.lock();
@@ -194,19 +180,22 @@ impl Functions {
             mem.iommu = Some(domain);
         }
         if !attached && let Some(domain) = &mut mem.iommu {
-            let done = domain.attach(&group).inspect_err(|e| match *e {
-                errno::EBUSY => klog!(
-                    Error,
-                    "ppt {rid}: a driver of the host uses a function of the same IOMMU group"
-                ),
-                _ => klog!(Error, "ppt {rid}: the IOMMU does not take it"),
-            });
+            let done = domain
+                .attach(&group, remap.as_deref())
+                .inspect_err(|e| match *e {
+                    errno::EBUSY => klog!(
+                        Error,
+                        "ppt {rid}: a driver of the host uses a function of the same IOMMU group"
+                    ),
+                    _ => klog!(Error, "ppt {rid}: the IOMMU does not take it"),
+                });
             if done.is_err() && vm.functions.load(Ordering::Relaxed) == 0 {
                 mem.iommu = None;
             }
             done?;
         }
         f.vm = vm;
+        f.remap = remap;
         vm.functions.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -227,6 +216,8 @@ impl Functions {
         let _ = f.quiesce(removing);
         f.vm = ptr::null();
         let device = f.device;
+        // Until the unit does not look at it any more.
+        let _remap = f.remap.take();
         let (rid, group) = (f.rid, iommu::group_again(&f.device, f.rid));
         let last = self.has_group(&group, rid).is_none();
         let mut mem = vm.mem.lock();
@@ -345,6 +336,7 @@ pub fn add(device: Device, rid: u16) -> Result<(), i32> {
         vm: ptr::null(),
         mmio: [None; MAX_MMIO],
         vectors: Vectors::default(),
+        remap: None,
     };
     let mut list = made()?;
     list.0.try_reserve(1).map_err(|_| errno::ENOMEM)?;
@@ -497,7 +489,8 @@ pub fn msi(vm: &Vm, rid: Rid, count: i32, address: u64, data: u64) -> Result<(),
         return Ok(());
     }
     if f.vectors.count(false) != count {
-        f.vectors.alloc(&f.device, vm, count, false)?;
+        f.vectors
+            .alloc(&f.device, (vm, f.remap.as_deref()), count, false)?;
     }
     for n in 0..count {
         let message = (address, data.wrapping_add(n as u64));
@@ -518,7 +511,8 @@ pub fn msix(vm: &Vm, rid: Rid, index: usize, message: Option<(u64, u64)>) -> Res
         return Err(errno::EINVAL);
     }
     if f.vectors.count(true) == 0 {
-        f.vectors.alloc(&f.device, vm, count, true)?;
+        f.vectors
+            .alloc(&f.device, (vm, f.remap.as_deref()), count, true)?;
     }
     match message {
         Some(m) => f.vectors.route(&f.device, index, m, &f.name),

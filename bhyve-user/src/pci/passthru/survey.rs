@@ -158,7 +158,8 @@ impl Survey {
         }
         if self.interrupts_open {
             let text = "could send the host any interrupt: the host does not use its IOMMU, and \
-                        vmm.ko's own driver for it does not remap interrupts";
+                        vmm.ko's own driver remaps one function's interrupts with AMD-Vi \
+                        alone: VT-d remaps those of the host's functions with them, or none";
             add("interrupts", text.into(), platform::interrupt_commands());
         }
         if !self.ppt {

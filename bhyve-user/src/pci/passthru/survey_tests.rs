@@ -161,6 +161,19 @@ fn without_iommu_or_module_everything_says_so() {
         assert_eq!(kinds(&t.survey(), "0000:06:00.0"), open);
         fs::remove_dir(&table).unwrap();
     }
+    // AMD's, by this table, with an I/O APIC's entry: one function's interrupts can
+    // be remapped.
+    let mut ivrs = vec![0; 48];
+    ivrs.extend([0x10, 0, 32, 0]);
+    ivrs.extend([0; 20]);
+    ivrs.extend([0x48, 0, 0, 0, 0, 0xa0, 0, 1]);
+    let table = t.path("firmware/acpi/tables/IVRS");
+    fs::write(&table, &ivrs).unwrap();
+    assert_eq!(kinds(&t.survey(), "0000:06:00.0"), open[1..]);
+    ivrs[79] = 2;
+    fs::write(&table, &ivrs).unwrap();
+    assert_eq!(kinds(&t.survey(), "0000:06:00.0"), open);
+    fs::remove_file(&table).unwrap();
     fs::create_dir_all(t.path("firmware/acpi/tables/DMAR")).unwrap();
     fs::create_dir_all(t.path("module/vmm/parameters")).unwrap();
     fs::write(t.path("module/vmm/parameters/unsafe_interrupts"), "Y\n").unwrap();

@@ -128,7 +128,7 @@ fn only_what_is_mapped_is_reached() {
     ] {
         let _ = t.map(gpa, hpa, len, prot, MemType::WriteBack).unwrap();
     }
-    unit.attach(0x501, t.root_of(unit.levels()).unwrap(), 2)
+    unit.attach(0x501, t.root_of(unit.levels()).unwrap(), 2, None)
         .unwrap();
     let dma = |at, write| translate(&f, 0x501, at, write);
     assert_eq!(dma(0x1234, true), Some(0x4000_1234));
@@ -154,12 +154,112 @@ fn only_what_is_mapped_is_reached() {
     assert_eq!(TestHost::live(), before, "all tables are freed");
 }
 
+/// What becomes of an interrupt message (§2.2.5): to whom, logical or not,
+/// arbitrated or not, vector; or nothing.
+#[derive(Debug, PartialEq)]
+enum Sent {
+    AsItIs,
+    To(u32, bool, bool, u8),
+    Nothing,
+}
+
+fn interrupt(f: &Fake, rid: u16, data: u32) -> Sent {
+    let e = quad((f.word(DEVICE_TABLE) & ADDRESS) + u64::from(rid) * 32, 2);
+    if e & 1 == 0 {
+        return Sent::AsItIs;
+    }
+    let plain = data >> 8 & 7 <= 1;
+    let pass = e >> 56 & 7 != 0 || e >> 62 != 0;
+    assert!(!pass, "nothing else may pass");
+    if !plain || e >> 60 & 3 == 0 {
+        return Sent::Nothing;
+    }
+    assert_eq!(e >> 60 & 3, 2);
+    let n = u64::from(data & 0x7ff);
+    if n >= 1 << (e >> 1 & 0xf) {
+        return Sent::Nothing;
+    }
+    let table = e & 0x000f_ffff_ffff_ffc0;
+    let entry = (quad(table, n / 2) >> (32 * (n & 1))) as u32;
+    if entry & 1 == 0 {
+        return Sent::Nothing;
+    }
+    assert_eq!(entry >> 24 | entry & 0xb2, 0, "reserved, or for guests");
+    Sent::To(
+        entry >> 8 & 0xff,
+        entry & 0x40 != 0,
+        entry >> 2 & 7 == 1,
+        (entry >> 16) as u8,
+    )
+}
+
+#[test]
+fn of_a_functions_interrupts_only_its_own_arrive() {
+    let before = TestHost::live();
+    let f = Fake::default();
+    let unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    let table = interrupts::Interrupts::<TestHost>::new().unwrap();
+    assert_eq!(interrupt(&f, 0x501, 0x41), Sent::AsItIs);
+    unit.attach(0x501, 0x1000, 2, Some(table.pa())).unwrap();
+    for data in 0..0x800 {
+        assert_eq!(interrupt(&f, 0x501, data), Sent::Nothing, "{data:#x}");
+    }
+    assert_eq!(interrupt(&f, 0x500, 0x41), Sent::AsItIs, "the host's");
+    // To CPU 3, physical; to two, logical, of which one takes it.
+    let first = table.set(0, (0xfee0_3000, 0x4041)).unwrap();
+    let last = table.set(511, (0xfeef_f00c, 0x52)).unwrap();
+    assert_ne!(first, last);
+    unit.invalidate_interrupts(0x501).unwrap();
+    assert_eq!(
+        f.0.borrow().commands.iter().rev().nth(1).unwrap().0,
+        5 << 60 | 0x501
+    );
+    let sent = |data: u16| interrupt(&f, 0x501, data.into());
+    assert_eq!(sent(first), Sent::To(3, false, false, 0x41));
+    assert_eq!(sent(last), Sent::To(0xff, true, true, 0x52));
+    let arrive = (0..0x800).filter(|data| sent(*data) != Sent::Nothing);
+    assert_eq!(arrive.collect::<Vec<_>>(), [first, last]);
+    // Masked by the host; SMI, NMI, INIT, external; no interrupt; nobody's.
+    for message in [
+        (0, 0),
+        (0xfee0_0000, 0x241),
+        (0xfee0_0000, 0x400),
+        (0xfee0_0000, 0x500),
+        (0xfee0_0000, 0x700),
+        (0xfed0_0000, 0x41),
+        (0xfee0_0020, 0x41),
+        (0x1_fee0_0000, 0x41),
+    ] {
+        assert_eq!(table.set(0, message), None, "{message:x?}");
+        assert_eq!(sent(first), Sent::Nothing);
+    }
+    assert_eq!(table.set(512, (0xfee0_0000, 0x41)), None);
+    unit.block(0x501).unwrap();
+    assert_eq!(sent(last), Sent::Nothing);
+    unit.pass_on(0x501).unwrap();
+    assert_eq!(sent(last), Sent::AsItIs);
+    drop((unit, table));
+    assert_eq!(TestHost::live(), before);
+}
+
+#[test]
+fn an_interrupt_that_was_blocked_is_told_as_one() {
+    let f = Fake::default();
+    let unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    let log = f.word(EVENTS) & ADDRESS;
+    store(log, 2 << 60 | 1 << 53 | 1 << 51 | 0x28);
+    f.put(EVENT_TAIL, 16);
+    let mut seen = vec![];
+    unit.faults(|fault| seen.push(fault.access));
+    assert_eq!(seen, [Access::Interrupt]);
+}
+
 #[test]
 fn each_change_invalidates_entry_and_pages_and_waits() {
     let f = Fake::default();
     let unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
     f.0.borrow_mut().commands.clear();
-    unit.attach(0x28, 0x1000, 7).unwrap();
+    unit.attach(0x28, 0x1000, 7, None).unwrap();
     let opcodes: Vec<(u64, u64)> =
         f.0.borrow()
             .commands
@@ -176,9 +276,19 @@ fn each_change_invalidates_entry_and_pages_and_waits() {
             })
             .collect();
     let (entry, pages, wait) = ((2, 0x28), |d: u64| (3, d << 32), (1, 0));
+    let interrupts = (5, 0x28);
     assert_eq!(
         opcodes,
-        [entry, wait, entry, pages(1), wait, pages(7), wait]
+        [
+            entry,
+            wait,
+            entry,
+            interrupts,
+            pages(1),
+            wait,
+            pages(7),
+            wait
+        ]
     );
     // The ring goes round.
     for _ in 0..100 {
@@ -212,8 +322,7 @@ fn faults_are_told_once_with_their_source() {
         seen,
         [Fault {
             source: 0x28,
-            address: 0x0400_0000,
-            write: true,
+            access: Access::Write(0x0400_0000),
             reason: 2
         }]
     );

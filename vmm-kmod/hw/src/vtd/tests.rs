@@ -235,8 +235,7 @@ fn faults_are_told_once_with_their_source() {
         seen,
         [Fault {
             source: 0x28,
-            address: 0x0400_0000,
-            write: true,
+            access: Access::Write(0x0400_0000),
             reason: 5
         }]
     );

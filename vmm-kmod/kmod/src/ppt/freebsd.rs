@@ -4,11 +4,13 @@
 use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use core::ptr::{self, NonNull};
 
+use vmm_core::iommu::pci::capability;
 use vmm_hw::ept::Prot;
 
 use super::bar::{Bar, Kind};
 use super::vector::{Vector, fired};
 use crate::errno;
+use crate::iommu::remap::Message;
 
 /// What begins a `struct pci_map` (dev/pci/pcivar.h).
 #[repr(C)]
@@ -85,6 +87,10 @@ const INTR_FLAGS: c_int = 4 | 512;
 const MSI: u8 = 0x5;
 const MSIX: u8 = 0x11;
 
+/// FreeBSD gives functions other messages whenever an interrupt changes its CPU,
+/// and tells nobody.
+pub const FOLLOWS_MESSAGES: bool = false;
+
 /// FILTER_HANDLED: the interrupt is the device's own.
 pub const HANDLED: c_int = 2;
 
@@ -143,6 +149,27 @@ pub enum Group {}
 /// What is to be kept of vectors that are on: BARs in use.
 #[derive(Default)]
 pub struct Tables([Option<(c_int, *mut c_void)>; 2]);
+
+/// Where a function keeps the messages of its vectors: see `FOLLOWS_MESSAGES`.
+pub enum Slots {}
+
+impl Slots {
+    /// None.
+    pub fn get(&self, _n: usize) -> Slot {
+        match *self {}
+    }
+}
+
+/// Where a function keeps a message: likewise.
+#[derive(Clone, Copy)]
+pub enum Slot {}
+
+impl Slot {
+    /// Nothing to be done.
+    pub fn write(&self, _message: Message) {
+        match *self {}
+    }
+}
 
 /// An interrupt that is set up.
 pub struct Irq {
@@ -216,7 +243,7 @@ impl Device {
     }
 
     fn capability(&self, id: u8) -> Option<u16> {
-        super::capability(|at| self.config(at), id)
+        capability(|at| self.config(at), id)
     }
 
     /// How many vectors the function has (§6.8.1.3, §6.8.2.3).
@@ -270,6 +297,11 @@ impl Device {
             take(table),
             (pending != table).then(|| take(pending)).flatten(),
         ])
+    }
+
+    /// ENXIO.
+    pub fn slots(&self, _n: usize, _msix: bool) -> Result<Slots, i32> {
+        Err(errno::ENXIO)
     }
 
     /// Turns both off.

@@ -5,18 +5,23 @@
 use core::ffi::{c_char, c_int, c_uint, c_ulong, c_void};
 use core::ptr::{self, NonNull};
 
+use vmm_core::iommu::pci::capability;
 use vmm_hw::ept::Prot;
 
 use super::bar::{Bar, Kind};
 use super::vector::{Vector, fired};
 use crate::errno;
+use crate::iommu::remap::Message;
 
 unsafe extern "C" {
     fn vmm_host_interrupts_safe(dev: *mut c_void, group: *mut c_void) -> c_int;
     fn vmm_host_domain(dev: *mut c_void) -> *mut c_void;
+    fn vmm_host_watch_msi(irq: c_uint, vector: *mut c_void);
 
     // linux/pci.h
     fn pci_read_config_dword(pdev: *const c_void, at: c_int, value: *mut u32) -> c_int;
+    fn pci_write_config_dword(pdev: *const c_void, at: c_int, value: u32) -> c_int;
+    fn pci_write_config_word(pdev: *const c_void, at: c_int, value: u16) -> c_int;
     fn pci_enable_device(pdev: *mut c_void) -> c_int;
     fn pci_disable_device(pdev: *mut c_void);
     fn pci_clear_master(pdev: *mut c_void);
@@ -83,6 +88,16 @@ const IOMMU_WRITE: c_int = 2;
 const IOMMU_CACHE: c_int = 4;
 /// GFP_KERNEL: may sleep, reclaim, do I/O.
 const GFP_KERNEL: c_uint = 0xcc0;
+
+/// Linux tells of the messages that it gives a function.
+pub const FOLLOWS_MESSAGES: bool = true;
+
+/// Capability IDs.
+const MSI: u8 = 0x5;
+const MSIX: u8 = 0x11;
+/// Bytes of an MSI-X table's entry; the bit of its last word that masks it.
+const ENTRY: usize = 16;
+const MASKED: u32 = 1;
 
 const PCI_IRQ_MSI: c_uint = 1 << 1;
 const PCI_IRQ_MSIX: c_uint = 1 << 2;
@@ -168,6 +183,77 @@ pub const HANDLED: c_int = 1;
 extern "C" fn handler(_irq: c_int, arg: *mut c_void) -> c_int {
     // SAFETY: `setup` gave it.
     unsafe { fired(arg) }
+}
+
+/// Linux has given the function a message for a vector that is watched, or none.
+///
+/// # Safety
+/// `vector` is one that is set up, or is about to be.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_ppt_msi(vector: *mut c_void, address: u64, data: u32) {
+    // SAFETY: by the caller's word.
+    unsafe { &*vector.cast::<Vector>() }.follow((address, data));
+}
+
+/// Where a function keeps the messages of its vectors.
+pub enum Slots {
+    /// In its MSI capability, here. There is one: Linux gives out more only where
+    /// its own IOMMU drivers are at work.
+    Msi(Slot),
+    /// In its MSI-X table, mapped, of so many bytes.
+    Msix(NonNull<u8>, usize),
+}
+
+impl Slots {
+    /// The one of vector `n`, which is one of those asked for.
+    pub fn get(&self, n: usize) -> Slot {
+        match self {
+            Slots::Msi(slot) => *slot,
+            Slots::Msix(table, _) => Slot::Msix(table.as_ptr().wrapping_add(n * ENTRY).cast()),
+        }
+    }
+}
+
+impl Drop for Slots {
+    fn drop(&mut self) {
+        if let Slots::Msix(table, len) = self {
+            unmap_registers(table.as_ptr(), *len);
+        }
+    }
+}
+
+/// Where a function keeps a message.
+#[derive(Clone, Copy)]
+pub enum Slot {
+    /// Of which function, where its address is, and its data.
+    Msi(*mut c_void, c_int, c_int),
+    /// The table's entry.
+    Msix(*mut u32),
+}
+
+impl Slot {
+    /// Puts our message in the place of the host's (any context). The upper half
+    /// of its address is 0 in both.
+    pub fn write(&self, (address, data): Message) {
+        match *self {
+            // SAFETY: the function is ppt's; MSI is what is there.
+            Slot::Msi(pci, to, what) => unsafe {
+                pci_write_config_dword(pci, to, address as u32);
+                pci_write_config_word(pci, what, data as u16);
+            },
+            // It must not be used while it is written (PCI Local Bus 3.0 §6.8.2).
+            // SAFETY: an entry of a table that is mapped as long as there are vectors.
+            Slot::Msix(entry) => unsafe {
+                let control = entry.add(3).read_volatile();
+                entry.add(3).write_volatile(control | MASKED);
+                entry.write_volatile(address as u32);
+                entry.add(2).write_volatile(data);
+                entry.add(3).write_volatile(control);
+                // They have arrived when this has come.
+                let _ = entry.read_volatile();
+            },
+        }
+    }
 }
 
 fn check(result: c_int) -> Result<(), i32> {
@@ -308,6 +394,32 @@ impl Device {
             .map_err(|e| if e == errno::ENOMEM { e } else { errno::ENOSPC })
     }
 
+    /// Where the function keeps the messages of `n` vectors. ENXIO, ENOSPC.
+    pub fn slots(&self, n: usize, msix: bool) -> Result<Slots, i32> {
+        let id = if msix { MSIX } else { MSI };
+        let at = capability(|at| self.config(at), id).ok_or(errno::ENXIO)?;
+        if !msix {
+            if n > 1 {
+                return Err(errno::ENOSPC);
+            }
+            // PCI Local Bus 3.0 §6.8.1.
+            let wide = self.config(at) >> 23 & 1 != 0;
+            let (to, what) = (at + 4, if wide { at + 12 } else { at + 8 });
+            let slot = Slot::Msi(self.pci, to.into(), what.into());
+            return Ok(Slots::Msi(slot));
+        }
+        // §6.8.2: the BAR, and the offset in it.
+        let place = self.config(at + 4);
+        let bar = self.bar(place as usize & 7).ok_or(errno::ENXIO)?;
+        let (offset, len) = (u64::from(place & !7), n * ENTRY);
+        let base = bar.base.checked_add(offset).ok_or(errno::ENXIO)?;
+        if !bar.has(base, len as u64) {
+            return Err(errno::ENXIO);
+        }
+        let table = map_registers(base, len).ok_or(errno::ENOMEM)?;
+        Ok(Slots::Msix(table, len))
+    }
+
     /// Turns both off.
     pub fn free_vectors(&self, _tables: Tables) {
         // SAFETY: every vector has been torn down.
@@ -321,6 +433,9 @@ impl Device {
         check(unsafe {
             let irq = pci_irq_vector(self.pci, nr as c_uint);
             check(irq)?;
+            if to.remapped() {
+                vmm_host_watch_msi(irq as c_uint, ptr::from_ref(to).cast_mut().cast());
+            }
             request_threaded_irq(
                 irq as c_uint,
                 handler,
@@ -352,8 +467,8 @@ impl Device {
         Some(Group(group))
     }
 
-    /// Whether the IOMMU keeps it from sending other interrupts than its own.
-    /// Our own driver does not remap interrupts.
+    /// Whether the host's driver keeps it from sending other interrupts than its
+    /// own, or nobody need.
     pub fn interrupts_safe(&self) -> bool {
         let group = self.group().map_or(ptr::null_mut(), |g| g.0.as_ptr());
         // SAFETY: both are alive; no group is NULL.

@@ -2,12 +2,14 @@
 
 use alloc::boxed::Box;
 use core::ffi::{c_int, c_void};
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vmm_core::apicbus::ApicMessage;
+use vmm_hw::amdvi::interrupts::ENTRIES;
 
-use super::host::{self, Device, Irq, Tables};
+use super::host::{self, Device, Irq, Slot, Slots, Tables};
 use crate::errno;
+use crate::iommu::remap::{Message, Remap};
 use crate::sync::try_slice;
 use crate::vm::Vm;
 
@@ -20,13 +22,63 @@ pub struct Vector {
     /// Address in the low half, data in the high one.
     message: AtomicU64,
     irq: Option<Irq>,
+    remapped: Option<Remapped>,
 }
 
-// SAFETY: `vm` is only used while the function is the VM's; the rest is atomic
+/// Of a vector whose interrupts go through a table of ours.
+struct Remapped {
+    /// Of the function, which has it longer than its vectors.
+    table: *const Remap,
+    entry: usize,
+    slot: Slot,
+    /// The table has a message for it.
+    on: AtomicBool,
+}
+
+// SAFETY: `vm` and `table` are only used while the function is the VM's; the rest is atomic
 // or changed by the owner of the function's lock alone.
 unsafe impl Send for Vector {}
 // SAFETY: as above.
 unsafe impl Sync for Vector {}
+
+impl Vector {
+    /// Whether `follow` is to be told of the host's messages.
+    pub fn remapped(&self) -> bool {
+        self.remapped.is_some()
+    }
+
+    /// The host has given the function this message for the vector, or none
+    /// (any context).
+    #[cfg_attr(
+        feature = "freebsd",
+        expect(dead_code, reason = "FreeBSD does not tell")
+    )]
+    pub fn follow(&self, message: Message) {
+        let Some(r) = &self.remapped else {
+            return;
+        };
+        // SAFETY: see the type.
+        let Some(own) = (unsafe { &*r.table }).set(r.entry, message) else {
+            r.on.store(false, Ordering::Relaxed);
+            return;
+        };
+        r.slot.write(own);
+        if r.on.swap(true, Ordering::Relaxed) {
+            // What it sent between the host's message and ours was blocked: one
+            // that is not due does no harm, one that is missing may.
+            self.deliver();
+        }
+    }
+
+    /// Sends the guest's message.
+    fn deliver(&self) {
+        let packed = self.message.load(Ordering::Acquire);
+        if let Ok(message) = ApicMessage::from_msi(packed & 0xffff_ffff, packed >> 32) {
+            // SAFETY: the VM gives its functions back before it goes.
+            unsafe { &*self.vm }.deliver(&message);
+        }
+    }
+}
 
 /// Refuses what is no interrupt message. EINVAL.
 fn packed(address: u64, data: u64) -> Result<u64, i32> {
@@ -42,11 +94,7 @@ fn packed(address: u64, data: u64) -> Result<u64, i32> {
 pub unsafe fn fired(vector: *mut c_void) -> c_int {
     // SAFETY: by the caller's word.
     let vector = unsafe { &*vector.cast::<Vector>() };
-    let packed = vector.message.load(Ordering::Acquire);
-    if let Ok(message) = ApicMessage::from_msi(packed & 0xffff_ffff, packed >> 32) {
-        // SAFETY: the VM gives its functions back before it goes.
-        unsafe { &*vector.vm }.deliver(&message);
-    }
+    vector.deliver();
     host::HANDLED
 }
 
@@ -56,6 +104,7 @@ pub struct Vectors {
     msix: bool,
     list: Box<[Vector]>,
     tables: Option<Tables>,
+    slots: Option<Slots>,
 }
 
 impl Vectors {
@@ -68,17 +117,40 @@ impl Vectors {
         }
     }
 
-    /// Allocates `n`, none of them set up. ENOMEM, ENOSPC.
-    pub fn alloc(&mut self, device: &Device, vm: &Vm, n: usize, msix: bool) -> Result<(), i32> {
+    /// Allocates `n`, none of them set up; with a table their interrupts go
+    /// through its entries. ENOMEM, ENOSPC.
+    pub fn alloc(
+        &mut self,
+        device: &Device,
+        (vm, remap): (&Vm, Option<&Remap>),
+        n: usize,
+        msix: bool,
+    ) -> Result<(), i32> {
         self.free(device);
-        let list = try_slice(n, |_| Vector {
+        let slots = match remap {
+            Some(_) if n > ENTRIES => return Err(errno::ENOSPC),
+            Some(_) => Some(device.slots(n, msix)?),
+            None => None,
+        };
+        let list = try_slice(n, |entry| Vector {
             vm,
             message: AtomicU64::new(0),
             irq: None,
+            remapped: remap.zip(slots.as_ref()).map(|(table, slots)| Remapped {
+                table,
+                entry,
+                slot: slots.get(entry),
+                on: AtomicBool::new(false),
+            }),
         })
         .map_err(|_| errno::ENOMEM)?;
         let tables = Some(device.alloc_vectors(n, msix)?);
-        *self = Vectors { msix, list, tables };
+        *self = Vectors {
+            msix,
+            list,
+            tables,
+            slots,
+        };
         Ok(())
     }
 
@@ -120,5 +192,6 @@ impl Vectors {
             device.free_vectors(tables);
         }
         self.list = Box::default();
+        self.slots = None;
     }
 }

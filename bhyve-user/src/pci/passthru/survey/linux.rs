@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use vmm_core::iommu::ivrs;
+
 use super::{Function, Survey, has_messages};
 use crate::pci::passthru::request::parse_linux;
 
@@ -56,12 +58,17 @@ pub(super) fn survey(sys: &Path) -> Result<Survey, String> {
         None if ["DMAR", "IVRS"].iter().any(|t| tables.join(t).exists()) => None,
         None => Some(false),
     };
+    // vmm.ko's own driver remaps interrupts where it can do so for one function.
+    let remapped = || {
+        let table = fs::read(tables.join("IVRS")).unwrap_or_default();
+        ivrs::interrupts(&table) && !tables.join("DMAR").exists()
+    };
     let allowed = fs::read_to_string(sys.join(ALLOWED)).unwrap_or_default();
     Ok(Survey {
         functions,
         ppt: sys.join("bus/pci/drivers/ppt").exists(),
         iommu,
-        interrupts_open: iommu.is_none() && !allowed.starts_with('Y'),
+        interrupts_open: iommu.is_none() && !allowed.starts_with('Y') && !remapped(),
     })
 }
 

@@ -1,7 +1,7 @@
 //! The firmware's DMA remapping table: which IOMMU is where, and what it
 //! serves (VT-d 4.1 §8).
 
-use crate::acpi_table::{self, Malformed, quad, word};
+use super::acpi_table::{self, Malformed, quad, word};
 
 /// Which PCI functions a structure speaks of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,8 +104,8 @@ fn matches(scope: &[u8], rid: u16, buses: &impl Fn(u16) -> Option<(u8, u8)>) -> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::acpi_table::HEADER;
     use super::*;
-    use crate::acpi_table::HEADER;
     use std::vec;
     use std::vec::Vec;
 

@@ -1,7 +1,7 @@
 //! The firmware's I/O virtualization table: which of AMD's IOMMUs is where, and
 //! what it serves (AMD I/O Virtualization Technology Specification §5.2).
 
-use crate::acpi_table::{self, Malformed, quad, word};
+use super::acpi_table::{self, Malformed, quad, word};
 
 /// What a unit makes of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,15 +70,49 @@ pub fn blocks(table: &[u8]) -> impl Iterator<Item = Result<Block<'_>, Malformed>
     })
 }
 
+/// Whether the units of a table can remap interrupts, each function's by itself.
+pub fn interrupts(table: &[u8]) -> bool {
+    blocks(table).any(|b| matches!(b, Ok(Block::Unit { entries, .. }) if entries.interrupts()))
+}
+
 impl Entries<'_> {
+    /// The entries that can be read, each with what comes behind it.
+    fn each(&self) -> impl Iterator<Item = &[u8]> {
+        let mut rest = self.0;
+        core::iter::from_fn(move || {
+            let entry = rest;
+            let kind = entry.first()?;
+            let len = match kind >> 6 {
+                0 => 4,
+                1 => 8,
+                2 => 16,
+                // An ACPI device: its name's length comes last.
+                _ => 22 + entry.get(21).map_or(0, |n| usize::from(*n)),
+            };
+            rest = entry.get(len..).unwrap_or_default();
+            Some(entry)
+        })
+    }
+
+    /// Whether the unit remaps an I/O APIC's interrupts, by which the firmware
+    /// tells that interrupts can be remapped.
+    fn interrupts(&self) -> bool {
+        const SPECIAL: u8 = 0x48;
+        const IO_APIC: u8 = 1;
+        self.each()
+            .any(|e| matches!(e, [SPECIAL, _, _, _, _, _, _, IO_APIC, ..]))
+    }
+
     /// What becomes of the function with this requester ID.
     pub fn serves(&self, rid: u16) -> Serves {
-        let mut rest = self.0;
         // A range that has begun: its first ID, and what the functions in it are.
         let mut range: Option<(u16, Serves)> = None;
         let mut all = Serves::No;
-        while let (Some(kind), Some(id)) = (rest.first(), word(rest, 1)) {
-            let alias = word(rest, 5).map_or(Serves::Yes, Serves::As);
+        for entry in self.each() {
+            let (Some(kind), Some(id)) = (entry.first(), word(entry, 1)) else {
+                break;
+            };
+            let alias = word(entry, 5).map_or(Serves::Yes, Serves::As);
             match kind {
                 1 => all = Serves::Yes,
                 2 | 0x46 if id == rid => return Serves::Yes,
@@ -94,14 +128,6 @@ impl Entries<'_> {
                 }
                 _ => {}
             }
-            let len = match kind >> 6 {
-                0 => 4,
-                1 => 8,
-                2 => 16,
-                // An ACPI device: its name's length comes last.
-                _ => 22 + rest.get(21).map_or(0, |n| usize::from(*n)),
-            };
-            rest = rest.get(len..).unwrap_or_default();
         }
         all
     }
@@ -109,8 +135,8 @@ impl Entries<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::acpi_table::HEADER;
     use super::*;
-    use crate::acpi_table::HEADER;
     use std::vec;
     use std::vec::Vec;
 
@@ -173,6 +199,12 @@ mod tests {
         for rid in [0x08, 0x10, 0x17, 0x1f] {
             assert_eq!(e.serves(rid), Serves::Yes, "{rid:x}");
         }
+        assert!(e.interrupts());
+        assert!(
+            !Entries(&[0x48, 0, 0, 0, 0, 0xa0, 0, 2]).interrupts(),
+            "HPET"
+        );
+        assert!(!Entries(&[2, 0x48, 0, 0, 0x48, 0, 0, 0]).interrupts());
         assert_eq!(e.serves(0x200), Serves::As(0x100));
         assert_eq!(e.serves(0x3ff), Serves::As(0x100));
         for rid in [0x09, 0x20, 0x201, 0x400] {
