@@ -59,7 +59,8 @@ Usage: bhyve [-aAbCDehHPSuvwWxY]
        -P: leave the guest on PAUSE
        -s: PCI slot; \"-s help\" lists the emulations. A disk is
            virtio-blk,PATH[,ro][,sync][,nocache][,nodelete][,serial=ID]
-           [,sectorsize=LOGICAL[/PHYSICAL]], PATH a raw file or a block device
+           [,sectorsize=LOGICAL[/PHYSICAL]][,queues=N], PATH a raw file or a
+           block device
        -S: wire guest memory, which passthru needs
        -u: RTC keeps UTC
        -U: UUID

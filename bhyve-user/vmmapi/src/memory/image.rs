@@ -111,16 +111,46 @@ fn handle_sigbus() -> io::Result<()> {
     }
 }
 
+/// A new mapping of `len` bytes: of a file, at `at`, or nobody's, anywhere.
+///
+/// # Safety
+/// For a file, `at` and `len` bytes from it on are the caller's, who has no
+/// reference into them.
+unsafe fn map_pages(
+    at: *mut libc::c_void,
+    len: usize,
+    protection: libc::c_int,
+    file: Option<&File>,
+) -> io::Result<*mut libc::c_void> {
+    let (kind, fd) = match file {
+        Some(file) => (libc::MAP_SHARED | libc::MAP_FIXED, file.as_raw_fd()),
+        None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+    };
+    let flags = kind | libc::MAP_NORESERVE;
+    // SAFETY: with MAP_FIXED the place is the caller's, else the kernel's choice.
+    let place = unsafe { libc::mmap(at, len, protection, flags, fd, 0) };
+    if place == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(place)
+}
+
 /// A mapped file.
 #[derive(Debug)]
 pub struct Image {
     base: *mut u8,
     len: usize,
+    /// All that is to be unmapped.
+    room: (*mut u8, usize),
     place: usize,
-    /// Stretches that were resident and have been touched since.
-    touched: Vec<u64>,
+    /// Stretches of which something is mapped, and whether all of it was resident.
+    touched: Vec<(u64, bool)>,
     /// The stretch that the last short read was in vain for.
     wanted: u64,
+    /// The stretch behind the last one that was looked at, if its first page was there
+    /// then: who reads on need not ask for it. If it has gone since, which takes a
+    /// host that is short of memory, the read waits for it.
+    next: Option<u64>,
 }
 
 // SAFETY: the mapping is only read, by copies from raw pointers, and belongs to
@@ -146,24 +176,26 @@ impl Image {
     /// # Errors
     /// Too many files, or what the host says.
     pub fn map(file: &File, len: u64) -> io::Result<Image> {
-        let wide = |_| io::Error::from_raw_os_error(libc::EFBIG);
-        let len = usize::try_from(len).map_err(wide)?;
+        let wide = || io::Error::from_raw_os_error(libc::EFBIG);
+        let len = usize::try_from(len).map_err(|_| wide())?;
         handle_sigbus()?;
-        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        // Linux maps around a page by addresses, so stretches start at multiples of
+        // their size there too.
+        let room = len.checked_add(STRETCH as usize).ok_or_else(wide)?;
         // SAFETY: a new mapping, which the kernel puts where there is room.
-        let base = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                len,
-                libc::PROT_READ,
-                flags,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
+        let start = unsafe { map_pages(ptr::null_mut(), room, libc::PROT_NONE, None) }?;
+        let base = start.wrapping_byte_add(start.cast::<u8>().align_offset(STRETCH as usize));
+        // SAFETY: `base` and `len` bytes from it on lie in the room just made.
+        let mapped = unsafe { map_pages(base, len, libc::PROT_READ, Some(file)) };
+        if let Err(e) = mapped {
+            // SAFETY: the mapping is ours, and nothing uses it.
+            unsafe { libc::munmap(start, room) };
+            return Err(e);
         }
+        // Else the host notes at each page that is let go of that it was in use: half of
+        // what letting go costs. Its own reads by read(2) tell it as much.
+        // SAFETY: the mapping is ours; refused advice changes nothing.
+        unsafe { libc::madvise(base, len, libc::MADV_SEQUENTIAL) };
         let claim = |p: &Place| {
             let free = (0, base as usize);
             let (order, fail) = (Ordering::AcqRel, Ordering::Relaxed);
@@ -171,22 +203,25 @@ impl Image {
         };
         let Some(place) = PLACES.iter().position(claim) else {
             // SAFETY: the mapping is ours, and nothing uses it.
-            unsafe { libc::munmap(base, len) };
+            unsafe { libc::munmap(start, room) };
             return Err(io::Error::from_raw_os_error(libc::EMFILE));
         };
         PLACES[place].len.store(len, Ordering::Release);
         Ok(Image {
             base: base.cast(),
             len,
+            room: (start.cast(), room),
             place,
             touched: Vec::with_capacity(MOST),
             wanted: u64::MAX,
+            next: None,
         })
     }
 
     /// Whether all of a stretch can be read without waiting.
     fn is_resident(&mut self, stretch: u64, long: bool) -> bool {
-        if self.touched.contains(&stretch) {
+        let known = self.touched.iter().position(|(s, _)| *s == stretch);
+        if known.is_some_and(|n| self.touched[n].1) {
             return true;
         }
         if !long && self.wanted != stretch {
@@ -194,22 +229,53 @@ impl Image {
             return false;
         }
         let at = (stretch * STRETCH) as usize;
-        let len = (self.len - at).min(STRETCH as usize);
-        let mut pages = [0_u8; STRETCH as usize / PAGE];
+        let known = match known {
+            Some(n) => n,
+            None => {
+                if self.next.take() != Some(stretch) && self.resident_pages(at, 1) == 0 {
+                    return false;
+                }
+                if self.touched.len() == MOST {
+                    // SAFETY: the mapping is ours; what is dropped is read from the file
+                    // again.
+                    unsafe { libc::madvise(self.base.cast(), self.len, libc::MADV_DONTNEED) };
+                    self.touched.clear();
+                }
+                // The host maps what it has of the stretch together with this page, and
+                // then knows of the others at a glance.
+                // SAFETY: within the mapping, where the handler mends what is not there.
+                unsafe { self.base.add(at).read_volatile() };
+                self.touched.push((stretch, false));
+                self.touched.len() - 1
+            }
+        };
+        let count = (self.len - at).min(STRETCH as usize).div_ceil(PAGE);
+        let found = self.resident_pages(at, count + 1);
+        let whole = found >= count;
+        self.next = (found > count).then_some(stretch + 1);
+        self.touched[known].1 = whole;
+        whole
+    }
+
+    /// How many pages from page `at` on are in memory one after the other (mincore(2)):
+    /// at most `count`, which is a stretch's and one, and as many as there are.
+    fn resident_pages(&self, at: usize, count: usize) -> usize {
+        let mut pages = [0_u8; STRETCH as usize / PAGE + 1];
+        let count = count.min(pages.len()).min((self.len - at).div_ceil(PAGE));
         // SAFETY: the range is within the mapping, and the array has a byte for
         // each of its pages.
-        let r = unsafe { libc::mincore(self.base.add(at).cast(), len, pages.as_mut_ptr()) };
-        let count = len.div_ceil(PAGE);
-        if r != 0 || pages.iter().take(count).any(|p| p & 1 == 0) {
-            return false;
+        let r = unsafe {
+            let len = count * PAGE;
+            libc::mincore(self.base.add(at).cast(), len, pages.as_mut_ptr())
+        };
+        if r != 0 {
+            return 0;
         }
-        if self.touched.len() == MOST {
-            // SAFETY: the mapping is ours; what is dropped is read from the file again.
-            unsafe { libc::madvise(self.base.cast(), self.len, libc::MADV_DONTNEED) };
-            self.touched.clear();
-        }
-        self.touched.push(stretch);
-        true
+        pages
+            .iter()
+            .take(count)
+            .take_while(|&&p| p & 1 != 0)
+            .count()
     }
 
     fn was_hit(&self) -> bool {
@@ -223,7 +289,7 @@ impl Drop for Image {
         // unmapped the address may be anybody's. The place stays taken.
         PLACES[self.place].len.store(0, Ordering::Release);
         // SAFETY: the mapping is ours.
-        unsafe { libc::munmap(self.base.cast(), self.len) };
+        unsafe { libc::munmap(self.room.0.cast(), self.room.1) };
     }
 }
 
@@ -413,8 +479,23 @@ mod tests {
         let mut image = Image::map(&file, 1 << 20).unwrap();
         let r = m.read_mapped(&mut image, 1 << 19, 65536, [(0, 65536)]);
         assert_eq!(r.unwrap(), Mapped::Absent);
+        // Neither is one behind what is there, however often it is looked at.
+        for _ in 0..2 {
+            let r = m.read_mapped(&mut image, 0, 65536, [(0, 65536)]);
+            assert_eq!(r.unwrap(), Mapped::Absent);
+            assert_eq!(image.touched, [(0, false)]);
+        }
         use std::os::unix::fs::MetadataExt;
         assert_eq!(file.metadata().unwrap().blocks(), 8, "a page, and no more");
+        // Nor is one that follows on a stretch that is there.
+        let file = self::file(&pattern(1 << 16));
+        file.set_len(1 << 20).unwrap();
+        let mut image = Image::map(&file, 1 << 20).unwrap();
+        for (offset, wanted) in [(0, Mapped::Done), (1 << 16, Mapped::Absent)] {
+            let r = m.read_mapped(&mut image, offset, 65536, [(0, 65536)]);
+            assert_eq!(r.unwrap(), wanted);
+        }
+        assert_eq!(file.metadata().unwrap().blocks(), 128);
     }
 
     #[test]
