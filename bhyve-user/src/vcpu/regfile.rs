@@ -16,8 +16,6 @@ const AHEAD: [RegName; 18] = {
         Rax, Rcx, Rdx, Rbx, Rsp, Rbp, Rsi, Rdi, R8, R9, R10, R11, R12, R13, R14, R15, Rflags, Efer,
     ]
 };
-/// How many of these are general registers.
-const GPRS: usize = 16;
 /// Numbers of registers, the kernel's, are below; a bit each in a word.
 const COUNT: usize = 64;
 const _: () = assert!(match RegName::ALL.last() {
@@ -30,6 +28,8 @@ struct Cache {
     values: [u64; COUNT],
     known: u64,
     changed: u64,
+    /// The general ones of them, by their numbers in instructions.
+    changed_gprs: u16,
     error: Option<vmmapi::Error>,
 }
 
@@ -122,6 +122,7 @@ impl<'a> RegFile<'a> {
             values: [0; COUNT],
             known: 0,
             changed: 0,
+            changed_gprs: 0,
             error: None,
         };
         cache.learn(RegName::Rip, rip);
@@ -154,34 +155,42 @@ impl<'a> RegFile<'a> {
         cache.values.get(reg.raw() as usize).copied().unwrap_or(0)
     }
 
-    fn set(&mut self, reg: RegName, value: u64) {
+    /// True: it had another value, or none that is known.
+    fn set(&mut self, reg: RegName, value: u64) -> bool {
         let cache = self.cache.get_mut();
         let bit = 1 << reg.raw();
-        if cache.known & bit == 0 || cache.values.get(reg.raw() as usize) != Some(&value) {
+        let new = cache.known & bit == 0 || cache.values.get(reg.raw() as usize) != Some(&value);
+        if new {
             cache.learn(reg, value);
             cache.changed |= bit;
         }
+        new
     }
 
     /// Writes back what changed, RIP excepted: the kernel moves it. With the next run,
     /// where that can be.
-    pub fn write_back(self, runner: &mut Runner) -> Result<()> {
-        let cache = self.cache.into_inner();
-        if let Some(e) = cache.error {
+    pub fn write_back(&mut self, runner: &mut Runner) -> Result<()> {
+        let cache = self.cache.get_mut();
+        if let Some(e) = cache.error.take() {
             return Err(e);
         }
         let mut left = cache.changed & !(1 << RegName::Rip.raw());
         let value = |reg: RegName| cache.values.get(reg.raw() as usize).copied();
         if self.brought {
-            let mut take = |reg: RegName| {
-                let bit = 1 << reg.raw();
-                let changed = left & bit != 0;
-                left &= !bit;
-                changed.then(|| value(reg)).flatten()
-            };
-            let rflags = take(RegName::Rflags);
-            let gprs = AHEAD.into_iter().take(GPRS).enumerate();
-            runner.set_registers(gprs.filter_map(|(n, r)| Some((n, take(r)?))), rflags);
+            let mut rflags = None;
+            if left & 1 << RegName::Rflags.raw() != 0 {
+                left &= !(1 << RegName::Rflags.raw());
+                rflags = value(RegName::Rflags);
+            }
+            let mut gprs = cache.changed_gprs;
+            let each = std::iter::from_fn(|| {
+                let n = (gprs != 0).then(|| gprs.trailing_zeros() as u8)?;
+                gprs &= gprs - 1;
+                let reg = gpr(Gpr::from_encoding(n));
+                left &= !(1 << reg.raw());
+                Some((n.into(), value(reg)?))
+            });
+            runner.set_registers(each, rflags);
         }
         if left == 0 {
             return Ok(());
@@ -221,7 +230,9 @@ impl CpuState for RegFile<'_> {
         self.get(gpr(r))
     }
     fn set_gpr(&mut self, r: Gpr, v: u64) {
-        self.set(gpr(r), v);
+        if self.set(gpr(r), v) {
+            self.cache.get_mut().changed_gprs |= 1 << (r as u8);
+        }
     }
     fn reg(&self, r: Reg) -> u64 {
         if let Some(reg) = name(r) {

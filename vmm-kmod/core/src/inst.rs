@@ -13,7 +13,7 @@ mod strings;
 mod vex;
 mod vie;
 
-pub use address::{LinearAddress, linear_address};
+pub use address::{LinearAddress, linear_address, operand};
 pub use decode::decode;
 pub use emulate::{Bus, BusError, Hint, Outcome, REP_LIMIT, emulate};
 pub use vie::vie;

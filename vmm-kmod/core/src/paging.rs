@@ -214,17 +214,31 @@ impl Trail {
         let steps = self.steps.iter().take(self.depth);
         steps.map(|s| (s.gpa, s.entry))
     }
+
+    /// Whether the entries are marked as accessed, and the last as dirty where `access`
+    /// writes: [`translate`] would change nothing.
+    pub fn is_marked(&self, access: Access) -> bool {
+        let mut last = 0;
+        for (_, entry) in self.entries() {
+            if entry & PTE_A == 0 {
+                return false;
+            }
+            last = entry;
+        }
+        last & PTE_D != 0 || !access.contains(Access::WRITE)
+    }
 }
 
-/// As [`translate_nofault`] for an instruction fetch under 64-bit paging, and
-/// leaves the entries that were used in `trail`.
-pub fn trace_fetch<M: GuestPhys>(
+/// As [`translate_nofault`] under 64-bit paging, and leaves the entries that were
+/// used in `trail`.
+pub fn trace<M: GuestPhys>(
     mem: &M,
     p: &Paging,
     gla: u64,
+    access: Access,
     trail: &mut Trail,
 ) -> Result<u64, WalkError> {
-    let mut w = Walk::new(mem, p, gla, Access::EXEC);
+    let mut w = Walk::new(mem, p, gla, access);
     let gpa = w.run()?;
     *trail = Trail {
         steps: w.steps,
@@ -438,6 +452,15 @@ pub struct Fetched {
 }
 
 impl Fetched {
+    /// What is all there.
+    pub const fn whole(bytes: [u8; MAX_INST]) -> Self {
+        Fetched {
+            bytes,
+            len: MAX_INST as u8,
+            stop: None,
+        }
+    }
+
     /// What was read.
     pub fn bytes(&self) -> &[u8] {
         self.bytes.get(..usize::from(self.len)).unwrap_or_default()

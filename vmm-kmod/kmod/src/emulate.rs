@@ -21,7 +21,7 @@ use crate::os;
 use crate::regs;
 use crate::run::{Runner, Todo};
 use crate::snapshot::Snapshot;
-use crate::vcpu::{MailboxRef, Vcpu};
+use crate::vcpu::{Inner, MailboxRef, Vcpu};
 use crate::vm::Vm;
 
 /// A guest-physical access that the nested page tables did not allow.
@@ -265,8 +265,10 @@ impl<C: RunCpu> Runner<'_, C> {
         let inner = &mut *self.inner;
         let guest = mem.map.guest_known();
         let at = code_address(&inner.hw, inner.hw.reg(Reg::Rip));
-        let fetched = paging::fetch_instruction(&guest, &walk, at);
+        let generation = self.vm.generation.current();
+        let fetched = inner.code.fetch(&guest, &walk, at, generation);
         let inst = inst::decode(fetched.bytes(), CodeMode::of(&inner.hw)).ok()?;
+        let gla = gla.or_else(|| operand_at(inner, &guest, &walk, &inst, gpa, generation));
         let mut bus = KernelBus {
             vm: self.vm,
             lapic: &mut inner.lapic,
@@ -307,12 +309,16 @@ impl<C: RunCpu> Runner<'_, C> {
         if mem.map.is_mapped(gpa) {
             return None;
         }
-        let cpu = &self.inner.hw;
-        let walk = self.paging(cpu);
-        let at = code_address(cpu, cpu.reg(Reg::Rip));
-        let fetched = paging::fetch_instruction(&mem.map.guest_known(), &walk, at);
+        let walk = self.paging(&self.inner.hw);
+        let inner = &mut *self.inner;
+        let guest = mem.map.guest_known();
+        let at = code_address(&inner.hw, inner.hw.reg(Reg::Rip));
+        let generation = self.vm.generation.current();
+        let fetched = inner.code.fetch(&guest, &walk, at, generation);
+        let inst = inst::decode(fetched.bytes(), CodeMode::of(&inner.hw)).ok()?;
+        let gla = gla.or_else(|| operand_at(inner, &guest, &walk, &inst, gpa, generation));
         drop(mem);
-        let inst = inst::decode(fetched.bytes(), CodeMode::of(cpu)).ok()?;
+        let cpu = &self.inner.hw;
         self.vcpu.stats.inc(Stat::InstEmul);
         self.vcpu.stats.inc(Stat::MmioUser);
         self.vcpu.run_page.put_registers(cpu);
@@ -341,8 +347,7 @@ impl<C: RunCpu> Runner<'_, C> {
             return Found::Later;
         };
         let guest = mem.map.guest_known();
-        let fetched = paging::fetch_instruction(&guest, walk, at);
-        self.inner.code.remember(&guest, walk, at, generation);
+        let fetched = self.inner.code.fetch(&guest, walk, at, generation);
         drop(mem);
         self.complete(exit, &fetched)
     }
@@ -504,6 +509,21 @@ fn inst_emul(cpu: &impl CpuState, gpa: u64, gla: Option<u64>, vie: Vie) -> UserE
         paging: regs::paging(cpu),
         vie,
     })
+}
+
+/// Linear address by which an instruction reached `gpa`, for CPUs that do not tell: that
+/// of its operand, if the guest's page tables lead from there to `gpa`.
+fn operand_at<C: CpuState>(
+    inner: &mut Inner<C>,
+    guest: &GuestMemory<'_>,
+    walk: &Paging,
+    inst: &Inst,
+    gpa: u64,
+    generation: u64,
+) -> Option<u64> {
+    let (gla, access) = inst::operand(inst, &inner.hw)?;
+    let page = inner.data.page(guest, walk, gla, access, generation)?;
+    (page == gpa & !0xfff).then_some(gla)
 }
 
 /// Linear address of the instruction at `rip`.

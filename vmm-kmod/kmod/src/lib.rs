@@ -9,7 +9,6 @@ extern crate alloc;
 
 #[cfg(feature = "freebsd")]
 mod capabilities;
-mod code;
 #[cfg(not(feature = "freebsd"))]
 mod copied;
 mod cpuset;
@@ -33,6 +32,7 @@ mod run_page;
 mod snapshot;
 mod state;
 mod sync;
+mod tlb;
 mod vcpu;
 mod vm;
 mod vm_memory;

@@ -20,7 +20,6 @@ use vmm_core::time::Ratio;
 use vmm_hw::backend::{ApicMode, ApicVirt, Backend, Config, Reset, VirtualCpu};
 use vmm_hw::{svm, vmx};
 
-use crate::code::CodePage;
 use crate::ffi;
 use crate::global;
 use crate::klog;
@@ -29,6 +28,7 @@ use crate::pv::Pv;
 use crate::regs;
 use crate::run_page::RunPage;
 use crate::sync::{self, Mutex, MutexGuard, NoMemory, Sleeper, Timer};
+use crate::tlb;
 use crate::vm::Vm;
 
 /// The vCPU's thread is not in the guest; it looks before it enters.
@@ -111,8 +111,10 @@ pub struct Inner<C: ?Sized = dyn VirtualCpu> {
     pub timer_armed: u64,
     /// How long HLT is waited out awake.
     pub halt_poll: HaltPoll,
-    /// Where the last instruction was that had to be fetched.
-    pub code: CodePage,
+    /// Where instructions were that had to be fetched.
+    pub code: tlb::Code,
+    /// Device memory that they reached.
+    pub data: tlb::Data,
     /// The CPU's structures and the guest's registers.
     pub hw: C,
 }
@@ -413,7 +415,8 @@ impl<C: VirtualCpu> Inner<C> {
             active_seen: 1,
             timer_armed: 0,
             halt_poll: HaltPoll::new(global::get().halt_poll),
-            code: CodePage::new(),
+            code: tlb::Code::new(),
+            data: tlb::Data::new(),
             hw,
         }
     }

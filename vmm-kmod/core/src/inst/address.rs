@@ -1,7 +1,7 @@
 //! From an offset in a segment to a linear address, with the checks of
 //! segmentation (SDM Vol. 3A §5.3, §5.5; 64-bit mode: §5.3.1, §3.3.7.1).
 
-use super::CodeMode;
+use super::{CodeMode, Inst, Op, Operand};
 use crate::cpu::{Access, CR0_PE, CpuState, Event, Reg, Seg};
 
 const RFLAGS_VM: u64 = 1 << 17;
@@ -56,12 +56,10 @@ pub fn linear_address(
             0
         };
         let gla = base.wrapping_add(offset);
-        let bits = if cpu.reg(Reg::Cr4) & CR4_LA57 != 0 {
-            57
-        } else {
-            48
-        };
-        if !canonical(gla, bits) || !canonical(gla.wrapping_add(last), bits) {
+        let fits = |bits| canonical(gla, bits) && canonical(gla.wrapping_add(last), bits);
+        // What 48 bits hold 57 do: CR4 is asked for the others only, for in userland
+        // that takes a system call.
+        if !(fits(48) || cpu.reg(Reg::Cr4) & CR4_LA57 != 0 && fits(57)) {
             return Err(exception(cpu, vector));
         }
         LinearAddress {
@@ -87,6 +85,32 @@ pub fn linear_address(
         return Err(Event::exception_with(17, 0));
     }
     Ok(a)
+}
+
+/// Linear address of the memory operand of an instruction that has no other, unchecked,
+/// and what [`emulate`](super::emulate) does there; `None` for others, which are rare on
+/// device memory.
+pub fn operand(inst: &Inst, cpu: &impl CpuState) -> Option<(u64, Access)> {
+    let written = inst.dst == Operand::Mem;
+    let access = match inst.op {
+        Op::Mov | Op::Movzx | Op::Movsx | Op::Movnti if written => Access::WRITE,
+        Op::Mov | Op::Movzx | Op::Movsx | Op::Cmp | Op::Test => Access::READ,
+        Op::Add | Op::Or | Op::And | Op::Sub | Op::Xor | Op::Xchg if written => {
+            Access::READ | Access::WRITE
+        }
+        Op::Add | Op::Or | Op::And | Op::Sub | Op::Xor => Access::READ,
+        _ => return None,
+    };
+    if !inst.has_mem() {
+        return None;
+    }
+    let offset = inst.offset(cpu, cpu.reg(Reg::Rip));
+    let long = CodeMode::of(cpu) == CodeMode::Bits64;
+    Some(match (long, inst.seg) {
+        (true, Seg::Fs | Seg::Gs) => (cpu.seg(inst.seg).base.wrapping_add(offset), access),
+        (true, _) => (offset, access),
+        (false, seg) => (cpu.seg(seg).base.wrapping_add(offset) & 0xffff_ffff, access),
+    })
 }
 
 fn canonical(a: u64, bits: u32) -> bool {

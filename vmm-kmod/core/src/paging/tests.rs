@@ -330,7 +330,7 @@ fn instruction_across_two_pages() {
 fn a_traced_fetch_names_every_entry_that_it_used() {
     let m = four(PTE_P | PTE_W);
     let mut trail = Trail::default();
-    let gpa = trace_fetch(&m, &LONG, GLA, &mut trail).unwrap();
+    let gpa = trace(&m, &LONG, GLA, Access::EXEC, &mut trail).unwrap();
     assert_eq!(gpa, translate(&m, &LONG, GLA, Access::EXEC).unwrap());
     let wanted = [(0x1000, 4), (PDPT, 3), (PD, 2), (PT, 1)];
     let wanted = wanted.map(|(table, level)| table | index(GLA, level));
@@ -338,8 +338,24 @@ fn a_traced_fetch_names_every_entry_that_it_used() {
     // Each decides: with any of them changed, the translation is another one.
     for (at, entry) in trail.entries() {
         m.put(at, 0);
-        assert!(trace_fetch(&m, &LONG, GLA, &mut Trail::default()).is_err());
+        assert!(trace(&m, &LONG, GLA, Access::EXEC, &mut Trail::default()).is_err());
         m.put(at, entry);
     }
-    assert!(trace_fetch(&m, &LONG, GLA, &mut Trail::default()).is_ok());
+    assert!(trace(&m, &LONG, GLA, Access::EXEC, &mut Trail::default()).is_ok());
+}
+
+#[test]
+fn a_trail_is_marked_when_a_walk_would_mark_nothing_more() {
+    let m = four(PTE_P | PTE_W);
+    let marked = |access| {
+        let mut trail = Trail::default();
+        trace(&m, &LONG, GLA, access, &mut trail).unwrap();
+        trail.is_marked(access)
+    };
+    let both = Access::READ | Access::WRITE;
+    assert!(!marked(R) && !marked(both));
+    translate(&m, &LONG, GLA, R).unwrap();
+    assert!(marked(R) && !marked(both));
+    translate(&m, &LONG, GLA, both).unwrap();
+    assert!(marked(R) && marked(both));
 }

@@ -15,6 +15,8 @@ struct TestBus {
     log: Vec<(char, u64, u8, u64)>,
     answer: u64,
     xmm: [u128; 16],
+    /// What was to be translated.
+    asked: Vec<(u64, Access)>,
 }
 
 const DEVICE: u64 = 0xfee0_0000;
@@ -27,11 +29,13 @@ fn bus() -> TestBus {
         log: Vec::new(),
         answer: 0x1122_3344_5566_7788,
         xmm: [0; 16],
+        asked: Vec::new(),
     }
 }
 
 impl Bus for TestBus {
     fn translate(&mut self, gla: u64, access: Access) -> Result<u64, WalkError> {
+        self.asked.push((gla, access));
         if gla & !0xfff == self.absent {
             let error_code = if access.contains(Access::WRITE) { 2 } else { 0 };
             return Err(WalkError::Fault(PageFault {
@@ -491,4 +495,61 @@ fn what_kvm_unit_tests_do_to_emulated_memory() {
     c.set_gpr(Gpr::Rax, 0x1111_1111_1111_1111);
     done(&mut c, &mut b, &[0xf6, 0x23]); // mul byte
     assert_eq!(c.gpr(Gpr::Rax), 0x1111_1111_1111_0363);
+}
+
+#[test]
+fn the_operand_is_what_emulation_reaches_and_nothing_else() {
+    let known: [&[u8]; 15] = [
+        &[0x8b, 0x43, 0x20],                      // mov eax, [rbx+20h]
+        &[0x89, 0x43, 0x20],                      // mov [rbx+20h], eax
+        &[0x88, 0x23],                            // mov [rbx], ah
+        &[0xc7, 0x03, 1, 0, 0, 0],                // mov dword [rbx], 1
+        &[0x0f, 0xb6, 0x04, 0xcb],                // movzx eax, byte [rbx+rcx*8]
+        &[0x48, 0x0f, 0xbe, 0x03],                // movsx rax, byte [rbx]
+        &[0x0f, 0xc3, 0x03],                      // movnti [rbx], eax
+        &[0x39, 0x03],                            // cmp [rbx], eax
+        &[0x85, 0x03],                            // test [rbx], eax
+        &[0x23, 0x03],                            // and eax, [rbx]
+        &[0x09, 0x03],                            // or [rbx], eax
+        &[0x83, 0x23, 0x0f],                      // and dword [rbx], 15
+        &[0x87, 0x03],                            // xchg [rbx], eax
+        &[0x65, 0x8b, 0x03],                      // mov eax, gs:[rbx]
+        &[0xa1, 0x10, 0, 0xe0, 0xfe, 0, 0, 0, 0], // mov eax, [fee00010h]
+    ];
+    for bytes in known {
+        let (mut c, mut b) = (long(), bus());
+        c.set_gpr(Gpr::Rcx, 3);
+        c.set_seg(
+            Seg::Gs,
+            SegDesc {
+                base: 0x40,
+                ..SegDesc::default()
+            },
+        );
+        let inst = decode(bytes, CodeMode::Bits64).unwrap();
+        let operand = operand(&inst, &c).unwrap();
+        assert_eq!(emulate(&inst, &mut c, &mut b, None), Outcome::Done);
+        assert_eq!(b.asked, [operand], "{bytes:02x?}");
+    }
+    // Two places, or none.
+    let others: [&[u8]; 4] = [&[0xa4], &[0xff, 0x33], &[0x0f, 0xa2], &[0x89, 0xc3]];
+    for bytes in others {
+        let inst = decode(bytes, CodeMode::Bits64).unwrap();
+        assert_eq!(operand(&inst, &long()), None, "{bytes:02x?}");
+    }
+}
+
+#[test]
+fn the_operand_of_32_bit_code_has_its_segments_base_and_32_bits() {
+    let mut c = TestCpu::new(CodeMode::Bits32);
+    c.set_gpr(Gpr::Rbx, 0xffff_fff0);
+    c.set_seg(
+        Seg::Ds,
+        SegDesc {
+            base: 0x1000,
+            ..SegDesc::default()
+        },
+    );
+    let inst = decode(&[0x8b, 0x43, 0x20], CodeMode::Bits32).unwrap();
+    assert_eq!(operand(&inst, &c), Some((0x1010, Access::READ)));
 }
