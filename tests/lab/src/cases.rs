@@ -10,6 +10,7 @@ pub mod guests;
 mod kvm_unit_tests;
 mod lifecycle;
 mod linux;
+mod linux_disk;
 mod net;
 mod passthru;
 pub mod powercut;
@@ -65,7 +66,9 @@ pub fn all(lab: &Lab) -> Result<Vec<Group>> {
     groups.push(virtio::group(lab)?);
     if lab.engine != Engine::Kvm {
         groups.push(powercut::group(lab)?);
+        groups.push(powercut::ext4::group(lab)?);
     }
+    groups.push(linux_disk::group(lab)?);
     groups.push(share::group(lab)?);
     groups.extend(passthru::groups(lab)?);
     groups.extend(kvm_unit_tests::groups(lab)?);

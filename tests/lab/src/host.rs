@@ -15,7 +15,8 @@ use std::process::Command;
 use std::time::Duration;
 
 const HOST_INIT: &str = include_str!("../host/init");
-const GUEST_INIT: &str = include_str!("../host/guest-init");
+/// /init of Linux guests.
+pub const GUEST_INIT: &str = include_str!("../host/guest-init");
 const TSC_SOURCE: &str = include_str!("../host/tsc.S");
 
 /// A host's boot, with room for a slow machine.

@@ -124,7 +124,7 @@ fn destroy_running(_: &Lab, host: &mut Host) -> Result<()> {
 }
 
 /// What `bhyvectl list` says of a VM.
-fn listed(host: &mut Host, vm: &str, state: &str) -> Result<()> {
+pub fn listed(host: &mut Host, vm: &str, state: &str) -> Result<()> {
     let text = host.must("bhyvectl list", SHORT)?;
     let line = text.lines().find(|l| l.starts_with(vm));
     let word = line.and_then(|l| l.split_whitespace().nth(1));

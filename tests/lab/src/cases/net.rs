@@ -31,7 +31,7 @@ const MODULES: [&str; 3] = [
 /// there is nothing to read for it. (`wait` would wait for bhyve too.)
 const RECEIVED: &str = "while pidof nc; do sleep 0.1; done; md5sum /tmp/back";
 /// The host's.
-const TUN: &str = "drivers/net/tun.ko";
+pub const TUN: &str = "drivers/net/tun.ko";
 
 /// What goes into the guest's initramfs.
 pub fn modules(lab: &Lab) -> Result<Vec<(String, PathBuf)>> {
@@ -58,7 +58,7 @@ fn sum(text: &str) -> Result<&str> {
 
 fn run(_: &Lab, host: &mut Host) -> Result<()> {
     host.must(
-        "insmod /tun.ko && mkdir -p /tmp/www && \
+        "grep -q ^tun /proc/modules || insmod /tun.ko; mkdir -p /tmp/www && \
          dd if=/dev/urandom of=/tmp/www/data bs=64k count=16 2>/dev/null",
         SHORT,
     )?;
@@ -96,6 +96,41 @@ fn run(_: &Lab, host: &mut Host) -> Result<()> {
     kill(host, &guest)?;
     host.must("killall httpd; tunctl -d tap0; rm -r /tmp/www", SHORT)
         .map(drop)
+}
+
+/// The cards of a FreeBSD guest.
+pub const FREEBSD: &str = "-s 5,virtio-net,tap0 -s 6,virtio-net,slirp,open";
+
+/// The host's part of them, before the guest is there.
+pub fn freebsd_prepares(host: &mut Host) -> Result<()> {
+    host.must(
+        "grep -q ^tun /proc/modules || insmod /tun.ko; tunctl -t tap0 && \
+         ip addr add 10.9.0.1/24 dev tap0 && ip link set lo up",
+        SHORT,
+    )
+    .map(drop)
+}
+
+/// A FreeBSD guest's ping and a file by tap and by the user-mode network.
+pub fn freebsd(host: &mut Host) -> Result<()> {
+    host.must("ip link set tap0 up", SHORT)?;
+    let text = types(
+        host,
+        "dd if=/dev/random of=/tmp/net bs=64k count=16 2>/dev/null; md5 -q /tmp/net; \
+         ifconfig vtnet0 inet 10.9.0.2/24 up; ifconfig vtnet1 inet 10.0.2.15/24 up; \
+         ping -c 3 -t 30 10.9.0.1 && ping -c 3 -t 30 10.0.2.2",
+    )?;
+    let want = sum(&text)?.to_owned();
+    for (gateway, port) in [("10.9.0.1", 9002), ("10.0.2.2", 9003)] {
+        host.must(&format!("(sleep 60 | nc -l -p {port} >/tmp/back) &"), SHORT)?;
+        types(host, &format!("nc -N {gateway} {port} </tmp/net"))?;
+        let back = host.must(RECEIVED, SHORT)?;
+        ensure!(
+            sum(&back)? == want,
+            "by {gateway} the guest's file has become\n{back}"
+        );
+    }
+    types(host, "rm /tmp/net").map(drop)
 }
 
 fn tap(host: &mut Host, want: &str) -> Result<()> {

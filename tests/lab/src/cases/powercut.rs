@@ -6,6 +6,8 @@
 //! this machine: what bhyve's host has in its cache only is lost. QEMU runs the
 //! host, for Bochs has no disk that Debian's cloud kernel knows.
 
+pub mod ext4;
+
 use super::virtio::{BUS, base};
 use crate::dirs::Dirs;
 use crate::guest::{Guest, Load};
@@ -228,26 +230,33 @@ pub fn group(lab: &Lab) -> Result<Group> {
     })
 }
 
-/// As many rounds as asked for, each on a host of its own, the modes in turn,
-/// and the control at the end; a line each.
+/// As many rounds as asked for, each on a host of its own, the modes and a file
+/// system in turn, and the control at the end; a line each.
 ///
 /// # Errors
 /// A round cannot be run, or has lost something.
 pub fn run(dirs: &Dirs, kit: &Kit, rounds: u32) -> Result<()> {
     let mut tally = (0, 0);
     for number in 0..=rounds {
+        // Behind the last of the modes comes the file system.
         let mode = if number == rounds {
-            CONTROL
+            Some(&CONTROL)
         } else {
-            MODES[number as usize % MODES.len()]
+            MODES.get(number as usize % (MODES.len() + 1))
         };
-        let config = config(dirs, kit)?;
+        let config = match mode {
+            Some(_) => config(dirs, kit)?,
+            None => ext4::config(dirs, kit)?,
+        };
         let mut host = Host::boot(dirs, kit, &config, "power-cut")?;
         host.load_vmm("")?;
-        let outcome = round(dirs, &mut host, mode)?;
+        let outcome = match mode {
+            Some(mode) => round(dirs, &mut host, *mode)?,
+            None => ext4::round(dirs, &mut host)?,
+        };
         println!("round {}: {outcome}", number + 1);
         judge(&outcome)?;
-        if !mode.control {
+        if !outcome.mode.control {
             tally.0 += outcome.acknowledged;
             tally.1 += outcome.lost.len();
         }

@@ -163,6 +163,15 @@ fn sum(text: &str) -> Result<&str> {
         .with_context(|| format!("no checksum in:\n{text}"))
 }
 
+/// A number from JSON.
+fn number(json: &str, name: &str) -> Result<u64> {
+    let (_, rest) = json
+        .split_once(&format!("\"{name}\":"))
+        .with_context(|| format!("no {name} in {json}"))?;
+    let digits = rest.find(|c: char| !c.is_ascii_digit());
+    Ok(rest[..digits.unwrap_or(rest.len())].parse()?)
+}
+
 fn share(_: &Lab, host: &mut Host) -> Result<()> {
     host.must(
         "mkdir -p /tmp/share/sub /tmp/fixed && echo 'the host was here' >/tmp/share/file && \

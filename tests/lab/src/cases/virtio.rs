@@ -1,6 +1,7 @@
 //! Virtio devices, seen from both ends: a disk that guest and host read and
 //! write, and the host's entropy.
 
+use super::lifecycle::listed;
 use crate::console::Found;
 use crate::guest::{Guest, Load, counted_cmdline, shell};
 use crate::host::{self, Config, Host, SHORT};
@@ -19,6 +20,8 @@ const PROMPT: &str = "(?s)BHYVE-RS GUEST UP.*bhyvers# ";
 const COMMAND: Duration = Duration::from_secs(60);
 /// A guest's devices: an entropy source, the disk as a transitional device.
 const DEVICES: &str = "-s 3,virtio-rnd -s 4,virtio-blk,/tmp/disk";
+/// Disks for drivers that most systems have.
+const DRIVES: &str = "-s 7,nvme,/tmp/nvme -s 8,ahci,hd:/tmp/sata,cd:/tmp/disk";
 /// Most exits to bhyve that a read of a block may take, in tenths.
 const EXITS: u64 = 16;
 
@@ -65,7 +68,9 @@ pub fn group(lab: &Lab) -> Result<Group> {
             if let Some(root) = &image.mfsroot {
                 config.file("guest/root", root);
             }
-            cases.push(Case::new(name, freebsd));
+            let modules = drive_modules(lab, &mut config);
+            let modules = modules.unwrap_or_default();
+            cases.push(Case::new(name, move |_, host| freebsd(host, &modules)));
         }
         _ => cases.push(Case::skipped(
             name,
@@ -77,6 +82,18 @@ pub fn group(lab: &Lab) -> Result<Group> {
         config,
         cases,
     })
+}
+
+/// FreeBSD's drivers of disks that are not virtio's, which our kernel of it has
+/// not: arguments for bhyveload, if there are such modules.
+fn drive_modules(lab: &Lab, config: &mut Config) -> Option<Vec<String>> {
+    let names = ["cam", "ahci", "nvme", "nvd"].map(|n| format!("modules/{n}.ko"));
+    let found = names.iter().map(|n| images::find(&lab.dirs, n));
+    let found: Vec<PathBuf> = found.collect::<Option<_>>()?;
+    for (name, path) in names.iter().zip(&found) {
+        config.file(&format!("guest/{name}"), path);
+    }
+    Some(names.map(|n| format!("/guest/{n}")).into())
 }
 
 pub fn base(path: &Path) -> Result<String> {
@@ -124,12 +141,21 @@ pub fn kill(host: &mut Host, guest: &Guest) -> Result<()> {
 fn linux(lab: &Lab, host: &mut Host) -> Result<()> {
     disk(host)?;
     host.must("cp /tmp/disk /tmp/nvme", SHORT)?;
+    // Two disks that the host has no room for.
+    host.must(
+        "mkdir -p /tmp/full && mount -t tmpfs -o size=512k none /tmp/full && \
+         truncate -s 8M /tmp/full/a /tmp/full/b",
+        SHORT,
+    )?;
     let load = Load::Linux {
         initrd: Some("/guest/initrd".to_owned()),
         cmdline: counted_cmdline(lab.engine),
     };
     let mut guest = Guest::new("/guest/linux", load);
-    guest.options = format!("{DEVICES},serial=LAB-DISK -s 5,nvme,/tmp/nvme,ser=LAB-NVME");
+    guest.options = format!(
+        "{DEVICES},serial=LAB-DISK -s 5,nvme,/tmp/nvme,ser=LAB-NVME \
+         -s 6,virtio-blk,/tmp/full/a -s 7,nvme,/tmp/full/b"
+    );
     guest.start(host)?;
     shell(host.guest(), UP)?;
     for module in MODULES {
@@ -167,6 +193,7 @@ fn linux(lab: &Lab, host: &mut Host) -> Result<()> {
     for wanted in ["32768", "LAB-NVME", "the host was here"] {
         ensure!(text.contains(wanted), "no {wanted:?} in:\n{text}");
     }
+    full(host)?;
     let sum = types(host, "md5sum </tmp/data")?;
     let sum = sum
         .lines()
@@ -184,18 +211,40 @@ fn linux(lab: &Lab, host: &mut Host) -> Result<()> {
             "the host sees {seen} on {disk}, not what the guest has written ({sum})"
         );
     }
-    host.must("rm /tmp/disk /tmp/nvme", SHORT).map(drop)
+    host.must("rm /tmp/disk /tmp/nvme; umount /tmp/full", SHORT)
+        .map(drop)
 }
 
-fn freebsd(_: &Lab, host: &mut Host) -> Result<()> {
+/// What the host has no room for is an error in the guest, and nothing else is.
+fn full(host: &mut Host) -> Result<()> {
+    types(host, "dmesg -n 1")?;
+    for disk in ["vdb", "nvme1n1"] {
+        types(
+            host,
+            &format!(
+                "! dd if=/tmp/data of=/dev/{disk} bs=64k conv=fsync && \
+                 dmesg | grep -q ' dev {disk}, sector' && \
+                 dd if=/dev/{disk} of=/dev/null bs=64k skip=64 count=8"
+            ),
+        )?;
+    }
+    Ok(())
+}
+
+fn freebsd(host: &mut Host, modules: &[String]) -> Result<()> {
     disk(host)?;
-    let load = Load::FreeBsd {
+    let load = |modules: &[String]| Load::FreeBsd {
         mfsroot: Some("/guest/root".to_owned()),
-        modules: Vec::new(),
+        modules: modules.to_vec(),
     };
-    let mut guest = Guest::new("/guest/kernel", load);
+    let mut guest = Guest::new("/guest/kernel", load(modules));
     guest.environment.push("bhyvers.clocktest=0".to_owned());
-    guest.options = DEVICES.to_owned();
+    super::net::freebsd_prepares(host)?;
+    guest.options = format!("{DEVICES} {}", super::net::FREEBSD);
+    if !modules.is_empty() {
+        host.must("cp /tmp/disk /tmp/nvme && cp /tmp/disk /tmp/sata", SHORT)?;
+        guest.options = format!("{} {DRIVES}", guest.options);
+    }
     guest.start(host)?;
     host.guest().expect(PROMPT, UP)?;
     let text = types(
@@ -206,6 +255,11 @@ fn freebsd(_: &Lab, host: &mut Host) -> Result<()> {
         ensure!(text.contains(wanted), "no {wanted:?} in:\n{text}");
     }
     exits_per_read(host)?;
+    super::net::freebsd(host)?;
+    let sum = match modules {
+        [] => None,
+        _ => Some(drives(host)?),
+    };
     types(
         host,
         "newfs -U /dev/vtbd0 && mkdir /tmp/disk && mount /dev/vtbd0 /tmp/disk && \
@@ -213,10 +267,20 @@ fn freebsd(_: &Lab, host: &mut Host) -> Result<()> {
     )?;
     kill(host, &guest)?;
     host.must("grep -q the-guest-was-42 /tmp/disk", SHORT)?;
+    if let Some(sum) = sum {
+        for disk in ["/tmp/nvme", "/tmp/sata"] {
+            let line = format!("dd if={disk} bs=64k skip=240 count=8 2>/dev/null | md5sum");
+            let seen = host.must(&line, SHORT)?;
+            ensure!(seen.contains(&sum), "the host sees {seen} on {disk}: {sum}");
+            host.must(&format!("grep -q other-file-42 {disk}; rm {disk}"), SHORT)?;
+        }
+    }
 
     // The data has outlived the machine, and a read-only disk stays as it is.
+    host.must("tunctl -d tap0", SHORT)?;
     let before = host.must("md5sum /tmp/disk", SHORT)?;
-    guest.options.push_str(",ro");
+    guest.options = format!("{DEVICES},ro");
+    guest.load = load(&[]);
     guest.start(host)?;
     host.guest().expect(PROMPT, UP)?;
     let text = types(
@@ -231,8 +295,10 @@ fn freebsd(_: &Lab, host: &mut Host) -> Result<()> {
         host,
         "umount /tmp/disk; ! dd if=/dev/zero of=/dev/vtbd0 bs=512 count=1",
     )?;
+    listed(host, "guest", "running")?;
     host.guest().send(b"shutdown -p now\r")?;
     guest.expect_exit(host, 1, Duration::from_secs(120))?;
+    listed(host, "guest", "ended")?;
     guest.destroy(host)?;
     let after = host.must("md5sum /tmp/disk", SHORT)?;
     ensure!(before == after, "a read-only disk has changed");
@@ -244,6 +310,42 @@ fn instructions_per_read(lab: &Lab, host: &mut Host) -> Result<()> {
     let text = types(host, "chmod +x /meter; /meter read /dev/vda 4096 300")?;
     let least = meter::reading(&text)?.least;
     baseline::check(&lab.dirs.root, "blk", &[("blk_read_4k_least", least)])
+}
+
+/// Disks that need no virtio driver, by FreeBSD's own: NVMe, and SATA with a CD
+/// drive beside the disk. The MD5 of what was written to both disks.
+fn drives(host: &mut Host) -> Result<String> {
+    let text = types(
+        host,
+        "for d in nvd0 ada0 cd0; do echo $d $(dd if=/dev/$d bs=4096 skip=10 count=1 2>/dev/null | head -n 1); done",
+    )?;
+    for disk in ["nvd0", "ada0", "cd0"] {
+        let wanted = format!("{disk} the host was here");
+        ensure!(text.contains(&wanted), "no {wanted:?} in:\n{text}");
+    }
+    // A file system, whose unmounting flushes, and then a stretch of the disk.
+    types(
+        host,
+        "mkdir /tmp/d; dd if=/dev/random of=/tmp/data bs=64k count=8",
+    )?;
+    for disk in ["nvd0", "ada0"] {
+        types(
+            host,
+            &format!(
+                "newfs -U /dev/{disk} && mount /dev/{disk} /tmp/d && \
+                 echo other-file-$((40+2)) >/tmp/d/file && umount /tmp/d && \
+                 dd if=/tmp/data of=/dev/{disk} bs=64k seek=240"
+            ),
+        )?;
+    }
+    let text = types(host, "md5 -q /tmp/data")?;
+    let sum = text
+        .lines()
+        .map(str::trim)
+        .find(|l| l.len() == 32 && l.bytes().all(|b| b.is_ascii_hexdigit()));
+    Ok(sum
+        .with_context(|| format!("no MD5 in:\n{text}"))?
+        .to_owned())
 }
 
 /// The exits to bhyve that reading a block takes, from its own counters.

@@ -1,6 +1,7 @@
 //! Memory that a guest does not need, seen in the host's.
 
 use super::super::virtio::types;
+use super::number;
 use crate::host::{Host, SHORT};
 use anyhow::{Context, Result, ensure};
 
@@ -22,15 +23,6 @@ fn ask(host: &mut Host, balloon: &str, line: &str) -> Result<String> {
     )
 }
 
-/// A number from JSON.
-fn number(json: &str, name: &str) -> Result<u64> {
-    let (_, rest) = json
-        .split_once(&format!("\"{name}\":"))
-        .with_context(|| format!("no {name} in {json}"))?;
-    let digits = rest.find(|c: char| !c.is_ascii_digit());
-    Ok(rest[..digits.unwrap_or(rest.len())].parse()?)
-}
-
 /// MiB that the host has free.
 fn free(host: &mut Host) -> Result<u64> {
     let text = host.must(
@@ -39,6 +31,12 @@ fn free(host: &mut Host) -> Result<u64> {
     )?;
     let kib = text.split_whitespace().nth(1).context("no MemFree")?;
     Ok(kib.parse::<u64>()? >> 10)
+}
+
+/// MiB of the guest's memory that are there, as `bhyvectl` says.
+fn resident(host: &mut Host) -> Result<u64> {
+    let text = host.must("bhyvectl list --json", SHORT)?;
+    Ok(number(&text, "resident")? >> 20)
 }
 
 /// Free pages are reported, and a balloon takes and gives back.
@@ -69,7 +67,7 @@ pub fn balloon(host: &mut Host) -> Result<()> {
             "basename {inode} >/sys/bus/virtio/drivers/virtio_balloon/unbind; {FILLS}; umount /tmp/big; sleep 3"
         ),
     )?;
-    let full = free(host)?;
+    let (full, held) = (free(host)?, resident(host)?);
     let answer = ask(host, INFLATES, &format!("size {USED}M"))?;
     ensure!(answer.contains("ok"), "the balloon says {answer}");
     let mut stats = String::new();
@@ -83,6 +81,11 @@ pub fn balloon(host: &mut Host) -> Result<()> {
     ensure!(
         number(&stats, "actual")? >> 20 == USED && inflated >= full + USED / 2,
         "a balloon of {USED} MiB: {stats}; free in the host: {full} MiB before, {inflated} MiB after"
+    );
+    let left = resident(host)?;
+    ensure!(
+        held >= USED && left + USED / 2 <= held,
+        "bhyvectl says {held} MiB before, {left} MiB after"
     );
     // What comes back is zeroed by the host, and the guest's to write to.
     ask(host, INFLATES, "size 0")?;

@@ -2,7 +2,7 @@
 //! sockets of the guest's that are Unix sockets of the host's.
 
 use super::super::virtio::types;
-use super::sum;
+use super::{number, sum};
 use crate::host::{Host, SHORT};
 use anyhow::{Result, ensure};
 
@@ -72,5 +72,17 @@ pub fn vsock(host: &mut Host) -> Result<()> {
         SHORT,
     )?;
     ensure!(sum(&got)? == sum(&text)?, "sent {text}, got {got}");
+    // Whoever looks at the rings sees what went over them: 2 MiB and headers.
+    let text = host.must("bhyvectl stats --vm guest --json", SHORT)?;
+    for queue in [0, 1] {
+        let ring = text.split("\"device\":\"").find(|part| {
+            part.starts_with("virtio-vsock") && part.contains(&format!("\"queue\":{queue},"))
+        });
+        let bytes = number(ring.unwrap_or_default(), "bytes")?;
+        ensure!(
+            (2 << 20..3 << 20).contains(&bytes),
+            "queue {queue} has moved {bytes} bytes: {text}"
+        );
+    }
     Ok(())
 }
