@@ -4,7 +4,7 @@
 use crate::command::output;
 use crate::dirs::Dirs;
 use crate::machine::{Engine, Machine};
-use crate::{apt, images, kmod_freebsd, programs_freebsd};
+use crate::{apt, bochs, images, kmod_freebsd, programs_freebsd};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
 use std::fs;
@@ -162,7 +162,9 @@ fn iso(image: &Image, pack: &[u8], environment: &str, dir: &Path) -> Result<Path
     set("hint.uart.1.irq", "3");
     // For a stock vmm.ko: Bochs has these as our own module needs them too
     // (see Engine::vmm_options), and no need of the other.
-    set("hw.vmm.vmx.use_apic_vid", "0");
+    if !bochs::is_other() {
+        set("hw.vmm.vmx.use_apic_vid", "0");
+    }
     set("hw.vmm.l1d_flush", "0");
     for pair in environment.split_whitespace() {
         if let Some((name, value)) = pair.split_once('=') {

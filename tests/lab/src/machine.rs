@@ -62,12 +62,12 @@ impl Engine {
     }
 
     /// What the engine asks of vmm.ko, as insmod takes it.
-    pub const fn vmm_options(self) -> &'static str {
+    pub fn vmm_options(self) -> &'static str {
         match self {
             // Bochs 2.7 interrupts a guest that has IF=0 when a host interrupt
             // arrives while virtual-interrupt delivery is on.
-            Self::Bochs => "use_apic_vid=0",
-            Self::Kvm | Self::Qemu => "",
+            Self::Bochs if !bochs::is_other() => "use_apic_vid=0",
+            Self::Bochs | Self::Kvm | Self::Qemu => "",
         }
     }
 
@@ -89,8 +89,13 @@ impl Engine {
             // IA32_MISC_ENABLE says that REP MOVS is slow, which bhyve's does not: a guest
             // would then count a byte as an instruction where the bare machine copies words.
             Self::Bochs => format!(
-                "tsc_early_khz={} tsc=reliable clearcpuid=xsavec,xsaves,erms,rep_good",
-                bochs::IPS / 1000
+                "tsc_early_khz={} tsc=reliable clearcpuid={}erms,rep_good",
+                bochs::IPS / 1000,
+                if bochs::is_other() {
+                    ""
+                } else {
+                    "xsavec,xsaves,"
+                }
             ),
             Self::Qemu => "tsc=reliable".to_owned(),
             Self::Kvm => String::new(),
