@@ -54,4 +54,26 @@
 	    ~(vm_paddr_t)0, (npages) * PAGE_SIZE, 0, VM_MEMATTR_DEFAULT)
 #endif
 
+/*
+ * A page of a locked object that can be removed; and one in none is given up.
+ */
+#if __FreeBSD_version >= 1300000
+#define	VMM_PAGE_MAY_GO(m)	(vm_page_tryxbusy(m) != 0)
+#define	VMM_PAGE_UNWIRE(m)	vm_page_unwire(m, PQ_INACTIVE)
+#else
+#define	VMM_PAGE_MAY_GO(m)	(!vm_page_busied(m))
+#define	VMM_PAGE_UNWIRE(m) do {						\
+	vm_page_lock(m);						\
+	free_run(m, 1);							\
+	vm_page_unlock(m);						\
+} while (0)
+#endif
+
+/* The entries of a locked map. */
+#ifndef VM_MAP_ENTRY_FOREACH
+#define	VM_MAP_ENTRY_FOREACH(entry, map)				\
+	for ((entry) = (map)->header.next; (entry) != &(map)->header;	\
+	    (entry) = (entry)->next)
+#endif
+
 #endif

@@ -204,9 +204,8 @@ static struct fileops run_ops;
 static fo_close_t *devfs_close;
 
 /*
- * SEEK_DATA from a vCPU's run page on goes to its next exit: VMM_REQ_RUN without
- * what every ioctl costs before it gets here. It is a call of the device as any
- * other, which a destroyed node does not let in, and waits for.
+ * SEEK_DATA from a vCPU's run page on goes to its next exit: VMM_REQ_RUN without what
+ * every ioctl costs. A call of the device as any other: the node's end waits for it.
  */
 static int
 run_seek(struct file *fp, off_t offset, int whence, struct thread *td)
@@ -482,12 +481,8 @@ vmm_device_init(void)
 bool
 vmm_device_busy(void)
 {
-	bool busy;
 
-	sx_slock(&nodes_lock);
-	busy = !LIST_EMPTY(&nodes);
-	sx_sunlock(&nodes_lock);
-	return (busy);
+	return (!LIST_EMPTY(&nodes));
 }
 
 void

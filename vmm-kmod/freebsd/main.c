@@ -11,7 +11,6 @@
 #include <sys/proc.h>
 #include <sys/smp.h>
 #include <sys/sysctl.h>
-#include <sys/time.h>
 
 #include <vm/vm.h>
 #include <vm/pmap.h>
@@ -26,8 +25,6 @@
 
 #include "shim.h"
 
-/* Messages a second, of each level. */
-#define	LOG_RATE	10
 /* Tenths of a second for which unloading waits for destroyed VMs. */
 #define	UNLOAD_PATIENCE	50
 
@@ -166,9 +163,8 @@ vmm_load(void)
 }
 
 /*
- * What is left of VMs that have been destroyed is waited for: the kernel takes
- * nodes away when it gets to it, and a process that has been killed goes on until
- * its memory is gone.
+ * What is left of destroyed VMs is waited for: the kernel takes nodes away when it
+ * gets to it, and a process that was killed goes on until its memory is gone.
  */
 static int
 quiesce(void)
@@ -226,24 +222,3 @@ static moduledata_t vmm_module = { "vmm", vmm_event, NULL };
 DECLARE_MODULE(vmm, vmm_module, MAX(SI_SUB_SMP + 1, SI_SUB_DRIVERS),
     SI_ORDER_ANY);
 MODULE_VERSION(vmm, 1);
-
-void
-vmm_host_log(int level, const char *msg, size_t len)
-{
-	static struct timeval last[3];
-	static int count[3];
-
-	if (level < 0 || level > 2) {
-		if (bootverbose)
-			printf("vmm: %.*s\n", (int)len, msg);
-	} else if (ppsratecheck(&last[level], &count[level], LOG_RATE)) {
-		printf("vmm: %.*s\n", (int)len, msg);
-	}
-}
-
-void
-vmm_host_panic(const char *msg, size_t len)
-{
-
-	panic("vmm: %.*s", (int)len, msg);
-}

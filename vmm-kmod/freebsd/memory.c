@@ -14,6 +14,7 @@
 #include <vm/vm.h>
 #include <vm/vm_param.h>
 #include <vm/pmap.h>
+#include <vm/vm_map.h>
 #include <vm/vm_object.h>
 #include <vm/vm_page.h>
 #include <vm/vm_pageout.h>
@@ -38,7 +39,6 @@
 struct vmm_memseg {
 	vm_object_t	object;
 	uint64_t	len;
-	uint64_t	nwired;
 	u_long		wired[];	/* a bit for each page; object lock */
 };
 
@@ -105,43 +105,6 @@ vmm_host_free_pages(void *va, unsigned int order)
 {
 
 	free_run(PHYS_TO_VM_PAGE(DMAP_TO_PHYS((vm_offset_t)va)), 1UL << order);
-}
-
-/* Whole pages are taken from the direct map, where the CPU is told of them. */
-static bool
-is_page(size_t size, size_t align)
-{
-
-	return (align == PAGE_SIZE && size <= PAGE_SIZE);
-}
-
-void *
-vmm_host_alloc(size_t size, size_t align)
-{
-	uint64_t pa;
-
-	if (is_page(size, align))
-		return (vmm_host_alloc_pages(0, &pa));
-	if (align > PAGE_SIZE)
-		return (NULL);
-	/* malloc(9) aligns a power of two to its size. */
-	if (align > 16 && size < PAGE_SIZE) {
-		size = MAX(size, align);
-		if (!powerof2(size))
-			size = 1UL << flsl(size);
-	}
-	return (malloc(size, M_VMM,
-	    (vmm_can_sleep() ? M_WAITOK : M_NOWAIT) | M_ZERO));
-}
-
-void
-vmm_host_free(void *p, size_t size, size_t align)
-{
-
-	if (is_page(size, align))
-		vmm_host_free_pages(p, 0);
-	else
-		free(p, M_VMM);
 }
 
 struct vmm_memseg *
@@ -234,7 +197,6 @@ page_take(struct vmm_memseg *seg, vm_pindex_t index)
 		return (m);
 	}
 	seg->wired[index / 64] |= bit;
-	seg->nwired++;
 	return (m);
 }
 
@@ -273,7 +235,6 @@ chunk_take(struct vmm_memseg *seg, vm_pindex_t first)
 		page_ready(&m[i]);
 	/* A chunk is whole words of the bitmap. */
 	memset(&seg->wired[first / 64], 0xff, CHUNK_PAGES / 8);
-	seg->nwired += CHUNK_PAGES;
 	return (true);
 }
 
@@ -313,6 +274,71 @@ vmm_host_memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
 	*order = m != NULL && m->psind > 0 ? CHUNK_ORDER : 0;
 	VM_OBJECT_WUNLOCK(object);
 	return (0);
+}
+
+/*
+ * Pages of a "phys" object are unmanaged: nobody knows where they are mapped. So
+ * the calling process's mappings are looked for, and there must be no others; a
+ * page fault counts as one while it lasts. A page that is busy stays.
+ */
+int
+vmm_host_memseg_detach(struct vmm_memseg *seg, uint64_t off, uint64_t len,
+    struct vmm_pages **pages, uint64_t *bytes)
+{
+	vm_map_t map = &curproc->p_vmspace->vm_map;
+	vm_object_t object = seg->object;
+	vm_map_entry_t e;
+	vm_offset_t last;
+	vm_pindex_t i;
+	vm_page_t m;
+	u_int users = 1;	/* The segment itself. */
+	int error;
+
+	vm_map_lock(map);
+	VM_OBJECT_WLOCK(object);
+	VM_MAP_ENTRY_FOREACH(e, map) {
+		if (e->object.vm_object != object)
+			continue;
+		if (e->wired_count == 0)
+			users++;
+		last = e->offset + (e->end - e->start);
+		if (off < last && e->offset < off + len)
+			pmap_remove(map->pmap,
+			    e->start + MAX(e->offset, off) - e->offset,
+			    e->start + MIN(last, off + len) - e->offset);
+	}
+	error = object->ref_count == users ? 0 : EBUSY;
+	for (i = OFF_TO_IDX(off); error == 0 && i < OFF_TO_IDX(off + len); i++) {
+		m = vm_page_lookup(object, i);
+		if (m == NULL)
+			continue;
+		if (!VMM_PAGE_MAY_GO(m)) {
+			/* The first one says that all are in one piece. */
+			error = *bytes == 0 ? EBUSY : 0;
+			continue;
+		}
+		/* Wired, as whoever does I/O to it may let go of it last. */
+		(void)page_take(seg, i);
+		seg->wired[i / 64] &= ~(1UL << (i % 64));
+		(void)vm_page_remove(m);
+		m->plinks.s.ss.sle_next = (vm_page_t)*pages;
+		*pages = (struct vmm_pages *)m;
+		*bytes += PAGE_SIZE;
+	}
+	VM_OBJECT_WUNLOCK(object);
+	vm_map_unlock(map);
+	return (error);
+}
+
+void
+vmm_host_pages_free(struct vmm_pages *pages)
+{
+	vm_page_t m;
+
+	while ((m = (vm_page_t)pages) != NULL) {
+		pages = (struct vmm_pages *)m->plinks.s.ss.sle_next;
+		VMM_PAGE_UNWIRE(m);
+	}
 }
 
 uint64_t

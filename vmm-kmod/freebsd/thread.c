@@ -67,13 +67,6 @@ vmm_host_yield(void)
 	return (VMM_AST_OTHER(td));
 }
 
-void
-vmm_host_give_way(void)
-{
-
-	kern_yield(PRI_USER);
-}
-
 bool
 vmm_host_alone(void)
 {

@@ -56,6 +56,16 @@ int vmm_host_memseg_page(struct vmm_memseg *seg, uint64_t off, uint64_t *pa,
     unsigned int *order);
 /* Bytes allocated so far. */
 uint64_t vmm_host_memseg_resident(struct vmm_memseg *seg);
+/*
+ * Takes the memory in [off, off+len) (whole pages, inside) out of the segment and
+ * of the calling process's page tables, puts it before *pages and adds it to *bytes;
+ * free() gives all of them back, once no guest has them any more. EBUSY, and nothing
+ * went: others may have it mapped, or it is wired there.
+ */
+struct vmm_pages;
+int vmm_host_memseg_detach(struct vmm_memseg *seg, uint64_t off, uint64_t len,
+    struct vmm_pages **pages, uint64_t *bytes);
+void vmm_host_pages_free(struct vmm_pages *pages);
 
 /* Linux: maps a page for userland, where fault (struct vm_fault) says. */
 int vmm_host_map_page(void *fault, uint64_t pa);

@@ -36,13 +36,15 @@ macro_rules! opaque {
 }
 opaque!(HostMutex, Sleeper, Event, Timer, Node);
 #[cfg(feature = "freebsd")]
-opaque!(Memseg);
+opaque!(Memseg, Pages);
 
 // Where a host's kernel has the very function, that one is called: its last
 // arguments may be fewer.
 unsafe extern "C" {
+    #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_alloc(size: usize, align: usize) -> *mut c_void;
-    #[cfg_attr(not(feature = "freebsd"), link_name = "kvfree")]
+    #[cfg(not(feature = "freebsd"))]
+    #[link_name = "kvfree"]
     pub fn vmm_host_free(p: *mut c_void, size: usize, align: usize);
     pub fn vmm_host_alloc_pages(order: c_uint, pa: *mut u64) -> *mut c_void;
     #[cfg_attr(not(feature = "freebsd"), link_name = "free_pages")]
@@ -61,6 +63,16 @@ unsafe extern "C" {
     ) -> c_int;
     #[cfg(feature = "freebsd")]
     pub fn vmm_host_memseg_resident(seg: *mut Memseg) -> u64;
+    #[cfg(feature = "freebsd")]
+    pub fn vmm_host_memseg_detach(
+        seg: *mut Memseg,
+        off: u64,
+        len: u64,
+        pages: *mut *mut Pages,
+        bytes: *mut u64,
+    ) -> c_int;
+    #[cfg(feature = "freebsd")]
+    pub fn vmm_host_pages_free(pages: *mut Pages);
 
     #[cfg_attr(feature = "freebsd", link_name = "copyin")]
     pub fn vmm_host_copyin(user: u64, kernel: *mut c_void, len: usize) -> c_int;
@@ -86,6 +98,7 @@ unsafe extern "C" {
 
     pub fn vmm_host_thread_flags() -> *const c_ulong;
     pub fn vmm_host_yield() -> c_int;
+    #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_give_way();
     #[cfg_attr(not(feature = "freebsd"), link_name = "single_task_running")]
     pub fn vmm_host_alone() -> bool;
@@ -138,6 +151,8 @@ unsafe extern "C" {
         node: *mut *mut Node,
     ) -> c_int;
     pub fn vmm_host_node_destroy(node: *mut Node);
+    #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_log(level: c_int, msg: *const u8, len: usize);
+    #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_panic(msg: *const u8, len: usize) -> !;
 }

@@ -18,7 +18,6 @@ use crate::regs;
 use crate::run;
 use crate::vcpu::{Inner, Vcpu};
 use crate::vm::Vm;
-use crate::vm_memory::CAN_RELEASE;
 
 /// The request's structure, in place.
 fn arg<T: FromBytes + IntoBytes + KnownLayout + Immutable>(data: &mut [u8]) -> Result<&mut T, i32> {
@@ -61,7 +60,7 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
             | EXT_F_RUN_GPRS
             | EXT_F_OUT_RING
             | EXT_F_PV
-            | if CAN_RELEASE { EXT_F_RELEASE } else { 0 }
+            | EXT_F_RELEASE
             | bells
             | seek,
     };

@@ -18,9 +18,7 @@ use crate::errno;
 use crate::ffi;
 use crate::os::Os;
 use crate::sync::NoMemory;
-#[cfg(not(feature = "freebsd"))]
-use store::Chunk;
-use store::Store;
+use store::{Chunk, Store};
 
 /// Segments a VM can have: system memory, boot ROM, frame buffer, and room.
 pub const MAX_SEGS: usize = 8;
@@ -110,9 +108,8 @@ impl Segment {
         Some((v & !(CHUNK - 1) | in_chunk, (v & (CHUNK - 1)) as u32 >> 1))
     }
 
-    /// Takes the host memory of the chunk at `off` out of the segment.
-    #[cfg(not(feature = "freebsd"))]
-    fn detach(&self, off: u64) -> Chunk {
+    /// Takes the host memory of the chunk at `off` out of the segment. EBUSY.
+    fn detach(&self, off: u64) -> Result<Chunk, i32> {
         if let Some(known) = self.chunks.get((off / CHUNK) as usize) {
             known.store(0, Ordering::Relaxed);
         }
@@ -152,7 +149,6 @@ impl Map {
     }
 
     /// Whether it has any of `[off, off + len)` of a segment.
-    #[cfg(not(feature = "freebsd"))]
     fn shows(&self, segid: usize, off: u64, len: u64) -> bool {
         self.segid == segid
             && off < self.segoff.saturating_add(self.len)
@@ -346,7 +342,6 @@ impl MemMap {
     /// Takes the host memory at `gpa`, a chunk of system memory as a whole,
     /// away. EINVAL: it is not that. EBUSY: it is wired, as all memory is
     /// that a device reaches by itself, or the guest has it elsewhere too.
-    #[cfg(not(feature = "freebsd"))]
     pub fn release(&self, gpa: Gpa) -> Result<Chunk, i32> {
         let (id, off) = self.locate(gpa, CHUNK).ok_or(errno::EINVAL)?;
         let seg = self.segment(id).ok_or(errno::EINVAL)?;
@@ -364,7 +359,7 @@ impl MemMap {
         if wired || users.next().is_some() {
             return Err(errno::EBUSY);
         }
-        Ok(seg.detach(off))
+        seg.detach(off)
     }
 
     fn find(&self, gpa: Gpa) -> Option<&Map> {

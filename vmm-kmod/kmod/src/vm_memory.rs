@@ -12,9 +12,7 @@ use vmm_hw::nested::NestedTables;
 use crate::errno;
 use crate::ffi;
 use crate::iommu::Domain;
-#[cfg(not(feature = "freebsd"))]
-use crate::memory::CHUNK;
-use crate::memory::{self, MemMap, SEG_NAME_MAX};
+use crate::memory::{self, CHUNK, MemMap, SEG_NAME_MAX};
 use crate::os::Os;
 use crate::vm::{FILE_NAME_MAX, NAME_MAX, Vm, check_name};
 
@@ -27,10 +25,6 @@ pub struct Memory {
     /// What the VM's PCI functions see of its memory, while it has any.
     pub iommu: Option<Domain>,
 }
-
-/// Whether this host takes guest memory back: one that knows who else has it
-/// mapped.
-pub const CAN_RELEASE: bool = cfg!(not(feature = "freebsd"));
 
 impl Memory {
     /// Puts backing memory into the nested page tables.
@@ -241,8 +235,8 @@ impl Vm {
     /// is whole chunks of 2 MiB; who touches it later finds zeroes. Returns
     /// the bytes: what went before something stands in the way counts. EINVAL:
     /// not all of it is system memory, in whole pages. EBUSY: it is wired or
-    /// mapped twice, or PCI functions access it by themselves. ENOMEM.
-    #[cfg(not(feature = "freebsd"))]
+    /// mapped twice, or PCI functions access it by themselves; FreeBSD: a process
+    /// besides the calling one has it mapped. ENOMEM.
     pub fn release_memory(&self, gpa: u64, len: u64) -> Result<u64, i32> {
         if (gpa | len) & 0xfff != 0 || !self.mem.lock().map.covers(gpa, len) {
             return Err(errno::EINVAL);
@@ -263,7 +257,6 @@ impl Vm {
     }
 
     /// One chunk of them; with an error, nothing of it went.
-    #[cfg(not(feature = "freebsd"))]
     fn release_chunk(&self, at: u64) -> Result<u64, i32> {
         let mut mem = self.mem.lock();
         if mem.dma() {
@@ -287,12 +280,6 @@ impl Vm {
         }
         // The memory goes with what was left.
         left.map(|_| bytes)
-    }
-
-    /// ENOTTY: this host cannot.
-    #[cfg(feature = "freebsd")]
-    pub fn release_memory(&self, _: u64, _: u64) -> Result<u64, i32> {
-        Err(errno::ENOTTY)
     }
 
     /// A vCPU's local APIC has changed its mode: the APIC-access page is

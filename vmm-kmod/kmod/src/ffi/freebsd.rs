@@ -1,10 +1,11 @@
 //! What of `host.h` FreeBSD's kernel has functions for, with other names or
 //! arguments.
 
-use core::ffi::{CStr, c_char, c_int, c_ulong};
+use core::ffi::{CStr, c_char, c_int, c_ulong, c_void};
+use core::ptr;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use super::{HostMutex, Sleeper, vmm_host_alloc, vmm_host_free};
+use super::{HostMutex, Sleeper, vmm_host_alloc_pages, vmm_host_free_pages};
 
 /// Where a lock was taken, for the kernel's own checks.
 const FILE: &CStr = c"vmm";
@@ -15,7 +16,95 @@ unsafe extern "C" {
     fn _sx_xunlock(sx: *mut HostMutex, file: *const c_char, line: c_int);
     fn spinlock_enter();
     fn spinlock_exit();
+    fn kern_yield(priority: c_int);
+    fn malloc(size: usize, kind: *mut c_void, flags: c_int) -> *mut c_void;
+    fn free(p: *mut c_void, kind: *mut c_void);
+    fn vmm_can_sleep() -> bool;
+    fn ppsratecheck(last: *mut [i64; 2], count: *mut c_int, most: c_int) -> c_int;
+    fn printf(format: *const c_char, ...) -> c_int;
+    fn panic(format: *const c_char, ...) -> !;
     static time_second: i64;
+    static bootverbose: c_int;
+    static mut M_VMM: [u8; 0];
+}
+
+/// malloc(9)'s flags.
+const M_NOWAIT: c_int = 1;
+const M_WAITOK: c_int = 2;
+const M_ZERO: c_int = 0x100;
+const PAGE: usize = 4096;
+/// kern_yield(9): the thread's own priority in userland.
+const PRI_USER: c_int = -2;
+/// Messages a second, of each level.
+const LOG_RATE: c_int = 10;
+const LOG_LEVELS: usize = 3;
+const LOG_FORMAT: &CStr = c"vmm: %.*s\n";
+
+/// Whole pages are taken from the direct map, where the CPU is told of them.
+fn is_page(size: usize, align: usize) -> bool {
+    align == PAGE && size <= PAGE
+}
+
+pub unsafe fn vmm_host_alloc(size: usize, align: usize) -> *mut c_void {
+    if is_page(size, align) {
+        // SAFETY: there is room for the address, which is not needed.
+        return unsafe { vmm_host_alloc_pages(0, &mut 0) };
+    }
+    if align > PAGE {
+        return ptr::null_mut();
+    }
+    // malloc(9) aligns a power of two to its size.
+    let size = if align > 16 && size < PAGE {
+        size.max(align).next_power_of_two()
+    } else {
+        size
+    };
+    // SAFETY: it sleeps only where that is allowed.
+    unsafe {
+        let wait = if vmm_can_sleep() { M_WAITOK } else { M_NOWAIT };
+        malloc(size, (&raw mut M_VMM).cast(), wait | M_ZERO)
+    }
+}
+
+pub unsafe fn vmm_host_free(p: *mut c_void, size: usize, align: usize) {
+    // SAFETY: by the caller's word it was allocated so.
+    unsafe {
+        if is_page(size, align) {
+            vmm_host_free_pages(p, 0);
+        } else {
+            free(p, (&raw mut M_VMM).cast());
+        }
+    }
+}
+
+pub unsafe fn vmm_host_give_way() {
+    // SAFETY: process context.
+    unsafe { kern_yield(PRI_USER) }
+}
+
+pub unsafe fn vmm_host_log(level: c_int, msg: *const u8, len: usize) {
+    static mut LAST: [[i64; 2]; LOG_LEVELS] = [[0; 2]; LOG_LEVELS];
+    static mut COUNT: [c_int; LOG_LEVELS] = [0; LOG_LEVELS];
+    // SAFETY: the kernel's own functions and flag; where several CPUs log at once, it
+    // may count wrong, as it does for itself. The index is inside.
+    unsafe {
+        let wanted = match usize::try_from(level) {
+            Ok(n) if n < LOG_LEVELS => {
+                let last = (&raw mut LAST).cast::<[i64; 2]>().add(n);
+                let count = (&raw mut COUNT).cast::<c_int>().add(n);
+                ppsratecheck(last, count, LOG_RATE) != 0
+            }
+            _ => (&raw const bootverbose).read_volatile() != 0,
+        };
+        if wanted {
+            printf(LOG_FORMAT.as_ptr(), len as c_int, msg);
+        }
+    }
+}
+
+pub unsafe fn vmm_host_panic(msg: *const u8, len: usize) -> ! {
+    // SAFETY: ends the kernel.
+    unsafe { panic(LOG_FORMAT.as_ptr(), len as c_int, msg) }
 }
 
 pub unsafe fn vmm_host_mutex_lock(m: *mut HostMutex) {

@@ -113,12 +113,12 @@ impl Store {
         page
     }
 
-    /// Takes what is at `off` out of the segment.
-    pub fn detach(&self, off: u64) -> Chunk {
+    /// Takes what is at `off` out of the segment. It always can.
+    pub fn detach(&self, off: u64) -> Result<Chunk, i32> {
         let slot = self.chunks.get((off / CHUNK) as usize);
         let chunk = slot.map(Cell::take).unwrap_or_default();
         self.resident.set(self.resident.get() - chunk.resident());
-        chunk
+        Ok(chunk)
     }
 
     /// Bytes allocated so far.
