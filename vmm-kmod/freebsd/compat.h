@@ -54,9 +54,7 @@
 	    ~(vm_paddr_t)0, (npages) * PAGE_SIZE, 0, VM_MEMATTR_DEFAULT)
 #endif
 
-/*
- * A page of a locked object that can be removed; and one in none is given up.
- */
+/* A page of a locked object that may be removed; one in none is given up. */
 #if __FreeBSD_version >= 1300000
 #define	VMM_PAGE_MAY_GO(m)	(vm_page_tryxbusy(m) != 0)
 #define	VMM_PAGE_UNWIRE(m)	vm_page_unwire(m, PQ_INACTIVE)

@@ -245,11 +245,14 @@ run_by_seek(struct file *fp)
 {
 
 	sx_xlock(&nodes_lock);
-	if (fp->f_ops != &run_ops) {
-		devfs_close = fp->f_ops->fo_close;
+	/* Once: others run by it. */
+	if (run_ops.fo_seek == NULL) {
 		run_ops = *fp->f_ops;
-		run_ops.fo_seek = run_seek;
+		devfs_close = run_ops.fo_close;
 		run_ops.fo_close = run_close;
+		run_ops.fo_seek = run_seek;
+	}
+	if (fp->f_ops != &run_ops) {
 		/* The file outlives its VM, if that is destroyed. */
 		atomic_add_int(&vmm_users, 1);
 		atomic_store_rel_ptr((volatile uintptr_t *)&fp->f_ops,
