@@ -6,7 +6,6 @@
 #include <sys/systm.h>
 #include <sys/bus.h>
 #include <sys/kernel.h>
-#include <sys/lock.h>
 #include <sys/malloc.h>
 #include <sys/module.h>
 #include <sys/sysctl.h>
@@ -22,6 +21,9 @@ SYSCTL_NODE(_hw_vmm, OID_AUTO, ppt, CTLFLAG_RW, NULL, "PCI passthrough");
 static int devices;
 SYSCTL_INT(_hw_vmm_ppt, OID_AUTO, devices, CTLFLAG_RD, &devices, 0,
     "functions that can be passed through");
+int vmm_host_unsafe_groups;
+SYSCTL_INT(_hw_vmm_ppt, OID_AUTO, unsafe_groups, CTLFLAG_RWTUN,
+    &vmm_host_unsafe_groups, 0, "pass functions that reach others (no ACS)");
 
 static int
 ppt_probe(device_t dev)
@@ -40,8 +42,7 @@ ppt_attach(device_t dev)
 {
 	int error = vmm_rust_ppt_add(dev, NULL, NULL, 0, pci_get_rid(dev));
 
-	if (error == 0)
-		devices++;
+	devices += error == 0;
 	return (error);
 }
 
@@ -58,18 +59,12 @@ ppt_detach(device_t dev)
 
 /* For vmm-kmod/kmod/src/ppt/freebsd.rs, what is a method or inline here. */
 uint32_t
-vmm_host_ppt_config(device_t dev, int at)
+vmm_host_ppt_config(device_t dev, int at, const uint32_t *value)
 {
 
+	if (value != NULL)
+		pci_write_config(dev, at, *value, 4);
 	return (pci_read_config(dev, at, 4));
-}
-
-void
-vmm_host_ppt_stop(device_t dev)
-{
-
-	pci_write_config(dev, PCIR_COMMAND, (pci_read_config(dev, PCIR_COMMAND,
-	    2) & ~PCIM_CMD_BUSMASTEREN) | PCIM_CMD_INTxDIS, 2);
 }
 
 /* MSI or MSI-X with *n vectors; with n NULL whichever is on goes off. */

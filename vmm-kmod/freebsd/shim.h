@@ -26,8 +26,7 @@ struct vm_object *vmm_memseg_object(struct vmm_memseg *seg);
 bool	vmm_can_sleep(void);
 
 /* What vmm-kmod/kmod/src/ppt/freebsd.rs calls, besides the kernel itself. */
-uint32_t vmm_host_ppt_config(device_t dev, int at);
-void	vmm_host_ppt_stop(device_t dev);
+uint32_t vmm_host_ppt_config(device_t dev, int at, const uint32_t *value);
 int	vmm_host_ppt_msi(device_t dev, int *n, int msix);
 
 #endif

@@ -198,8 +198,6 @@ void vmm_rust_ppt_remove(void *device);
 /* Whether a tunable names the function, and whether a VM has it. */
 int vmm_rust_ppt_wanted(unsigned int rid);
 int vmm_rust_ppt_busy(void *device);
-/* Linux: the kernel has given a vector that is watched this message. */
-void vmm_rust_ppt_msi(void *vector, uint64_t address, uint32_t data);
 /* FreeBSD: what VT-x has, 0 or 1, as src/capabilities.rs numbers it. */
 extern int vmm_rust_capabilities[8];
 

@@ -13,6 +13,10 @@ static bool unsafe_interrupts;
 module_param(unsafe_interrupts, bool, 0644);
 MODULE_PARM_DESC(unsafe_interrupts,
     "pass devices to guests without interrupt remapping: a guest can then send any interrupt to the host");
+int vmm_host_unsafe_groups;
+module_param_named(unsafe_groups, vmm_host_unsafe_groups, int, 0644);
+MODULE_PARM_DESC(unsafe_groups,
+    "pass devices that reach others without the IOMMU's knowing (no ACS)");
 
 static int ppt_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 {
@@ -52,17 +56,9 @@ struct iommu_domain *vmm_host_domain(struct device *dev)
 #endif
 }
 
-static void ppt_msi_written(struct msi_desc *desc, void *vector)
+/* The kernel calls written(desc, vector) with each message for the vector. */
+void vmm_host_watch_msi(unsigned int irq, void *written, void *vector)
 {
-	vmm_rust_ppt_msi(vector, (u64)desc->msg.address_hi << 32 |
-	    desc->msg.address_lo, desc->msg.data);
-}
-
-/* From now on each message that the kernel gives this vector is told. */
-void vmm_host_watch_msi(unsigned int irq, void *vector)
-{
-	struct msi_desc *desc = irq_get_msi_desc(irq);
-
-	desc->write_msi_msg_data = vector;
-	desc->write_msi_msg = ppt_msi_written;
+	irq_get_msi_desc(irq)->write_msi_msg_data = vector;
+	irq_get_msi_desc(irq)->write_msi_msg = written;
 }

@@ -12,6 +12,6 @@ struct device;
 struct iommu_group;
 int vmm_host_interrupts_safe(struct device *dev, struct iommu_group *group);
 struct iommu_domain *vmm_host_domain(struct device *dev);
-void vmm_host_watch_msi(unsigned int irq, void *vector);
+void vmm_host_watch_msi(unsigned int irq, void *written, void *vector);
 
 #endif

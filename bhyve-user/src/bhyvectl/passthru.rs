@@ -148,7 +148,7 @@ mod tests {
             ],
             ppt: true,
             iommu: Some(true),
-            interrupts_open: false,
+            ..Survey::default()
         }
     }
 

@@ -12,7 +12,7 @@ mod host;
 mod host;
 
 #[cfg(target_os = "freebsd")]
-pub use host::{Attached, attached, iommu_wanted};
+pub use host::{Attached, attached, groups_allowed, iommu_wanted};
 
 use std::fs::File;
 use std::io;

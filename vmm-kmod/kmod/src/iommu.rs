@@ -1,7 +1,7 @@
 //! What a VM's PCI functions see of its memory: through the host's own IOMMU
 //! driver where that is at work, otherwise through ours (VT-d and AMD-Vi).
 
-mod place;
+pub mod place;
 pub mod remap;
 
 use alloc::vec::Vec;

@@ -19,12 +19,15 @@ use core::fmt::{self, Write};
 use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
+use vmm_core::iommu::acs;
+use vmm_core::iommu::pci::Config;
 use vmm_hw::ept::MemType;
 
 use self::bar::{Bar, Kind};
 use self::host::Device;
 use self::vector::{MAX_MSI, Vectors};
 use crate::errno;
+use crate::iommu::place::Pci;
 use crate::iommu::remap::Remap;
 use crate::iommu::{self, Domain, Group};
 use crate::klog;
@@ -138,6 +141,31 @@ impl Functions {
             .map(|f| f.vm)
     }
 
+    /// Whether all functions that this one can reach without asking the IOMMU
+    /// are the VM's, or nobody's. EBUSY.
+    fn alone(&self, vm: &Vm, rid: Rid) -> Result<(), i32> {
+        for mate in acs::members(&Pci, rid.0) {
+            if mate == rid.0 || Pci.buses(mate).is_some() {
+                continue;
+            }
+            let who = match self.0.iter().find(|f| f.rid.0 == mate) {
+                Some(f) if f.vm.is_null() || ptr::eq(f.vm, vm) => continue,
+                Some(_) => "another VM",
+                None if host::used(mate) => "a driver of the host",
+                None => continue,
+            };
+            klog!(
+                Warning,
+                "ppt {rid}: without the IOMMU's knowing it reaches {}, which {who} has: no access control services (ACS)",
+                Rid(mate)
+            );
+            if !host::groups_allowed() {
+                return Err(errno::EBUSY);
+            }
+        }
+        Ok(())
+    }
+
     fn bind(&mut self, vm: &Vm, rid: Rid) -> Result<(), i32> {
         let at = self.position(rid)?;
         let f = self.0.get_mut(at).ok_or(errno::ENOENT)?;
@@ -154,6 +182,10 @@ impl Functions {
             return Err(errno::EIO);
         }
         let group = iommu::group(&f.device, rid)?;
+        if let Group::Own(_) = group {
+            acs::enable(&Pci, rid.0, host::config_write);
+            self.alone(vm, rid)?;
+        }
         // The group is under the VM's domain already if it has another of it.
         let attached = match self.has_group(&group, rid) {
             Some(other) if ptr::eq(other, vm) => true,

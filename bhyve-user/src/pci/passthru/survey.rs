@@ -9,7 +9,11 @@ mod platform;
 #[path = "survey/linux.rs"]
 mod platform;
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
+use vmm_core::iommu::acs;
+use vmm_core::iommu::pci::Config;
 use vmmapi::host_pci::PciAddress;
 
 use super::backend::BindError;
@@ -86,6 +90,10 @@ pub struct Survey {
     pub iommu: Option<bool>,
     /// A device could send the host any interrupt, and nobody has allowed that.
     pub interrupts_open: bool,
+    /// Groups are those of [`acs`], as the host has none.
+    pub own_groups: bool,
+    /// Devices may be passed that share a group with the host's.
+    pub groups_allowed: bool,
 }
 
 /// Why a function cannot be passed.
@@ -186,7 +194,11 @@ impl Survey {
                 names.collect::<Vec<_>>().join(", ")
             );
             let commands = others.iter().flat_map(|o| platform::ppt_commands(o));
-            add("group", text, commands.collect());
+            let mut commands: Vec<String> = commands.collect();
+            if self.own_groups {
+                commands.push(platform::group_command());
+            }
+            add("group", text, commands);
         }
         all
     }
@@ -194,7 +206,8 @@ impl Survey {
     /// Functions of the same group that the host uses.
     fn group_mates(&self, f: &Function) -> Vec<&Function> {
         let mates = self.functions.iter().filter(|o| {
-            f.group.is_some()
+            !(self.own_groups && self.groups_allowed)
+                && f.group.is_some()
                 && o.group == f.group
                 && o.at != f.at
                 && !o.is_bridge()
@@ -241,6 +254,20 @@ impl Survey {
         };
         format!("{name} ({at}) {why}: {error}; the kernel's log may say more")
     }
+}
+
+/// Numbers the groups that vmm.ko makes where the host's kernel makes none.
+fn number_groups(functions: &mut [Function], pci: &impl Config) {
+    let mut numbers = BTreeMap::new();
+    for f in functions {
+        let new = numbers.len() as u32;
+        let group = acs::group(pci, rid(f.at));
+        f.group = Some(*numbers.entry(group).or_insert(new));
+    }
+}
+
+fn rid(at: PciAddress) -> u16 {
+    u16::from(at.bus) << 8 | u16::from(at.slot) << 3 | u16::from(at.func)
 }
 
 /// One function's obstacles as both programs print them.

@@ -147,6 +147,45 @@ no part of it may stay with a driver of the host's:
 }
 
 #[test]
+fn where_the_host_makes_no_groups_those_of_vmm_ko_are_shown() {
+    let t = Tree::new();
+    fs::create_dir_all(t.path("firmware/acpi/tables/DMAR")).unwrap();
+    fs::create_dir_all(t.path("module/vmm/parameters")).unwrap();
+    fs::write(t.path("module/vmm/parameters/unsafe_interrupts"), "Y\n").unwrap();
+    fs::write(t.path("module/vmm/parameters/unsafe_groups"), "0\n").unwrap();
+    // Express endpoints, the first with siblings: MSI-X behind that capability.
+    let mut first = config(0x80, &[0x10, 0x11]);
+    first[0x0e] = 0x80;
+    t.add("0000:06:00.0", 0x02_0000, &first, "ppt", None);
+    let next = config(0, &[0x10, 0x11]);
+    t.add("0000:06:00.1", 0x02_0000, &next, "ixgbe", None);
+    t.add("0000:07:00.0", 0x02_0000, &next, "ppt", None);
+    let s = t.survey();
+    let groups: Vec<_> = s.functions.iter().map(|f| f.group).collect();
+    assert_eq!(groups, [Some(0), Some(0), Some(1)]);
+    assert_eq!(kinds(&s, "0000:06:00.0"), ["group"]);
+    let text = s.refusal(s.functions[0].at).unwrap();
+    assert!(
+        text.contains("group 0 with 0000:06:00.1 (ixgbe)") && text.contains("unsafe_groups"),
+        "{text}"
+    );
+    assert_eq!(kinds(&s, "0000:07:00.0"), [] as [&str; 0]);
+    // With access control services (PCI Express 6.0 §7.7.11) they are told apart.
+    let mut wide = first.to_vec();
+    wide.resize(4096, 0);
+    wide[0x100..0x104].copy_from_slice(&0x1_000d_u32.to_le_bytes());
+    fs::write(t.path("bus/pci/devices/0000:06:00.0/config"), &wide).unwrap();
+    assert_eq!(kinds(&t.survey(), "0000:06:00.0"), [] as [&str; 0]);
+    fs::write(t.path("bus/pci/devices/0000:06:00.0/config"), first).unwrap();
+    // Who cannot read them all is not told wrong ones.
+    fs::write(t.path("bus/pci/devices/0000:07:00.0/config"), &next[..64]).unwrap();
+    assert!(t.survey().functions.iter().all(|f| f.group.is_none()));
+    fs::write(t.path("bus/pci/devices/0000:07:00.0/config"), next).unwrap();
+    fs::write(t.path("module/vmm/parameters/unsafe_groups"), "1\n").unwrap();
+    assert_eq!(kinds(&t.survey(), "0000:06:00.0"), [] as [&str; 0]);
+}
+
+#[test]
 fn without_iommu_or_module_everything_says_so() {
     let t = Tree::new();
     t.add("0000:06:00.0", 0x02_0000, &config(0, &[0x05]), "", None);

@@ -269,6 +269,12 @@ pub fn iommu_wanted() -> Option<bool> {
     Some(sysctl(c"hw.vmm.iommu.enable") != Some(0))
 }
 
+/// Whether vmm.ko passes functions that share a group with the host's: ours where it
+/// is told to, others always.
+pub fn groups_allowed() -> bool {
+    sysctl(c"hw.vmm.ppt.unsafe_groups") != Some(0)
+}
+
 fn sysctl(name: &CStr) -> Option<libc::c_int> {
     let mut value: libc::c_int = 0;
     let mut len = size_of_val(&value);

@@ -52,6 +52,7 @@ pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
         config: config(lab, "vtd", 128, Iommu::Intel { interrupts: false })?,
         cases: vec![Case::new("passthru-own-vtd", |_, host| {
             open_interrupts(host)?;
+            bridges::own_groups(host)?;
             // QEMU's unit keeps one fault of a function until it is read.
             own(
                 host,
@@ -59,6 +60,7 @@ pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
             )
         })],
     };
+    vtd.config.pci.arguments.extend(bridges::pair());
     vtd.config.cmdline = "intel_iommu=off no_timer_check".to_owned();
     let amdvi = Group {
         name: "passthru-own-amdvi".to_owned(),
@@ -253,10 +255,11 @@ fn remapped(host: &mut Host) -> Result<()> {
     host.guest()
         .expect("edu: busy", RUN)
         .map_err(|e| e.context(said(host)))?;
-    let count = "n=$(sed -n 's/.*: *\\([0-9]*\\) .*ppt 00:05.0/\\1/p' /proc/interrupts)";
+    // The line with its counts.
+    let count = "n=$(grep 'ppt 00:05.0' /proc/interrupts)";
     let more = format!(
-        "{count}; m=$n; i=0; while [ $n = $m ] && [ $i -lt 600 ]; do i=$((i+1)); sleep 0.1; {count}; done; \
-         [ $n -gt $m ]"
+        "{count}; m=$n; i=0; while [ \"$n\" = \"$m\" ] && [ $i -lt 600 ]; do i=$((i+1)); sleep 0.1; {count}; done; \
+         [ -n \"$n\" ] && [ \"$n\" != \"$m\" ]"
     );
     host.must(&more, RUN)?;
     // Its message's data (PCI Local Bus 3.0 §6.8.1): the entry's number.
@@ -264,8 +267,8 @@ fn remapped(host: &mut Host) -> Result<()> {
     let read = host.must(&format!("dd if={data} skip=76 | od -An -tx2"), SHORT)?;
     ensure!(read.trim() == "0000", "it sends {read}");
     let wrong = format!(
-        "printf '\\101\\0' | dd of={data} seek=76 conv=notrunc; sleep 1; {count}; m=$n; sleep 2; \
-         {count}; echo $m $n; [ $n = $m ]"
+        "printf '\\101\\0' | dd of={data} seek=76 conv=notrunc; sleep 1; {count}; m=$n; sleep 2; {count}; \
+         echo \"$m\" \"$n\"; [ -n \"$n\" ] && [ \"$n\" = \"$m\" ]"
     );
     host.must(&wrong, SHORT)?;
     host.must("kill -9 $(pidof bhyve)", SHORT)?;

@@ -22,8 +22,8 @@ struct PciMap {
 }
 
 unsafe extern "C" {
-    fn vmm_host_ppt_config(dev: *mut c_void, at: c_int) -> u32;
-    fn vmm_host_ppt_stop(dev: *mut c_void);
+    fn vmm_host_ppt_config(dev: *mut c_void, at: c_int, write: *const u32) -> u32;
+    static vmm_host_unsafe_groups: c_int;
     fn vmm_host_ppt_msi(dev: *mut c_void, n: *mut c_int, msix: c_int) -> c_int;
 
     // sys/systm.h
@@ -48,6 +48,7 @@ unsafe extern "C" {
     fn pmap_unmapdev(va: *mut u8, len: usize);
 
     // sys/bus.h
+    fn device_is_attached(dev: *mut c_void) -> c_int;
     fn bus_alloc_resource(
         dev: *mut c_void,
         kind: c_int,
@@ -83,6 +84,10 @@ const RF_ACTIVE: c_uint = 2;
 /// INTR_TYPE_NET | INTR_MPSAFE.
 const INTR_FLAGS: c_int = 4 | 512;
 
+/// The command register (PCI Local Bus 3.0 §6.2.2), and two bits of it.
+const COMMAND: u16 = 4;
+const BUS_MASTER: u32 = 1 << 2;
+const NO_INTX: u32 = 1 << 10;
 /// Capability IDs.
 const MSI: u8 = 0x5;
 const MSIX: u8 = 0x11;
@@ -125,14 +130,33 @@ pub fn unmap_registers(va: *mut u8, len: usize) {
 
 /// Four bytes of the configuration space of any function that there is.
 pub fn config(rid: u16, at: u16) -> Option<u32> {
-    // SAFETY: any number may be asked for; what is there stays.
-    unsafe {
-        let dev = pci_find_bsf((rid >> 8) as u8, (rid >> 3 & 31) as u8, (rid & 7) as u8);
-        if dev.is_null() {
-            return None;
-        }
-        Some(vmm_host_ppt_config(dev, c_int::from(at)))
+    // SAFETY: there is the function.
+    find(rid).map(|dev| unsafe { vmm_host_ppt_config(dev.as_ptr(), c_int::from(at), ptr::null()) })
+}
+
+/// Writes them.
+pub fn config_write(rid: u16, at: u16, value: u32) {
+    if let Some(dev) = find(rid) {
+        // SAFETY: there is the function.
+        unsafe { vmm_host_ppt_config(dev.as_ptr(), c_int::from(at), &value) };
     }
+}
+
+fn find(rid: u16) -> Option<NonNull<c_void>> {
+    // SAFETY: any number may be asked for; what is there stays.
+    NonNull::new(unsafe { pci_find_bsf((rid >> 8) as u8, (rid >> 3 & 31) as u8, (rid & 7) as u8) })
+}
+
+/// Whether a driver has it, be it ppt.
+pub fn used(rid: u16) -> bool {
+    // SAFETY: there is the function.
+    find(rid).is_some_and(|dev| unsafe { device_is_attached(dev.as_ptr()) != 0 })
+}
+
+/// Whether functions may be passed that reach others of the host's.
+pub fn groups_allowed() -> bool {
+    // SAFETY: an int that the kernel may write, like any sysctl.
+    unsafe { (&raw const vmm_host_unsafe_groups).read_volatile() != 0 }
 }
 
 /// A function that ppt holds.
@@ -198,7 +222,7 @@ impl Device {
     /// Four bytes of configuration space; all ones if the function has gone.
     pub fn config(&self, at: u16) -> u32 {
         // SAFETY: `self` is attached.
-        unsafe { vmm_host_ppt_config(self.0, c_int::from(at)) }
+        unsafe { vmm_host_ppt_config(self.0, c_int::from(at), ptr::null()) }
     }
 
     /// A BAR, as the host has set it up.
@@ -225,8 +249,10 @@ impl Device {
 
     /// Bus mastering off, which MSI is a part of, and INTx.
     pub fn stop(&self) {
+        // Zeroes do nothing to the status in the upper half.
+        let command = self.config(COMMAND) & 0xffff & !BUS_MASTER | NO_INTX;
         // SAFETY: `self` is attached.
-        unsafe { vmm_host_ppt_stop(self.0) }
+        unsafe { vmm_host_ppt_config(self.0, COMMAND.into(), &command) };
     }
 
     /// A function-level reset, or through a power state; configuration space is

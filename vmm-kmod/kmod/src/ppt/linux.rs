@@ -16,7 +16,12 @@ use crate::iommu::remap::Message;
 unsafe extern "C" {
     fn vmm_host_interrupts_safe(dev: *mut c_void, group: *mut c_void) -> c_int;
     fn vmm_host_domain(dev: *mut c_void) -> *mut c_void;
-    fn vmm_host_watch_msi(irq: c_uint, vector: *mut c_void);
+    fn vmm_host_watch_msi(
+        irq: c_uint,
+        written: unsafe extern "C" fn(*mut c_void, *mut c_void),
+        vector: *mut c_void,
+    );
+    static vmm_host_unsafe_groups: c_int;
 
     // linux/pci.h
     fn pci_read_config_dword(pdev: *const c_void, at: c_int, value: *mut u32) -> c_int;
@@ -39,6 +44,9 @@ unsafe extern "C" {
     ) -> c_int;
     fn pci_free_irq_vectors(pdev: *mut c_void);
     fn pci_irq_vector(pdev: *mut c_void, nr: c_uint) -> c_int;
+
+    // linux/msi.h
+    fn get_cached_msi_msg(irq: c_uint, message: *mut MsiMessage);
 
     // linux/interrupt.h
     fn request_threaded_irq(
@@ -69,6 +77,7 @@ unsafe extern "C" {
         gfp: c_uint,
     ) -> c_int;
 
+    fn pci_dev_driver(pdev: *const c_void) -> *const c_void;
     fn pci_get_domain_bus_and_slot(domain: c_int, bus: c_uint, devfn: c_uint) -> *mut c_void;
     fn pci_dev_put(pdev: *mut c_void);
 
@@ -110,6 +119,15 @@ const EAGAIN: c_int = 11;
 /// Linux's own, of which no number reaches userland.
 const ENOTTY: c_int = 25;
 
+/// `struct msi_msg` (linux/msi.h).
+#[repr(C)]
+#[derive(Default)]
+struct MsiMessage {
+    low: u32,
+    high: u32,
+    data: u32,
+}
+
 /// What begins a `struct resource` (linux/ioport.h).
 #[repr(C)]
 struct Resource {
@@ -131,19 +149,48 @@ pub fn unmap_registers(va: *mut u8, _len: usize) {
     unsafe { iounmap(va) }
 }
 
-/// Four bytes of the configuration space of any function that there is.
-pub fn config(rid: u16, at: u16) -> Option<u32> {
-    let mut value = u32::MAX;
+/// What `look` finds at any function, None: there is no such function.
+fn at<T>(rid: u16, look: impl FnOnce(*mut c_void) -> T) -> Option<T> {
     // SAFETY: any number may be asked for; the reference is given back.
     unsafe {
         let pdev = pci_get_domain_bus_and_slot(0, c_uint::from(rid >> 8), c_uint::from(rid & 0xff));
         if pdev.is_null() {
             return None;
         }
-        pci_read_config_dword(pdev, c_int::from(at), &mut value);
+        let found = look(pdev);
         pci_dev_put(pdev);
+        Some(found)
     }
-    Some(value)
+}
+
+/// Four bytes of the configuration space of any function that there is.
+pub fn config(rid: u16, offset: u16) -> Option<u32> {
+    at(rid, |pdev| {
+        let mut value = u32::MAX;
+        // SAFETY: there is the function, `value` is writable.
+        unsafe { pci_read_config_dword(pdev, c_int::from(offset), &mut value) };
+        value
+    })
+}
+
+/// Writes them.
+pub fn config_write(rid: u16, offset: u16, value: u32) {
+    at(rid, |pdev| {
+        // SAFETY: there is the function.
+        unsafe { pci_write_config_dword(pdev, c_int::from(offset), value) };
+    });
+}
+
+/// Whether a driver has it, be it ppt.
+pub fn used(rid: u16) -> bool {
+    // SAFETY: there is the function.
+    at(rid, |pdev| unsafe { !pci_dev_driver(pdev).is_null() }) == Some(true)
+}
+
+/// Whether functions may be passed that reach others of the host's.
+pub fn groups_allowed() -> bool {
+    // SAFETY: an int that the kernel may write, like any parameter.
+    unsafe { (&raw const vmm_host_unsafe_groups).read_volatile() != 0 }
 }
 
 /// Linux has no tunables for this: driver_override names the function's driver.
@@ -189,10 +236,17 @@ extern "C" fn handler(_irq: c_int, arg: *mut c_void) -> c_int {
 ///
 /// # Safety
 /// `vector` is one that is set up, or is about to be.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn vmm_rust_ppt_msi(vector: *mut c_void, address: u64, data: u32) {
+unsafe extern "C" fn written(_desc: *mut c_void, vector: *mut c_void) {
     // SAFETY: by the caller's word.
-    unsafe { &*vector.cast::<Vector>() }.follow((address, data));
+    let vector = unsafe { &*vector.cast::<Vector>() };
+    let Some(irq) = vector.watched() else {
+        return;
+    };
+    let mut message = MsiMessage::default();
+    // SAFETY: the vector's interrupt; `message` is writable.
+    unsafe { get_cached_msi_msg(irq, &mut message) };
+    let MsiMessage { low, high, data } = message;
+    vector.follow((u64::from(high) << 32 | u64::from(low), data));
 }
 
 /// Where a function keeps the messages of its vectors.
@@ -433,8 +487,8 @@ impl Device {
         check(unsafe {
             let irq = pci_irq_vector(self.pci, nr as c_uint);
             check(irq)?;
-            if to.remapped() {
-                vmm_host_watch_msi(irq as c_uint, ptr::from_ref(to).cast_mut().cast());
+            if to.watch(irq as c_uint) {
+                vmm_host_watch_msi(irq as c_uint, written, ptr::from_ref(to).cast_mut().cast());
             }
             request_threaded_irq(
                 irq as c_uint,

@@ -2,7 +2,7 @@
 
 use alloc::boxed::Box;
 use core::ffi::{c_int, c_void};
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use vmm_core::apicbus::ApicMessage;
 use vmm_hw::amdvi::interrupts::ENTRIES;
@@ -31,6 +31,8 @@ struct Remapped {
     table: *const Remap,
     entry: usize,
     slot: Slot,
+    /// The host's number of it.
+    irq: AtomicU32,
     /// The table has a message for it.
     on: AtomicBool,
 }
@@ -41,18 +43,29 @@ unsafe impl Send for Vector {}
 // SAFETY: as above.
 unsafe impl Sync for Vector {}
 
+#[cfg_attr(
+    feature = "freebsd",
+    expect(dead_code, reason = "FreeBSD tells nobody of its messages")
+)]
 impl Vector {
-    /// Whether `follow` is to be told of the host's messages.
-    pub fn remapped(&self) -> bool {
-        self.remapped.is_some()
+    /// The host's number of the interrupt is to be; whether `follow` is to be
+    /// told of its messages.
+    pub fn watch(&self, irq: u32) -> bool {
+        let Some(r) = &self.remapped else {
+            return false;
+        };
+        r.irq.store(irq, Ordering::Relaxed);
+        true
+    }
+
+    /// That number.
+    pub fn watched(&self) -> Option<u32> {
+        let r = self.remapped.as_ref()?;
+        Some(r.irq.load(Ordering::Relaxed))
     }
 
     /// The host has given the function this message for the vector, or none
     /// (any context).
-    #[cfg_attr(
-        feature = "freebsd",
-        expect(dead_code, reason = "FreeBSD does not tell")
-    )]
     pub fn follow(&self, message: Message) {
         let Some(r) = &self.remapped else {
             return;
@@ -69,7 +82,9 @@ impl Vector {
             self.deliver();
         }
     }
+}
 
+impl Vector {
     /// Sends the guest's message.
     fn deliver(&self) {
         let packed = self.message.load(Ordering::Acquire);
@@ -140,6 +155,7 @@ impl Vectors {
                 table,
                 entry,
                 slot: slots.get(entry),
+                irq: AtomicU32::new(0),
                 on: AtomicBool::new(false),
             }),
         })

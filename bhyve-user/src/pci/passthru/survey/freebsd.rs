@@ -1,9 +1,12 @@
 //! `/dev/pci` tells. FreeBSD has no groups, and says whether there is an IOMMU only
 //! when the first device is passed.
 
+use std::collections::BTreeMap;
+
+use vmm_core::iommu::pci::Config;
 use vmmapi::host_pci::{self, HostFunction};
 
-use super::{Function, Survey};
+use super::{Function, Survey, number_groups, rid};
 use crate::pci::passthru::request::Rules;
 
 pub(super) fn host() -> Result<Survey, String> {
@@ -23,6 +26,11 @@ pub(super) fn host() -> Result<Survey, String> {
         })
         .collect();
     functions.sort_by_key(|f| f.at);
+    // Only root can read them all.
+    let open = |f: &Function| Some((rid(f.at), HostFunction::open(f.at).ok()?));
+    if let Some(all) = functions.iter().map(open).collect() {
+        number_groups(&mut functions, &Spaces(all));
+    }
     let wanted = host_pci::iommu_wanted();
     Ok(Survey {
         functions,
@@ -33,7 +41,23 @@ pub(super) fn host() -> Result<Survey, String> {
             None
         },
         interrupts_open: false,
+        own_groups: true,
+        groups_allowed: host_pci::groups_allowed(),
     })
+}
+
+/// Functions, by requester ID.
+struct Spaces(BTreeMap<u16, HostFunction>);
+
+impl Config for Spaces {
+    fn config(&self, rid: u16, at: u16) -> Option<u32> {
+        let function = self.0.get(&rid)?;
+        Some(function.config_read(at, 4).unwrap_or(u32::MAX))
+    }
+}
+
+pub(super) fn group_command() -> String {
+    "or, if the guest is to be trusted: sysctl hw.vmm.ppt.unsafe_groups=1".into()
 }
 
 /// Writing is what the kernel lets only root do, and opening is for both.

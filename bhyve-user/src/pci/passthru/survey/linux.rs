@@ -1,11 +1,13 @@
 //! sysfs tells; so do the commands.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use vmm_core::iommu::ivrs;
+use vmm_core::iommu::pci::Config;
 
-use super::{Function, Survey, has_messages};
+use super::{Function, Survey, has_messages, number_groups, rid};
 use crate::pci::passthru::request::parse_linux;
 
 pub(super) fn host() -> Result<Survey, String> {
@@ -18,6 +20,7 @@ pub(super) fn survey(sys: &Path) -> Result<Survey, String> {
     let devices = sys.join("bus/pci/devices");
     let fail = |e| format!("{}: {e}", devices.display());
     let mut functions = Vec::new();
+    let mut spaces = Spaces::default();
     for entry in fs::read_dir(&devices).map_err(fail)? {
         let entry = entry.map_err(fail)?;
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -46,6 +49,7 @@ pub(super) fn survey(sys: &Path) -> Result<Survey, String> {
             reset: Some(folder.join("reset").exists()),
             name,
         });
+        spaces.0.insert(rid(at), config);
     }
     functions.sort_by_key(|f| f.at);
     let mut groups = fs::read_dir(sys.join("kernel/iommu_groups"))
@@ -63,17 +67,42 @@ pub(super) fn survey(sys: &Path) -> Result<Survey, String> {
         let table = fs::read(tables.join("IVRS")).unwrap_or_default();
         ivrs::interrupts(&table) && !tables.join("DMAR").exists()
     };
-    let allowed = fs::read_to_string(sys.join(ALLOWED)).unwrap_or_default();
+    let own_groups = iommu.is_none();
+    // Only root can read them.
+    if own_groups && spaces.0.values().all(|s| s.len() >= 256) {
+        number_groups(&mut functions, &spaces);
+    }
+    let parameter = |name| fs::read_to_string(sys.join(name)).unwrap_or_default();
+    let allowed = parameter(ALLOWED);
     Ok(Survey {
         functions,
         ppt: sys.join("bus/pci/drivers/ppt").exists(),
         iommu,
+        own_groups,
+        groups_allowed: !matches!(parameter(GROUPS).trim(), "" | "0"),
         interrupts_open: iommu.is_none() && !allowed.starts_with('Y') && !remapped(),
     })
 }
 
-/// vmm.ko's parameter.
+/// Configuration spaces, by requester ID.
+#[derive(Default)]
+struct Spaces(BTreeMap<u16, Vec<u8>>);
+
+impl Config for Spaces {
+    fn config(&self, rid: u16, at: u16) -> Option<u32> {
+        let space = self.0.get(&rid)?;
+        let four = space.get(usize::from(at)..).and_then(|s| s.first_chunk());
+        Some(four.map_or(u32::MAX, |four| u32::from_le_bytes(*four)))
+    }
+}
+
+/// vmm.ko's parameters.
 const ALLOWED: &str = "module/vmm/parameters/unsafe_interrupts";
+const GROUPS: &str = "module/vmm/parameters/unsafe_groups";
+
+pub(super) fn group_command() -> String {
+    format!("or, if the guest is to be trusted: echo 1 > /sys/{GROUPS}")
+}
 
 pub(super) fn interrupt_commands() -> Vec<String> {
     vec![format!(
