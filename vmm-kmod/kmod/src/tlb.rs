@@ -47,10 +47,7 @@ impl Page {
     /// stays where it is until this vCPU has left the run loop.
     #[inline]
     fn holds(&self, state: &Paging, gla: u64, generation: u64) -> bool {
-        if self.generation != generation
-            || self.gla != gla & !(PAGE - 1)
-            || self.state != *state
-        {
+        if self.generation != generation || self.gla != gla & !(PAGE - 1) || self.state != *state {
             return false;
         }
         for (va, entry) in self.entries.iter().take(self.depth) {
