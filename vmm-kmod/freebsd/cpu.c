@@ -64,16 +64,6 @@ vmm_host_kick_cpu(uint32_t cpu)
 	ipi_cpu(cpu, IPI_AST);
 }
 
-void
-vmm_host_set_vmxe(int on)
-{
-
-	if (on)
-		load_cr4(rcr4() | CR4_VMXE);
-	else
-		load_cr4(rcr4() & ~CR4_VMXE);
-}
-
 int
 vmm_host_guest_begin(void)
 {

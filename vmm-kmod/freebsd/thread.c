@@ -67,13 +67,6 @@ vmm_host_yield(void)
 	return (VMM_AST_OTHER(td));
 }
 
-bool
-vmm_host_alone(void)
-{
-
-	return (!sched_runnable());
-}
-
 struct vmm_mutex *
 vmm_host_mutex_create(void)
 {
@@ -182,11 +175,4 @@ vmm_host_timer_arm(struct vmm_timer *t, uint64_t ns)
 
 	callout_reset_sbt(&t->callout, nstosbt(MIN(ns, MAX_NS)), 0,
 	    timer_fired, t, C_DIRECT_EXEC);
-}
-
-void
-vmm_host_timer_disarm(struct vmm_timer *t)
-{
-
-	callout_stop(&t->callout);
 }

@@ -87,6 +87,7 @@ unsafe extern "C" {
     pub fn vmm_host_run_on_cpu(cpu: u32, f: extern "C" fn(*mut c_void), arg: *mut c_void) -> c_int;
     pub fn vmm_host_run_on_all(f: extern "C" fn(*mut c_void), arg: *mut c_void);
     pub fn vmm_host_kick_cpu(cpu: u32);
+    #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_set_vmxe(on: c_int);
     #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_irq_save() -> c_ulong;
@@ -100,7 +101,8 @@ unsafe extern "C" {
     pub fn vmm_host_yield() -> c_int;
     #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_give_way();
-    #[cfg_attr(not(feature = "freebsd"), link_name = "single_task_running")]
+    #[cfg(not(feature = "freebsd"))]
+    #[link_name = "single_task_running"]
     pub fn vmm_host_alone() -> bool;
 
     pub fn vmm_host_mutex_create() -> *mut HostMutex;
@@ -137,7 +139,8 @@ unsafe extern "C" {
     pub fn vmm_host_timer_create(arg: *mut c_void) -> *mut Timer;
     pub fn vmm_host_timer_destroy(t: *mut Timer);
     pub fn vmm_host_timer_arm(t: *mut Timer, ns: u64);
-    #[cfg_attr(not(feature = "freebsd"), link_name = "hrtimer_try_to_cancel")]
+    #[cfg(not(feature = "freebsd"))]
+    #[link_name = "hrtimer_try_to_cancel"]
     pub fn vmm_host_timer_disarm(t: *mut Timer);
 
     #[cfg(not(feature = "freebsd"))]

@@ -5,7 +5,9 @@ use core::ffi::{CStr, c_char, c_int, c_ulong, c_void};
 use core::ptr;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use super::{HostMutex, Sleeper, vmm_host_alloc_pages, vmm_host_free_pages};
+use vmm_hw::instr;
+
+use super::{HostMutex, Sleeper, Timer, vmm_host_alloc_pages, vmm_host_free_pages};
 
 /// Where a lock was taken, for the kernel's own checks.
 const FILE: &CStr = c"vmm";
@@ -17,6 +19,10 @@ unsafe extern "C" {
     fn spinlock_enter();
     fn spinlock_exit();
     fn kern_yield(priority: c_int);
+    /// An int or a bool, by the kernel's version.
+    fn sched_runnable() -> u8;
+    /// The last argument is gone since.
+    fn _callout_stop_safe(callout: *mut Timer, flags: c_int, drain: *mut c_void) -> c_int;
     fn malloc(size: usize, kind: *mut c_void, flags: c_int) -> *mut c_void;
     fn free(p: *mut c_void, kind: *mut c_void);
     fn vmm_can_sleep() -> bool;
@@ -80,6 +86,25 @@ pub unsafe fn vmm_host_free(p: *mut c_void, size: usize, align: usize) {
 pub unsafe fn vmm_host_give_way() {
     // SAFETY: process context.
     unsafe { kern_yield(PRI_USER) }
+}
+
+pub unsafe fn vmm_host_alone() -> bool {
+    // SAFETY: any context.
+    unsafe { sched_runnable() == 0 }
+}
+
+pub unsafe fn vmm_host_timer_disarm(t: *mut Timer) {
+    // SAFETY: by the caller's word; the callout is what comes first in it.
+    unsafe { _callout_stop_safe(t, 0, ptr::null_mut()) };
+}
+
+pub unsafe fn vmm_host_set_vmxe(on: c_int) {
+    const VMXE: u64 = 1 << 13;
+    // SAFETY: CPL 0, interrupts off; the kernel keeps no other books of it.
+    unsafe {
+        let cr4 = instr::read_cr4();
+        instr::write_cr4(if on != 0 { cr4 | VMXE } else { cr4 & !VMXE });
+    }
 }
 
 pub unsafe fn vmm_host_log(level: c_int, msg: *const u8, len: usize) {
