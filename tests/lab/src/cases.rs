@@ -62,6 +62,7 @@ pub fn all(lab: &Lab) -> Result<Vec<Group>> {
     if lab.engine == Engine::Bochs {
         // The other kind of CPU in every run.
         groups.push(guests::group(lab, Engine::Qemu)?);
+        groups.push(linux::few(lab, Engine::Qemu));
     }
     groups.push(virtio::group(lab)?);
     if lab.engine != Engine::Kvm {

@@ -26,10 +26,10 @@ impl Lab {
     ///
     /// # Errors
     /// The emulator does not start.
-    pub fn bare(&self, name: &str, cpus: u32, cmdline: &str) -> Result<Machine> {
+    pub fn bare(&self, name: &str, engine: Engine, cpus: u32, cmdline: &str) -> Result<Machine> {
         let HostKernel { image, .. } = &self.kit.kernel;
         let spec = Spec {
-            engine: self.engine,
+            engine,
             cpus,
             memory_mib: 512,
             count_instructions: false,
@@ -37,7 +37,7 @@ impl Lab {
             disk: None,
             kernel: image.clone(),
             initramfs: std::fs::read(&self.kit.guest_initrd)?,
-            cmdline: format!("{cmdline} {}", self.engine.kernel_parameters()),
+            cmdline: format!("{cmdline} {}", engine.kernel_parameters()),
         };
         Machine::start(&spec, &self.dirs.fresh(name)?)
     }

@@ -2,6 +2,7 @@
 
 use super::{firmware, linux};
 use crate::host::{Config, Host, SHORT};
+use crate::machine::Engine;
 use crate::runner::{Case, Group, Lab, eventually};
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
@@ -29,6 +30,18 @@ pub fn group(lab: &Lab) -> Group {
             Case::new("module-busy-while-vm-exists", module_busy),
         ],
     }
+}
+
+/// Those that take little time, for a host with [`linux::guest`] on an engine that is
+/// not the run's own.
+pub fn few(engine: Engine) -> [Case; 4] {
+    let name = |name: &str| format!("{engine}-{name}");
+    [
+        Case::new(name("module-load-unload"), module_load_unload),
+        Case::new(name("destroy-running-vm"), destroy_running),
+        Case::new(name("kill-9-running-vm"), kill_running),
+        Case::new(name("module-busy-while-vm-exists"), module_busy),
+    ]
 }
 
 fn module_load_unload(_: &Lab, host: &mut Host) -> Result<()> {
