@@ -101,15 +101,13 @@ pub fn rustc_version() -> Result<String> {
 /// relocation that a module loader does not take.
 ///
 /// `relro-level=off` keeps GOTPCREL relocations away; `Zbuild-std` needs
-/// `RUSTC_BOOTSTRAP` on a stable compiler.
-pub fn kernel_cargo_env(cargo: &mut Command, source: &CoreSource) {
+/// `RUSTC_BOOTSTRAP` on a stable compiler. `more` are flags of the compiler's besides.
+pub fn kernel_cargo_env(cargo: &mut Command, source: &CoreSource, more: &str) {
+    let flags = "-C code-model=kernel -C no-redzone=yes -C relro-level=off \
+                 -C force-frame-pointers=yes";
     cargo
         .env("RUSTC_BOOTSTRAP", "1")
-        .env(
-            "RUSTFLAGS",
-            "-C code-model=kernel -C relocation-model=static -C no-redzone=yes \
-             -C relro-level=off -C force-frame-pointers=yes",
-        )
+        .env("RUSTFLAGS", format!("{flags} {more}"))
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env_remove("CARGO_BUILD_TARGET");
     if let CoreSource::Directory(library) = source {

@@ -5,6 +5,7 @@ use crate::command::output;
 use crate::core_src::{self, CoreSource, KERNEL_CARGO_ARGS, kernel_cargo_env};
 use crate::dirs::Dirs;
 use crate::host_kernel::HostKernel;
+use crate::one_section;
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -63,11 +64,20 @@ pub fn object(dirs: &Dirs, into: &str, extra: &[&str], object: &Path) -> Result<
     link(&archive, &exports, host, object)
 }
 
+/// Where the Rust half of the module is.
+const MODULE: &str = "vmm-kmod/kmod";
+
 /// A cargo command on the workspace `folder`, which is one of its own for the
 /// kernel target; `into` is its target directory.
 pub fn cargo(dirs: &Dirs, source: &CoreSource, folder: &str, into: &str, args: &[&str]) -> Command {
     let mut cargo = Command::new("cargo");
-    kernel_cargo_env(&mut cargo, source);
+    // The module's own addresses are relative, and so need no relocation within a section.
+    let more = if folder == MODULE {
+        "-C relocation-model=pic -Z direct-access-external-data=yes"
+    } else {
+        "-C relocation-model=static"
+    };
+    kernel_cargo_env(&mut cargo, source, more);
     if let Some((verb, rest)) = args.split_first() {
         cargo.arg(verb);
         if *verb != "fmt" {
@@ -108,12 +118,15 @@ pub(crate) fn static_library(
     extra: &[&str],
 ) -> Result<PathBuf> {
     let mut args = vec![
-        "build",
+        "rustc",
         "--release",
         "--message-format=json-render-diagnostics",
     ];
     args.extend(extra);
-    let text = output(&mut cargo(dirs, source, "vmm-kmod/kmod", into, &args))?;
+    // One section of code: what nobody calls has gone with LTO, and calls within a section
+    // are the assembler's.
+    args.extend(["--", "-Zfunction-sections=no"]);
+    let text = output(&mut cargo(dirs, source, MODULE, into, &args))?;
     text.lines()
         .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok())
         .filter_map(|m| {
@@ -129,8 +142,19 @@ pub(crate) fn static_library(
         .context("vmm-kmod/kmod made no static library")
 }
 
+/// A section for each kind of thing, and not for each function.
+const SECTIONS: &str = "SECTIONS {
+    .text 0 : { *(.text .text.*) }
+    .rodata 0 : { *(.rodata .rodata.*) }
+    .data.rel.ro 0 : { *(.data.rel.ro .data.rel.ro.*) }
+    .data 0 : { *(.data .data.*) }
+    .bss 0 : { *(.bss .bss.*) }
+}
+";
+
 /// One relocatable object with what the C side calls on `host`, and what that
-/// needs. A line of `exports` is a name, and the host if it is for one only.
+/// needs. A line of `exports` is a name, and the host if it is for one only. Beside the
+/// library, with the extension `debug`, is the same with the lines of its source.
 pub(crate) fn link(archive: &Path, exports: &Path, host: &str, object: &Path) -> Result<()> {
     let names = fs::read_to_string(exports)
         .with_context(|| format!("cannot read {}", exports.display()))?;
@@ -142,24 +166,21 @@ pub(crate) fn link(archive: &Path, exports: &Path, host: &str, object: &Path) ->
         .filter(|(_, only)| *only == host)
         .map(|(name, _)| name)
         .collect();
+    let script = archive.with_extension("lds");
+    fs::write(&script, SECTIONS)?;
     let mut ld = Command::new("ld");
-    ld.args(["-r", "--gc-sections"]);
+    ld.args(["-r", "--gc-sections"]).arg("-T").arg(&script);
     if let Some(first) = names.first() {
         ld.args(["-e", first]);
     }
     for name in &names {
         ld.args(["-u", name]);
     }
-    let whole = object.with_extension("whole");
+    let whole = archive.with_extension("debug");
     output(ld.arg("-o").arg(&whole).arg(archive))?;
-    // build-std leaves bitcode behind, which modpost complains about.
-    output(
-        Command::new("objcopy")
-            .args(["-R", ".llvmbc", "-R", ".llvmcmd", "-R", ".comment"])
-            .arg(&whole)
-            .arg(object),
-    )?;
-    fs::remove_file(&whole)?;
+    let joined = one_section::join(&fs::read(&whole)?, &names)
+        .with_context(|| format!("cannot link {}", whole.display()))?;
+    fs::write(object, joined)?;
     Ok(())
 }
 

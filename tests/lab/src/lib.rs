@@ -29,6 +29,7 @@ pub mod kmod_freebsd;
 pub mod machine;
 pub mod meter;
 pub mod nudge;
+mod one_section;
 pub mod programs;
 pub mod programs_freebsd;
 pub mod progress;
