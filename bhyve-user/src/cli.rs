@@ -58,9 +58,9 @@ Usage: bhyve [-aAbCDehHPSuvwWxY]
        -p: pin a virtual CPU to a host CPU
        -P: leave the guest on PAUSE
        -s: PCI slot; \"-s help\" lists the emulations. A disk is
-           virtio-blk,PATH[,ro][,sync][,nocache][,nodelete][,serial=ID]
-           [,sectorsize=LOGICAL[/PHYSICAL]][,queues=N], PATH a raw file or a
-           block device
+           virtio-blk,PATH[,ro][,sync][,direct][,nocache][,nodelete]
+           [,serial=ID][,sectorsize=LOGICAL[/PHYSICAL]][,queues=N], PATH a raw
+           file or a block device
        -S: wire guest memory, which passthru needs
        -u: RTC keeps UTC
        -U: UUID

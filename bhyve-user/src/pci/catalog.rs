@@ -73,7 +73,7 @@ pub const EMULATIONS: &[Emulation] = &[
     },
     Emulation {
         name: "virtio-blk",
-        help: "PATH[,ro][,sync][,nocache][,nodelete][,serial=ID][,sectorsize=LOGICAL[/PHYSICAL]]\
+        help: "PATH[,ro][,sync][,direct][,nocache][,nodelete][,serial=ID][,sectorsize=LOGICAL[/PHYSICAL]]\
                [,queues=N]: a disk, PATH a raw file or a block device; a queue for each vCPU",
         builder: Builder::Virtio(|slot, means| virtio::blk::build(&slot.conf, means.cpus)),
     },
@@ -85,7 +85,7 @@ pub const EMULATIONS: &[Emulation] = &[
     },
     Emulation {
         name: "ahci-hd",
-        help: "PATH[,ro][,sync][,nocache][,nodelete][,sectorsize=LOGICAL[/PHYSICAL]][,ser=ID]\
+        help: "PATH[,ro][,sync][,direct][,nocache][,nodelete][,sectorsize=LOGICAL[/PHYSICAL]][,ser=ID]\
                [,model=NAME][,rev=REVISION][,nmrr=RATE]: a SATA disk",
         builder: Builder::Pci(|slot, means| ahci(Some(Kind::Hd), slot, means)),
     },
@@ -97,7 +97,7 @@ pub const EMULATIONS: &[Emulation] = &[
     Emulation {
         name: "nvme",
         help: "PATH[,maxq=QUEUES][,qsz=ENTRIES][,sectsz=BYTES][,ser=ID][,eui64=N][,ro][,sync]\
-               [,nocache][,nodelete]: an NVMe disk, PATH a raw file or a block device",
+               [,direct][,nocache][,nodelete]: an NVMe disk, PATH a raw file or a block device",
         builder: Builder::Pci(|slot, means| {
             let name = format!("nvme {}", slot.at);
             crate::nvme::build(&slot.conf, name, means.memory.clone())

@@ -121,6 +121,8 @@ pub fn prerequisites(engines: &[Engine]) -> Result<()> {
     let mut packages = BUILD_PACKAGES.to_vec();
     // grub-mkrescue runs mformat for its EFI half, which is left out without it.
     packages.push("mtools");
+    // Disks of Linux guests are made by mke2fs.
+    packages.push("e2fsprogs");
     for engine in engines {
         packages.extend(engine.packages());
     }

@@ -182,7 +182,7 @@ impl Functions {
             return Err(errno::EIO);
         }
         let group = iommu::group(&f.device, rid)?;
-        if let Group::Own(_) = group {
+        if matches!(group, Group::Own(_)) {
             acs::enable(&Pci, rid.0, host::config_write);
             self.alone(vm, rid)?;
         }

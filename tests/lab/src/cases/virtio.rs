@@ -68,8 +68,13 @@ pub fn group(lab: &Lab) -> Result<Group> {
             if let Some(root) = &image.mfsroot {
                 config.file("guest/root", root);
             }
-            let modules = drive_modules(lab, &mut config);
-            let modules = modules.unwrap_or_default();
+            let modules = drive_modules(lab, &mut config).unwrap_or_else(|| {
+                cases.push(Case::skipped(
+                    "virtio-freebsd-drives",
+                    "no modules/{cam,ahci,nvme,nvd}.ko in an image directory",
+                ));
+                Vec::new()
+            });
             cases.push(Case::new(name, move |_, host| freebsd(host, &modules)));
         }
         _ => cases.push(Case::skipped(
@@ -200,6 +205,8 @@ fn linux(lab: &Lab, host: &mut Host) -> Result<()> {
         .find_map(|l| l.strip_suffix("  -"))
         .with_context(|| format!("no checksum in:\n{sum}"))?
         .to_owned();
+    // Unread, the prompt would pass for the next guest's.
+    host.guest().expect("guest# ", SHORT)?;
     kill(host, &guest)?;
     for disk in ["/tmp/disk", "/tmp/nvme"] {
         let seen = host.must(
