@@ -24,11 +24,18 @@ const COMMAND_HEAD: usize = 0x2000;
 const COMMAND_TAIL: usize = 0x2008;
 const EVENT_HEAD: usize = 0x2010;
 const EVENT_TAIL: usize = 0x2018;
+const STATUS: usize = 0x2020;
 
 const IOMMU_EN: u64 = 1;
 const EVENT_LOG_EN: u64 = 1 << 2;
 const COHERENT: u64 = 1 << 10;
 const COMMANDS_EN: u64 = 1 << 12;
+
+/// STATUS: events have been lost, and none is logged from then on; written as one, it
+/// is cleared.
+const EVENT_OVERFLOW: u64 = 1;
+/// STATUS: events are logged.
+const EVENT_LOG_RUN: u64 = 1 << 3;
 
 /// 65,536 entries of 32 bytes.
 const DEVICE_TABLE_ORDER: u32 = 9;
@@ -67,6 +74,9 @@ const OF_WRITE: u64 = 1 << 53;
 
 /// Reads of a place until a command must be done.
 const PATIENCE: u32 = 10_000_000;
+
+/// Reads of a register until the log, which has overflowed, must have ended.
+const LOG_ENDS: u32 = 1000;
 
 /// Domain of all that passes as it is.
 const PASS_DOMAIN: u16 = 1;
@@ -199,7 +209,14 @@ impl<H: Host, R: Registers> Unit<H, R> {
         shared(&self.devices, at).store(entry.translation, Ordering::Release);
     }
 
+    /// Where the unit does not say that it has done so, the entry is blocked: it must not
+    /// look at what may be gone the next time.
     fn set(&self, rid: u16, entry: &Entry) -> Result<(), Refusal> {
+        self.change(rid, entry)
+            .inspect_err(|_| self.put(rid, &BLOCKED))
+    }
+
+    fn change(&self, rid: u16, entry: &Entry) -> Result<(), Refusal> {
         let at = usize::from(rid) * ENTRY;
         let old = shared(&self.devices, at + 8).load(Ordering::Relaxed) as u16;
         // Blocked while it is neither the one nor the other.
@@ -250,8 +267,9 @@ impl<H: Host, R: Registers> Unit<H, R> {
         self.set(rid, &PASS)
     }
 
-    /// Calls `f` with each fault that has been recorded, and clears them.
-    pub fn faults(&self, mut f: impl FnMut(Fault)) {
+    /// Calls `f` with each fault that has been recorded, and clears them. Whether there
+    /// was no room for some.
+    pub fn faults(&self, mut f: impl FnMut(Fault)) -> bool {
         let r = &self.registers;
         let tail = r.read64(EVENT_TAIL) & (RING_BYTES - 16);
         let mut head = r.read64(EVENT_HEAD) & (RING_BYTES - 16);
@@ -275,6 +293,27 @@ impl<H: Host, R: Registers> Unit<H, R> {
             head = (head + 16) & (RING_BYTES - 1);
         }
         r.write64(EVENT_HEAD, head);
+        let lost = r.read64(STATUS) & EVENT_OVERFLOW != 0;
+        if lost {
+            self.log_again();
+        }
+        lost
+    }
+
+    /// Starts the log anew after an overflow, which ends it (§2.5.2).
+    fn log_again(&self) {
+        let r = &self.registers;
+        let running = || r.read64(STATUS) & EVENT_LOG_RUN != 0;
+        if (0..LOG_ENDS).all(|_| running()) {
+            // The next time, then.
+            return;
+        }
+        let control = r.read64(CONTROL);
+        r.write64(CONTROL, control & !EVENT_LOG_EN);
+        r.write64(STATUS, EVENT_OVERFLOW);
+        r.write64(EVENT_HEAD, 0);
+        r.write64(EVENT_TAIL, 0);
+        r.write64(CONTROL, control | EVENT_LOG_EN);
     }
 }
 

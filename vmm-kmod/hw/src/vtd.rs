@@ -310,7 +310,14 @@ impl<H: Host, R: Registers> Unit<H, R> {
         (PRESENT | TT_PASS, width | u64::from(PASS_DOMAIN) << 8)
     }
 
-    fn set(&mut self, rid: u16, (low, high): (u64, u64)) -> Result<(), Refusal> {
+    /// Where the unit does not say that it has done so, nothing is present: it must not
+    /// look at what may be gone the next time.
+    fn set(&mut self, rid: u16, value: (u64, u64)) -> Result<(), Refusal> {
+        self.put(rid, value);
+        self.invalidate().inspect_err(|_| self.put(rid, (0, 0)))
+    }
+
+    fn put(&mut self, rid: u16, (low, high): (u64, u64)) {
         let page = self.contexts.get_mut(usize::from(rid >> 8));
         if let Some(page) = page {
             let at = usize::from(rid & 0xff) * 16;
@@ -322,7 +329,6 @@ impl<H: Host, R: Registers> Unit<H, R> {
             }
             write_back(page.as_ptr());
         }
-        self.invalidate()
     }
 
     /// Sends a function's DMA through the tables at `root`, of as many levels
@@ -350,11 +356,14 @@ impl<H: Host, R: Registers> Unit<H, R> {
         }
     }
 
-    /// Calls `f` with each fault that has been recorded, and clears them.
-    pub fn faults(&self, mut f: impl FnMut(Fault)) {
+    /// Calls `f` with each fault that has been recorded, and clears them. Whether there
+    /// was no room for some.
+    pub fn faults(&self, mut f: impl FnMut(Fault)) -> bool {
         let r = &self.registers;
-        if r.read32(FSTS) & FSTS_PPF == 0 {
-            return;
+        // None is recorded while an overflow is noted (§7.3.1).
+        let status = r.read32(FSTS);
+        if status & (FSTS_PPF | FSTS_PFO) == 0 {
+            return false;
         }
         for n in 0..self.capabilities.fault_records {
             let at = self.capabilities.faults + n * 16;
@@ -376,6 +385,7 @@ impl<H: Host, R: Registers> Unit<H, R> {
             r.write32(at + 12, 1 << 31);
         }
         r.write32(FSTS, FSTS_PFO);
+        status & FSTS_PFO != 0
     }
 }
 

@@ -72,7 +72,10 @@ impl Registers for Fake {
         self.put(at, u64::from(value));
     }
     fn write64(&self, at: usize, value: u64) {
-        self.put(at, value);
+        match at {
+            STATUS => self.put(at, self.word(at) & !(value & EVENT_OVERFLOW)),
+            _ => self.put(at, value),
+        }
         self.obey();
     }
 }
@@ -327,4 +330,48 @@ fn faults_are_told_once_with_their_source() {
         }]
     );
     unit.faults(|fault| panic!("{fault:?} again"));
+}
+
+#[test]
+fn a_log_that_has_overflowed_starts_anew() {
+    let f = Fake::default();
+    let unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    let log = f.word(EVENTS) & ADDRESS;
+    for at in (0..4096).step_by(16) {
+        store(log + at, 2 << 60 | 0x28);
+    }
+    f.put(EVENT_HEAD, 16);
+    f.put(EVENT_TAIL, 0);
+    // Not before the unit has ended it.
+    f.put(STATUS, EVENT_OVERFLOW | EVENT_LOG_RUN);
+    let mut seen = 0;
+    assert!(unit.faults(|_| seen += 1), "some are lost");
+    assert_eq!(seen, 255);
+    assert_eq!(f.word(STATUS), EVENT_OVERFLOW | EVENT_LOG_RUN);
+    f.put(STATUS, EVENT_OVERFLOW);
+    f.put(EVENT_HEAD, 32);
+    f.put(EVENT_TAIL, 32);
+    assert!(unit.faults(|_| panic!("none is left")));
+    assert_eq!(f.word(STATUS), 0);
+    assert_eq!((f.word(EVENT_HEAD), f.word(EVENT_TAIL)), (0, 0));
+    assert_eq!(f.word(CONTROL) & EVENT_LOG_EN, EVENT_LOG_EN);
+    f.put(EVENT_TAIL, 16);
+    assert!(!unit.faults(|_| seen += 1));
+    assert_eq!(seen, 256, "they are told again");
+}
+
+#[test]
+fn a_unit_that_gets_stuck_is_not_left_with_tables() {
+    let f = Fake::default();
+    let unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    f.0.borrow_mut().stuck = true;
+    let blocked = |f: &Fake| translate(f, 0x28, 0x1000, false).is_none();
+    assert_eq!(unit.attach(0x28, 0x1000, 2, None), Err(Refusal::Stuck));
+    assert!(blocked(&f));
+    f.0.borrow_mut().stuck = false;
+    unit.pass_on(0x28).unwrap();
+    assert!(!blocked(&f));
+    f.0.borrow_mut().stuck = true;
+    assert_eq!(unit.block(0x28), Err(Refusal::Stuck));
+    assert!(blocked(&f));
 }

@@ -241,3 +241,13 @@ fn faults_are_told_once_with_their_source() {
     );
     unit.faults(|fault| panic!("{fault:?} again"));
 }
+
+#[test]
+fn an_overflow_is_told_and_cleared_even_by_itself() {
+    let f = Fake::new(QEMU_CAP, QEMU_ECAP);
+    let unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    f.put(FSTS, FSTS_PFO);
+    assert!(unit.faults(|fault| panic!("{fault:?}")));
+    assert_eq!(f.word(FSTS) & FSTS_PFO, 0);
+    assert!(!unit.faults(|fault| panic!("{fault:?}")));
+}
