@@ -5,8 +5,9 @@ pub mod place;
 pub mod remap;
 
 use alloc::vec::Vec;
+use core::mem::ManuallyDrop;
 use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vmm_hw::ept::{AmdviFormat, Ept, MemType, Options, Prot, VtdFormat};
 use vmm_hw::vtd::{Fault, Refusal, Registers};
@@ -145,8 +146,9 @@ impl Unit {
         each!(self, u => u.resume())
     }
 
-    fn faults(&self, f: impl FnMut(Fault)) {
-        each!(self, u => u.faults(f));
+    /// Whether there was no room for some.
+    fn faults(&self, f: impl FnMut(Fault)) -> bool {
+        each!(self, u => u.faults(f))
     }
 }
 
@@ -323,7 +325,7 @@ pub fn release(device: &Device, rid: Rid) {
 pub fn poll() {
     let units = UNITS.lock();
     for on in &units.list {
-        on.unit.faults(|f| {
+        let lost = on.unit.faults(|f| {
             let Fault {
                 source,
                 access,
@@ -335,6 +337,13 @@ pub fn poll() {
                 Rid(source)
             );
         });
+        if lost {
+            klog!(
+                Error,
+                "the IOMMU at {:#x} had no room for more faults",
+                on.base
+            );
+        }
     }
     if let (Some(timer), 1..) = (&units.timer, units.users) {
         timer.arm(FAULT_POLL);
@@ -362,7 +371,10 @@ pub fn exit() {
 
 /// Second-level tables of ours, and their number.
 pub struct Own {
-    tables: Tables,
+    tables: ManuallyDrop<Tables>,
+    /// The unit has not confirmed that it does what it was told last: neither the
+    /// tables nor their number are anyone else's any more.
+    stuck: AtomicBool,
     base: u64,
     number: u16,
     attached: AtomicU64,
@@ -385,7 +397,8 @@ impl Own {
             .map_err(|_| errno::ENOSPC)?
             .trailing_ones();
         Ok(Own {
-            tables,
+            tables: ManuallyDrop::new(tables),
+            stuck: AtomicBool::new(false),
             base,
             number: number as u16,
             attached: AtomicU64::new(0),
@@ -427,7 +440,7 @@ impl Own {
         let mut units = UNITS.lock();
         let unit = units.of(self.base).ok_or(errno::ENXIO)?;
         unit.attach(rid, root, self.number, remap.map(Remap::table))
-            .map_err(|_| errno::EIO)?;
+            .map_err(|e| self.stick(rid, e))?;
         self.attached.fetch_add(1, Ordering::Relaxed);
         units.users += 1;
         if let Some(timer) = &units.timer {
@@ -436,24 +449,33 @@ impl Own {
         Ok(())
     }
 
-    fn detach(&self, rid: Rid) {
-        {
+    /// EIO: the unit may still look at what was given to `attach`.
+    fn detach(&self, rid: Rid) -> Result<(), i32> {
+        let done = {
             let mut units = UNITS.lock();
-            if let Some(unit) = units.of(self.base)
-                && let Err(e) = unit.block(rid)
-            {
-                klog!(Error, "ppt {rid}: the IOMMU: {e}");
-            }
             units.users = units.users.saturating_sub(1);
-        }
+            units.of(self.base).map_or(Ok(()), |unit| unit.block(rid))
+        };
         self.attached.fetch_sub(1, Ordering::Relaxed);
         // What happened at the end.
         poll();
+        done.map_err(|e| self.stick(rid, e))
+    }
+
+    fn stick(&self, rid: Rid, why: Refusal) -> i32 {
+        klog!(Error, "ppt {rid}: the IOMMU: {why}");
+        self.stuck.store(true, Ordering::Relaxed);
+        errno::EIO
     }
 }
 
 impl Drop for Own {
     fn drop(&mut self) {
+        if *self.stuck.get_mut() {
+            return;
+        }
+        // SAFETY: once, and nobody uses them after this.
+        unsafe { ManuallyDrop::drop(&mut self.tables) };
         DOMAINS.fetch_and(!(1 << self.number), Ordering::AcqRel);
     }
 }
@@ -493,12 +515,16 @@ impl Domain {
         }
     }
 
-    /// Takes a group away from it: its DMA is blocked.
-    pub fn detach(&self, group: &Group) {
+    /// Takes a group away from it: its DMA is blocked. EIO: the unit has not said
+    /// so.
+    pub fn detach(&self, group: &Group) -> Result<(), i32> {
         match (self, group) {
-            (Domain::Host(d), Group::Host(g)) => d.detach(g),
+            (Domain::Host(d), Group::Host(g)) => {
+                d.detach(g);
+                Ok(())
+            }
             (Domain::Own(d), Group::Own(rid)) => d.detach(*rid),
-            _ => {}
+            _ => Ok(()),
         }
     }
 }

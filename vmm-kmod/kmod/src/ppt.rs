@@ -16,11 +16,12 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::fmt::{self, Write};
+use core::mem;
 use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use vmm_core::iommu::acs;
-use vmm_core::iommu::pci::Config;
+use vmm_core::iommu::pci::{Bridges, Config};
 use vmm_hw::ept::MemType;
 
 use self::bar::{Bar, Kind};
@@ -144,7 +145,7 @@ impl Functions {
     /// Whether all functions that this one can reach without asking the IOMMU
     /// are the VM's, or nobody's. EBUSY.
     fn alone(&self, vm: &Vm, rid: Rid) -> Result<(), i32> {
-        for mate in acs::members(&Pci, rid.0) {
+        for mate in acs::members(&Bridges::new(Pci), rid.0) {
             if mate == rid.0 || Pci.buses(mate).is_some() {
                 continue;
             }
@@ -183,7 +184,7 @@ impl Functions {
         }
         let group = iommu::group(&f.device, rid)?;
         if matches!(group, Group::Own(_)) {
-            acs::enable(&Pci, rid.0, host::config_write);
+            // What can be told apart, before `quiesce` sees to it that it is.
             self.alone(vm, rid)?;
         }
         // The group is under the VM's domain already if it has another of it.
@@ -201,17 +202,17 @@ impl Functions {
             .map_err(|_| errno::ENOMEM)?;
         let f = self.0.get_mut(at).ok_or(errno::ENOENT)?;
         f.quiesce(false)?;
-        let mut mem = vm.mem.lock();
-        if mem.iommu.is_none() {
+        let mut memory = vm.mem.lock();
+        if memory.iommu.is_none() {
             let mut domain = Domain::new(&f.device, &group)?;
-            mem.fill(&mut domain).inspect_err(|e| {
+            memory.fill(&mut domain).inspect_err(|e| {
                 if *e == errno::EINVAL {
                     klog!(Error, "ppt {rid}: the VM's memory is not wired");
                 }
             })?;
-            mem.iommu = Some(domain);
+            memory.iommu = Some(domain);
         }
-        if !attached && let Some(domain) = &mut mem.iommu {
+        if !attached && let Some(domain) = &mut memory.iommu {
             let done = domain
                 .attach(&group, remap.as_deref())
                 .inspect_err(|e| match *e {
@@ -222,9 +223,15 @@ impl Functions {
                     _ => klog!(Error, "ppt {rid}: the IOMMU does not take it"),
                 });
             if done.is_err() && vm.functions.load(Ordering::Relaxed) == 0 {
-                mem.iommu = None;
+                memory.iommu = None;
             }
-            done?;
+            if let Err(e) = done {
+                if e == errno::EIO {
+                    // The unit may know where the table is.
+                    mem::forget(remap);
+                }
+                return Err(e);
+            }
         }
         f.vm = vm;
         f.remap = remap;
@@ -249,17 +256,20 @@ impl Functions {
         f.vm = ptr::null();
         let device = f.device;
         // Until the unit does not look at it any more.
-        let _remap = f.remap.take();
+        let remap = f.remap.take();
         let (rid, group) = (f.rid, iommu::group_again(&f.device, f.rid));
         let last = self.has_group(&group, rid).is_none();
-        let mut mem = vm.mem.lock();
-        if let (true, Some(domain)) = (last, &mem.iommu) {
-            domain.detach(&group);
+        let mut memory = vm.mem.lock();
+        if let (true, Some(domain)) = (last, &memory.iommu)
+            && domain.detach(&group).is_err()
+        {
+            // Nobody knows when it stops looking.
+            mem::forget(remap);
         }
         // Some hosts let DMA pass as it is from here on.
         device.stop();
         if vm.functions.fetch_sub(1, Ordering::Relaxed) == 1 {
-            mem.iommu = None;
+            memory.iommu = None;
         }
     }
 }
@@ -274,6 +284,33 @@ impl Function {
         }
     }
 
+    /// Has what the function sends come to the IOMMU, whose group is of this one
+    /// alone: a reset, and sleep, turn that off, which no host undoes by itself.
+    /// EIO.
+    fn enclose(&self) -> Result<(), i32> {
+        let group = iommu::group_again(&self.device, self.rid);
+        if !matches!(group, Group::Own(_)) {
+            return Ok(());
+        }
+        acs::enable(&Bridges::new(Pci), self.rid.0, host::config_write)
+            .map_err(|which| {
+                klog!(
+                    Error,
+                    "ppt {}: access control services (ACS) of {} do not turn on",
+                    self.rid,
+                    Rid(which)
+                );
+                errno::EIO
+            })
+            .or_else(|e| {
+                if host::groups_allowed() {
+                    Ok(())
+                } else {
+                    Err(e)
+                }
+            })
+    }
+
     /// No DMA, no interrupts, reset. EIO: the reset failed, all else is done.
     fn quiesce(&mut self, removing: bool) -> Result<(), i32> {
         self.device.stop();
@@ -281,15 +318,16 @@ impl Function {
         let reset = self.device.reset(removing);
         // The reset brought configuration space back as it was, without.
         self.device.stop();
+        let enclosed = if removing { Ok(()) } else { self.enclose() };
         match reset {
-            Ok(()) => Ok(()),
+            Ok(()) => enclosed,
             Err(errno::ENODEV) => {
                 klog!(
                     Warning,
                     "ppt {}: it cannot be reset: its state goes from its last user to the next",
                     self.rid
                 );
-                Ok(())
+                enclosed
             }
             Err(e) => {
                 klog!(Error, "ppt {}: its reset fails", self.rid);

@@ -3,6 +3,8 @@
 //! Express 6.0 §6.12) do not send all that they say up to the root. Of a group,
 //! a guest gets what it is to have, and the host keeps nothing.
 
+use core::ops::RangeInclusive;
+
 use super::pci::{Config, HEADER, extended_capability};
 
 const ACS: u16 = 0xd;
@@ -26,9 +28,22 @@ fn services(pci: &impl Config, rid: u16) -> Option<u16> {
     extended_capability(|at| pci.read(rid, at), ACS)
 }
 
-/// Whether its slot has more functions than one.
+/// Where the functions of a function's device are. Behind a port there is one
+/// device, which with alternative routing-IDs (ARI, §6.13), or virtual functions,
+/// has functions all over its bus.
+fn device(pci: &impl Config, rid: u16) -> RangeInclusive<u16> {
+    let port = pci.bridge_to((rid >> 8) as u8).map(|b| pci.port_type(b));
+    match port {
+        Some(Some(ROOT_PORT | DOWNSTREAM)) => rid & 0xff00..=rid | 0xff,
+        _ => rid & !7..=rid | 7,
+    }
+}
+
+/// Whether its device has more functions than one.
 fn has_siblings(pci: &impl Config, rid: u16) -> bool {
-    rid & 7 != 0 || pci.read(rid, HEADER) >> 23 & 1 != 0
+    rid & 7 != 0
+        || pci.read(rid, HEADER) >> 23 & 1 != 0
+        || device(pci, rid).any(|other| other != rid && pci.exists(other))
 }
 
 /// Whether a function can be told to send all that goes through it, or from it
@@ -64,16 +79,15 @@ pub fn group(pci: &impl Config, rid: u16) -> u16 {
     if isolates(pci, top) || !has_siblings(pci, top) {
         return top;
     }
-    let mut slot = (0..8).map(|function| top & !7 | function);
-    let first = slot.find(|s| pci.exists(*s) && !isolates(pci, *s));
+    let first = device(pci, top).find(|s| pci.exists(*s) && !isolates(pci, *s));
     first.unwrap_or(top)
 }
 
 /// All functions of a function's group, itself and bridges among them.
 pub fn members(pci: &impl Config, rid: u16) -> impl Iterator<Item = u16> {
     let first = group(pci, rid);
-    let slot = (0..8).map(move |function| first & !7 | function);
-    slot.filter(|s| pci.exists(*s)).flat_map(move |s| {
+    let device = device(pci, first);
+    device.filter(|s| pci.exists(*s)).flat_map(move |s| {
         let buses = pci.buses(s).map(|(from, to)| from..=to);
         let below = buses
             .into_iter()
@@ -87,24 +101,39 @@ pub fn members(pci: &impl Config, rid: u16) -> impl Iterator<Item = u16> {
 
 /// Calls `write` with what is to be written so that a function and the bridges
 /// above it send all up to the root: whose, where (a multiple of four), and the
-/// four bytes.
-pub fn enable(pci: &impl Config, rid: u16, mut write: impl FnMut(u16, u16, u32)) {
+/// four bytes. A reset of the function undoes its part.
+///
+/// # Errors
+/// The first of them, after all, that does not keep what was written.
+pub fn enable(
+    pci: &impl Config,
+    rid: u16,
+    mut write: impl FnMut(u16, u16, u32),
+) -> Result<(), u16> {
+    let mut done = Ok(());
     for f in core::iter::once(rid).chain(above(pci, rid)) {
         if let Some(at) = services(pci, f) {
             let at = at + 4;
             let both = pci.read(f, at);
             // The capability is the lower half, control the upper one.
-            let wanted = both | (both & NEEDED) << 16;
+            let control = (both & NEEDED) << 16;
+            let wanted = both | control;
             if wanted != both {
                 write(f, at, wanted);
+                if pci.read(f, at) & control != control {
+                    done = done.and(Err(f));
+                }
             }
         }
     }
+    done
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::iommu::pci::Bridges;
+    use std::cell::RefCell;
     use std::collections::BTreeMap;
     use std::vec;
     use std::vec::Vec;
@@ -148,7 +177,10 @@ mod tests {
             c[0x18 / 4] = from << 8 | to << 16;
         }
         fn members(&self, rid: u16) -> Vec<u16> {
-            members(self, rid).collect()
+            let all: Vec<u16> = members(self, rid).collect();
+            let known: Vec<u16> = members(&Bridges::new(self), rid).collect();
+            assert_eq!(known, all, "of {rid:x}, with the bridges looked for before");
+            all
         }
     }
 
@@ -236,17 +268,74 @@ mod tests {
         h.bridge(at(1, 0, 0), 5, None, 2, 3);
         h.bridge(at(2, 0, 0), 6, Some(0x1d_001d), 3, 3);
         h.add(at(3, 0, 0), 0, Some(0x4));
-        let mut written = vec![];
-        enable(&h, at(3, 0, 0), |rid, at, value| {
-            written.push((rid, at, value))
-        });
+        let h = Live(RefCell::new(h));
+        let written = RefCell::new(vec![]);
+        let write = |rid, at, value| {
+            written.borrow_mut().push((rid, at, value));
+            h.write(rid, at, value);
+        };
+        assert_eq!(enable(&h, at(3, 0, 0), write), Ok(()));
+        let endpoint = (at(3, 0, 0), 0x144, 0x4_0004);
         assert_eq!(
-            written,
-            [
-                (at(3, 0, 0), 0x144, 0x4_0004),
-                (at(0, 0x1c, 0), 0x144, 0x1d_005f)
-            ]
+            written.take(),
+            [endpoint, (at(0, 0x1c, 0), 0x144, 0x1d_005f)]
         );
+        assert_eq!(enable(&h, at(3, 0, 0), write), Ok(()));
+        assert_eq!(written.take(), [], "it is done");
+        // A reset of the endpoint.
+        h.write(at(3, 0, 0), 0x144, 0x4);
+        assert_eq!(enable(&h, at(3, 0, 0), write), Ok(()));
+        assert_eq!(written.take(), [endpoint]);
+    }
+
+    #[test]
+    fn services_that_do_not_turn_on_are_told() {
+        let mut h = Host::default();
+        h.bridge(at(0, 0x1c, 0), 4, ALL, 1, 1);
+        h.add(at(1, 0, 0), 0, Some(0x4));
+        let h = Live(RefCell::new(h));
+        let dead = at(0, 0x1c, 0);
+        let write = |rid, at, value| {
+            if rid != dead {
+                h.write(rid, at, value);
+            }
+        };
+        assert_eq!(enable(&h, at(1, 0, 0), write), Err(dead));
+        // That of the others is done all the same.
+        assert_eq!(h.read(at(1, 0, 0), 0x144), 0x4_0004);
+    }
+
+    /// Of which configuration space is written.
+    struct Live(RefCell<Host>);
+
+    impl Config for Live {
+        fn config(&self, rid: u16, at: u16) -> Option<u32> {
+            self.0.borrow().config(rid, at)
+        }
+    }
+
+    impl Live {
+        fn write(&self, rid: u16, at: u16, value: u32) {
+            let mut h = self.0.borrow_mut();
+            h.0.get_mut(&rid).unwrap()[usize::from(at / 4)] = value;
+        }
+    }
+
+    #[test]
+    fn functions_all_over_the_bus_are_one_device() {
+        let mut h = Host::default();
+        h.bridge(at(0, 0x1c, 0), 4, ALL, 1, 1);
+        h.add(at(1, 0, 0), 0, None);
+        assert_eq!(h.members(at(1, 0, 0)), [at(1, 0, 0)]);
+        // ARI: function 9, which no bit of the first one tells of.
+        h.add(at(1, 1, 0), 0, None);
+        let both = [at(1, 0, 0), at(1, 1, 0)];
+        assert_eq!(h.members(at(1, 0, 0)), both);
+        assert_eq!(h.members(at(1, 1, 0)), both);
+        // On a root bus slots are devices.
+        h.add(at(0, 2, 0), 9, None);
+        h.add(at(0, 3, 0), 9, None);
+        assert_eq!(h.members(at(0, 3, 0)), [at(0, 3, 0)]);
     }
 
     #[test]

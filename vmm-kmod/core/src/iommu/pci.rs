@@ -27,11 +27,16 @@ pub trait Config {
 
     /// The bridge that a bus is behind, if it is no root bus.
     fn bridge_to(&self, bus: u8) -> Option<u16> {
-        // A bridge's own bus comes before those behind it.
-        (0..u16::from(bus) << 8).find(|rid| {
-            self.buses(*rid)
-                .is_some_and(|(secondary, _)| secondary == bus)
-        })
+        // A bridge's own bus comes before those behind it. A device whose first
+        // function is not there has no bridges.
+        (0..u16::from(bus) << 5)
+            .map(|slot| slot << 3)
+            .filter(|first| self.exists(*first))
+            .flat_map(|first| first..first + 8)
+            .find(|rid| {
+                self.buses(*rid)
+                    .is_some_and(|(secondary, _)| secondary == bus)
+            })
     }
 
     /// Device and port type of a PCI Express function (PCI Express 6.0 §7.5.3.2).
@@ -39,6 +44,54 @@ pub trait Config {
         const EXPRESS: u8 = 0x10;
         let at = capability(|at| self.read(rid, at), EXPRESS)?;
         Some((self.read(rid, at) >> 20 & 0xf) as u8)
+    }
+}
+
+impl<C: Config> Config for &C {
+    fn config(&self, rid: u16, at: u16) -> Option<u32> {
+        (**self).config(rid, at)
+    }
+}
+
+/// A host's PCI with its bridges looked for once: [`Config::bridge_to`] asks for all
+/// functions of all buses before, which may each cost a walk through a list.
+pub struct Bridges<C> {
+    pci: C,
+    /// By secondary bus; `NONE`: it is behind none.
+    above: [u16; 256],
+}
+
+/// No bridge: the last function of the last bus, behind which none can be.
+const NONE: u16 = u16::MAX;
+
+impl<C: Config> Bridges<C> {
+    /// As the bridges are set up now.
+    pub fn new(pci: C) -> Self {
+        let mut above = [NONE; 256];
+        let slots = (0..=u16::MAX >> 3).map(|slot| slot << 3);
+        for first in slots.filter(|first| pci.exists(*first)) {
+            for rid in first..=first | 7 {
+                if let Some((secondary, _)) = pci.buses(rid)
+                    && u16::from(secondary) > rid >> 8
+                    && let Some(at) = above.get_mut(usize::from(secondary))
+                    && *at == NONE
+                {
+                    *at = rid;
+                }
+            }
+        }
+        Bridges { pci, above }
+    }
+}
+
+impl<C: Config> Config for Bridges<C> {
+    fn config(&self, rid: u16, at: u16) -> Option<u32> {
+        self.pci.config(rid, at)
+    }
+
+    fn bridge_to(&self, bus: u8) -> Option<u16> {
+        let at = self.above.get(usize::from(bus)).copied();
+        at.filter(|rid| *rid != NONE)
     }
 }
 

@@ -8,7 +8,7 @@ use core::ptr;
 use vmm_core::iommu::acpi_table::Malformed;
 use vmm_core::iommu::dmar::{self, Structure};
 use vmm_core::iommu::ivrs::{self, Block, Serves};
-use vmm_core::iommu::pci::Config;
+use vmm_core::iommu::pci::{Bridges, Config};
 
 use crate::errno;
 use crate::klog;
@@ -92,14 +92,15 @@ fn buses(rid: u16) -> Option<(u8, u8)> {
 pub fn own_name(Rid(rid): Rid) -> Result<(), Excuse> {
     /// PCI Express to PCI, and back.
     const TO_PCI: [u8; 2] = [7, 8];
+    let pci = Bridges::new(Pci);
     let mut at = rid;
-    let mut kind = Pci.port_type(rid);
-    while let Some(bridge) = Pci.bridge_to((at >> 8) as u8) {
+    let mut kind = pci.port_type(rid);
+    while let Some(bridge) = pci.bridge_to((at >> 8) as u8) {
         // Whatever is below is told from others only on PCI Express.
         if kind.is_none() {
             return Err(Excuse::Alias(bridge));
         }
-        kind = Pci.port_type(bridge);
+        kind = pci.port_type(bridge);
         if kind.is_none_or(|k| TO_PCI.contains(&k)) {
             return Err(Excuse::Alias(bridge));
         }

@@ -5,6 +5,8 @@
 //! The host goes on thinking that the function has its messages, and changes
 //! them when it likes: its driver core has to say when (`host::Slot`).
 
+use core::sync::atomic::{AtomicBool, Ordering};
+
 use vmm_hw::amdvi::interrupts::Interrupts;
 
 use super::place;
@@ -28,6 +30,8 @@ pub struct Remap {
     rid: Rid,
     base: u64,
     table: Interrupts<Os>,
+    /// It has been said that a message is none that an entry can be.
+    said: AtomicBool,
 }
 
 impl Remap {
@@ -42,7 +46,12 @@ impl Remap {
             return Ok(None);
         }
         let table = Interrupts::new().map_err(|_| errno::ENOMEM)?;
-        Ok(Some(Remap { rid, base, table }))
+        Ok(Some(Remap {
+            rid,
+            base,
+            table,
+            said: AtomicBool::new(false),
+        }))
     }
 
     /// Where the table is.
@@ -55,6 +64,15 @@ impl Remap {
     /// `None` if it is no message, or no entry can be it (any context).
     pub fn set(&self, n: usize, message: Message) -> Option<Message> {
         let data = self.table.set(n, message);
+        // Nothing at all is what the host writes to mask it.
+        if data.is_none() && message != (0, 0) && !self.said.swap(true, Ordering::Relaxed) {
+            let (address, data) = message;
+            klog!(
+                Error,
+                "ppt {}: the host's interrupt message {address:#x}, {data:#x} cannot be remapped: the guest will miss it (only fixed interrupts to APIC IDs up to 255 can)",
+                self.rid
+            );
+        }
         let mut units = UNITS.lock();
         if let Some(Unit::Amd(unit)) = units.of(self.base)
             && let Err(e) = unit.invalidate_interrupts(self.rid.0)

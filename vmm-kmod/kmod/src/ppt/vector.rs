@@ -21,7 +21,6 @@ pub struct Vector {
     vm: *const Vm,
     /// Address in the low half, data in the high one.
     message: AtomicU64,
-    irq: Option<Irq>,
     remapped: Option<Remapped>,
 }
 
@@ -37,8 +36,8 @@ struct Remapped {
     on: AtomicBool,
 }
 
-// SAFETY: `vm` and `table` are only used while the function is the VM's; the rest is atomic
-// or changed by the owner of the function's lock alone.
+// SAFETY: `vm` and `table` are only used while the function is the VM's; what changes is
+// atomic.
 unsafe impl Send for Vector {}
 // SAFETY: as above.
 unsafe impl Sync for Vector {}
@@ -77,8 +76,10 @@ impl Vector {
         };
         r.slot.write(own);
         if r.on.swap(true, Ordering::Relaxed) {
-            // What it sent between the host's message and ours was blocked: one
-            // that is not due does no harm, one that is missing may.
+            // What it sent between the host's message and ours went by the host's
+            // data, which is a vector, as the number of an entry: it came as another
+            // interrupt of this function's, or was blocked. One that is not due does
+            // no harm, one that is missing may.
             self.deliver();
         }
     }
@@ -117,7 +118,10 @@ pub unsafe fn fired(vector: *mut c_void) -> c_int {
 #[derive(Default)]
 pub struct Vectors {
     msix: bool,
+    /// Interrupts look at it: nobody else has it for himself as long as one is set up.
     list: Box<[Vector]>,
+    /// Of each of the list, as it is set up.
+    irqs: Box<[Option<Irq>]>,
     tables: Option<Tables>,
     slots: Option<Slots>,
 }
@@ -150,7 +154,6 @@ impl Vectors {
         let list = try_slice(n, |entry| Vector {
             vm,
             message: AtomicU64::new(0),
-            irq: None,
             remapped: remap.zip(slots.as_ref()).map(|(table, slots)| Remapped {
                 table,
                 entry,
@@ -160,10 +163,12 @@ impl Vectors {
             }),
         })
         .map_err(|_| errno::ENOMEM)?;
+        let irqs = try_slice(n, |_| None).map_err(|_| errno::ENOMEM)?;
         let tables = Some(device.alloc_vectors(n, msix)?);
         *self = Vectors {
             msix,
             list,
+            irqs,
             tables,
             slots,
         };
@@ -179,18 +184,19 @@ impl Vectors {
         name: &[u8],
     ) -> Result<(), i32> {
         let packed = packed(address, data)?;
-        let vector = self.list.get_mut(n).ok_or(errno::EINVAL)?;
+        let vector = self.list.get(n).ok_or(errno::EINVAL)?;
+        let irq = self.irqs.get_mut(n).ok_or(errno::EINVAL)?;
         vector.message.store(packed, Ordering::Release);
-        if vector.irq.is_none() {
-            vector.irq = Some(device.setup(n, vector, name)?);
+        if irq.is_none() {
+            *irq = Some(device.setup(n, vector, name)?);
         }
         Ok(())
     }
 
     /// Masks vector `n`.
     pub fn mask(&mut self, device: &Device, n: usize) {
-        if let Some(vector) = self.list.get_mut(n)
-            && let Some(irq) = vector.irq.take()
+        if let Some(vector) = self.list.get(n)
+            && let Some(irq) = self.irqs.get_mut(n).and_then(Option::take)
         {
             device.teardown(irq, n, vector);
         }
@@ -208,6 +214,7 @@ impl Vectors {
             device.free_vectors(tables);
         }
         self.list = Box::default();
+        self.irqs = Box::default();
         self.slots = None;
     }
 }
