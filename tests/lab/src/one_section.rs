@@ -8,14 +8,14 @@
 //! what is written to. Beside code, constants are as safe from writes as it is.
 
 use anyhow::{Context, Result, bail, ensure};
-use object::elf::{R_X86_64_64, R_X86_64_PC32, R_X86_64_PC64, R_X86_64_PLT32};
+use object::elf::{R_X86_64_64, R_X86_64_PC32, R_X86_64_PC64, R_X86_64_PLT32, SHF_ALLOC};
 use object::write::{
     Object, Relocation, SectionId, StandardSection, Symbol, SymbolId, SymbolSection,
 };
 use object::{
     Architecture, BinaryFormat, Endianness, File, Object as _, ObjectSection as _,
-    ObjectSymbol as _, RelocationFlags, RelocationTarget, SectionIndex, SymbolFlags, SymbolIndex,
-    SymbolKind, SymbolScope,
+    ObjectSymbol as _, RelocationFlags, RelocationTarget, SectionFlags, SectionIndex, SymbolFlags,
+    SymbolIndex, SymbolKind, SymbolScope,
 };
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -27,6 +27,10 @@ const APART: [(&str, StandardSection); 2] = [
     (".data", StandardSection::Data),
     (".bss", StandardSection::UninitializedData),
 ];
+
+/// Those that nobody reads in a kernel: what unwinds stacks, which never happens there, and
+/// what linkers ask for.
+const IGNORED: [&str; 3] = [".eh_frame", ".gcc_except_table", ".note.gnu.property"];
 
 /// JMP with a 32-bit displacement.
 const JMP: [u8; 5] = [0xe9, 0, 0, 0, 0];
@@ -77,6 +81,17 @@ struct Place {
 
 /// Copies the sections' bytes.
 fn sections(old: &File<'_>, new: &mut Object<'_>) -> Result<HashMap<SectionIndex, Place>> {
+    for section in old.sections() {
+        let (name, size) = (section.name()?, section.size());
+        let loaded = matches!(section.flags(), SectionFlags::Elf { sh_flags } if sh_flags & u64::from(SHF_ALLOC) != 0);
+        let known = TOGETHER.contains(&name)
+            || APART.iter().any(|(apart, _)| *apart == name)
+            || IGNORED.contains(&name);
+        ensure!(
+            !loaded || size == 0 || known,
+            "{size} bytes of section {name}, which has no place in the module: name it in SECTIONS, or among those that are ignored"
+        );
+    }
     let together = TOGETHER.map(|name| (name, StandardSection::Text));
     let mut places = HashMap::new();
     for (name, kind) in together.into_iter().chain(APART) {
@@ -357,6 +372,22 @@ mod tests {
             o.add_relocation(section, relocation).unwrap();
         }
         o.write().unwrap()
+    }
+
+    #[test]
+    fn what_would_be_lost_is_refused() {
+        let with = |name: &str, kind| {
+            let mut o = Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
+            let text = o.section_id(StandardSection::Text);
+            o.append_section_data(text, &[0x90; 4], 16);
+            let more = o.add_section(Vec::new(), name.as_bytes().to_vec(), kind);
+            o.append_section_data(more, b"bytes", 1);
+            join(&o.write().unwrap(), &[])
+        };
+        let error = with(".init_array", SectionKind::ReadOnlyData).unwrap_err();
+        assert!(format!("{error:#}").contains("5 bytes of section .init_array"));
+        assert!(with(".eh_frame", SectionKind::ReadOnlyData).is_ok());
+        assert!(with(".comment", SectionKind::Other).is_ok(), "not loaded");
     }
 
     /// Where the distance at `at` leads to.
