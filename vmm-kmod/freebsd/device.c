@@ -56,7 +56,7 @@ struct vmm_user {
 };
 
 volatile u_int vmm_users;
-bool vmm_unloading;
+volatile u_int vmm_unloading;
 
 static LIST_HEAD(, vmm_node) nodes = LIST_HEAD_INITIALIZER(nodes);
 static struct sx nodes_lock;
@@ -401,14 +401,17 @@ ctl_request(uint32_t cmd, void *data, size_t len, struct ucred *cred)
 {
 	int error;
 
+	/* Before the look at it: who unloads sets that before it looks at this. */
+	atomic_add_int(&vmm_users, 1);
 	error = vmm_check_jail(cred);
-	if (error == 0 && vmm_unloading)
+	if (error == 0 && atomic_load_acq_int(&vmm_unloading))
 		error = ENXIO;
 	if (error == 0 && cmd == VMMCTL_VM_DESTROY && len >= sizeof(struct vmmctl_vm))
 		error = check_owner(data, cred);
-	if (error != 0)
-		return (error);
-	return (vmm_rust_ctl_ioctl(cmd, data, len));
+	if (error == 0)
+		error = vmm_rust_ctl_ioctl(cmd, data, len);
+	atomic_subtract_int(&vmm_users, 1);
+	return (error);
 }
 
 static int

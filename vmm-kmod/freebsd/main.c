@@ -183,11 +183,14 @@ static int
 vmm_unload(void)
 {
 
-	vmm_unloading = true;
+	atomic_store_rel_int(&vmm_unloading, 1);
+	atomic_thread_fence_seq_cst();
 	if (quiesce() != 0) {
-		vmm_unloading = false;
+		atomic_store_rel_int(&vmm_unloading, 0);
 		return (EBUSY);
 	}
+	/* Whoever was the last may have yet to return from code of ours. */
+	pause("vmmend", hz / 10);
 	EVENTHANDLER_DEREGISTER(power_suspend, suspend_tag);
 	EVENTHANDLER_DEREGISTER(power_resume, resume_tag);
 	vmm_resume_p = NULL;

@@ -12,7 +12,7 @@ MALLOC_DECLARE(M_VMM);
 
 /* VMs, open files, mappings of vCPUs' pages: the module stays while there are any. */
 extern volatile u_int vmm_users;
-extern bool vmm_unloading;
+extern volatile u_int vmm_unloading;
 
 /* EPERM in a jail without allow.vmm. */
 int	vmm_check_jail(struct ucred *cred);
