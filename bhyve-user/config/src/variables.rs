@@ -255,6 +255,11 @@ fn device(place: (u8, u8, u8), at: &Origin, node: Node) -> Result<Device, Config
             }
         }
     }
+    // -s would read what is behind a comma as options.
+    if emulation.is_empty() || emulation.contains(',') {
+        let what = format!("pci.{bus}.{slot}.{func}: {emulation:?} is no device's name");
+        return Err(error(at, what));
+    }
     let conf = to_conf(&emulation, &options).map_err(|e| error(at, format!("{emulation}: {e}")))?;
     Ok(Device {
         place,
@@ -278,6 +283,26 @@ mod tests {
         let all = settings.arguments(Program::Bhyve);
         let words: Vec<String> = all.iter().flat_map(Argument::words).collect();
         Ok((words.join(" "), warnings))
+    }
+
+    #[test]
+    fn a_device_has_a_name_that_a_slot_can_have() {
+        let of = |text: &str| line(&format!("name=vm\n{text}\n")).unwrap_err();
+        for (text, name) in [
+            ("pci.0.3.0.device=", r#""""#),
+            ("pci.0.3.0.device=lpc,x", r#""lpc,x""#),
+            (
+                "pci.0.3.0.device=ahci\npci.0.3.0.port.0.type=hd,nocache",
+                r#""ahci-hd,nocache""#,
+            ),
+        ] {
+            let said = of(text);
+            assert!(said.starts_with("vm.conf:2"), "{said}");
+            assert!(
+                said.contains(&format!("pci.0.3.0: {name} is no device's name")),
+                "{said}"
+            );
+        }
     }
 
     #[test]
