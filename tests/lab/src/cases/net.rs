@@ -111,6 +111,20 @@ pub fn freebsd_prepares(host: &mut Host) -> Result<()> {
     .map(drop)
 }
 
+/// Has the host receive what one connection to a port of TCP brings, from now on.
+fn listen(host: &mut Host, port: u16) -> Result<()> {
+    // /proc/net/tcp: the port in hexadecimal digits, the peer, 0A for LISTEN.
+    host.must(
+        &format!(
+            "(sleep 60 | nc -l -p {port} >/tmp/back) & i=0; \
+             until cat /proc/net/tcp* | grep -q ':{port:04X} [0-9A-F:]* 0A '; \
+             do i=$((i+1)); [ $i -lt 30 ] || break; sleep 1; done; [ $i -lt 30 ]"
+        ),
+        SHORT,
+    )
+    .map(drop)
+}
+
 /// A FreeBSD guest's ping and a file by tap and by the user-mode network.
 pub fn freebsd(host: &mut Host) -> Result<()> {
     host.must("ip link set tap0 up", SHORT)?;
@@ -122,7 +136,7 @@ pub fn freebsd(host: &mut Host) -> Result<()> {
     )?;
     let want = sum(&text)?.to_owned();
     for (gateway, port) in [("10.9.0.1", 9002), ("10.0.2.2", 9003)] {
-        host.must(&format!("(sleep 60 | nc -l -p {port} >/tmp/back) &"), SHORT)?;
+        listen(host, port)?;
         types(host, &format!("nc -N {gateway} {port} </tmp/net"))?;
         let back = host.must(RECEIVED, SHORT)?;
         ensure!(
@@ -153,7 +167,7 @@ fn tap(host: &mut Host, want: &str) -> Result<()> {
         "wget -q -O /tmp/data http://10.9.0.1/data; md5sum /tmp/data",
     )?;
     ensure!(sum(&text)? == want, "the host's file has become\n{text}");
-    host.must("(sleep 60 | nc -l -p 9000 >/tmp/back) &", SHORT)?;
+    listen(host, 9000)?;
     types(host, "nc 10.9.0.1 9000 </tmp/data")?;
     let back = host.must(RECEIVED, SHORT)?;
     ensure!(sum(&back)? == want, "the guest's file has become\n{back}");
@@ -179,7 +193,7 @@ fn user(host: &mut Host, want: &str) -> Result<()> {
         "rm /tmp/data; wget -q -O /tmp/data http://10.0.2.2/data; md5sum /tmp/data",
     )?;
     ensure!(sum(&text)? == want, "the host's file has become\n{text}");
-    host.must("(sleep 60 | nc -l -p 9001 >/tmp/back) &", SHORT)?;
+    listen(host, 9001)?;
     types(host, "nc 10.0.2.2 9001 </tmp/data")?;
     let back = host.must(RECEIVED, SHORT)?;
     ensure!(sum(&back)? == want, "the guest's file has become\n{back}");
