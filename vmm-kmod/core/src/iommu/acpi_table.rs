@@ -65,3 +65,21 @@ pub(crate) fn structures<'a, T>(
         None
     })
 }
+
+#[cfg(test)]
+pub mod testing {
+    //! What the tests of the tables share.
+
+    use super::HEADER;
+    use std::vec;
+    use std::vec::Vec;
+
+    /// A table of these structures, its header all zeros.
+    pub fn table(parts: &[Vec<u8>]) -> Vec<u8> {
+        let mut table = vec![0; HEADER];
+        for part in parts {
+            table.extend(part);
+        }
+        table
+    }
+}

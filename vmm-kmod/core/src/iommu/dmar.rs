@@ -105,17 +105,10 @@ fn matches(scope: &[u8], rid: u16, buses: &impl Fn(u16) -> Option<(u8, u8)>) -> 
 #[cfg(test)]
 mod tests {
     use super::super::acpi_table::HEADER;
+    use super::super::acpi_table::testing::table;
     use super::*;
     use std::vec;
     use std::vec::Vec;
-
-    fn table(parts: &[Vec<u8>]) -> Vec<u8> {
-        let mut t = vec![0; HEADER];
-        for p in parts {
-            t.extend(p);
-        }
-        t
-    }
 
     fn unit(flags: u8, base: u64, scopes: &[u8]) -> Vec<u8> {
         let mut s = vec![0, 0, 16 + scopes.len() as u8, 0, flags, 0, 0, 0];

@@ -136,17 +136,10 @@ impl Entries<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::acpi_table::HEADER;
+    use super::super::acpi_table::testing::table;
     use super::*;
     use std::vec;
     use std::vec::Vec;
-
-    fn table(parts: &[Vec<u8>]) -> Vec<u8> {
-        let mut t = vec![0; HEADER];
-        for p in parts {
-            t.extend(p);
-        }
-        t
-    }
 
     fn unit(kind: u8, base: u64, entries: &[u8]) -> Vec<u8> {
         let fixed = if kind == 0x10 { 24 } else { 40 };
