@@ -33,8 +33,8 @@ fn usage<T>(message: impl Into<String>) -> Result<T, UsageError> {
 /// The help text.
 pub const USAGE: &str = "\
 Usage: bhyve [-aAbCDehHPSuvwWxY]
-             [-c [[cpus=]numcpus][,sockets=n][,cores=n][,threads=n]] [-K layout]
-             [-k file] [-l lpcdev[,conf]] [-m memsize[K|M|G|T]] [-o var=value]
+             [-c [[cpus=]numcpus][,sockets=n][,cores=n][,threads=n]]
+             [-g [address:]port] [-K layout] [-k file] [-l lpcdev[,conf]] [-m memsize[K|M|G|T]] [-o var=value]
              [-p vcpu:hostcpu] [-s [bus:]slot[:function],emulation[,conf]]
              [-U uuid] [--boot] [--config file] [--exit-stats file]
              [--no-pv] [--print-config] [--sandbox on|log|off] vmname
@@ -46,6 +46,8 @@ Usage: bhyve [-aAbCDehHPSuvwWxY]
        -C: include guest memory in core files
        -D: destroy the VM when the guest has powered itself off
        -e: exit on access to an I/O port that nobody emulates
+       -g: the debug port, 0x224: the gdb stub of the guest's kernel listens on
+           this TCP port, of 127.0.0.1 without an address
        -h: help
        -H: leave the guest on HLT (always so here: an idle guest sleeps)
        -K: keyboard layout of VNC, without effect here
@@ -323,7 +325,17 @@ fn apply(config: &mut Config, option: &str, value: Option<&str>) -> Result<(), U
                 "{option}: not supported; the console is a 16550, see -l com1,stdio"
             ));
         }
-        "-g" | "-G" => return usage(format!("{option} {text}: there is no debug server")),
+        "-g" => {
+            config.debug = Some(
+                text.parse()
+                    .map_err(|e| UsageError(format!("-g {text}: {e}")))?,
+            );
+        }
+        "-G" => {
+            return usage(format!(
+                "-G {text}: there is no debug server; -g is for a kernel that has one"
+            ));
+        }
         _ => return usage(unknown(option)),
     }
     Ok(())

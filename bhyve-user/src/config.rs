@@ -6,6 +6,7 @@ use bhyve_config::settings::Setting;
 use bhyve_config::{Device, Origin, Settings, Value, keys};
 use bhyve_sandbox::Mode;
 
+use crate::dbgport::backend::Address;
 use crate::pci::Bdf;
 use crate::serial::backend::Spec;
 
@@ -78,6 +79,8 @@ pub struct Config {
     pub serial: [Option<Spec>; 2],
     /// `-b`: the console at port 0x220.
     pub bvmcons: bool,
+    /// `-g`: the debug port, 0x224.
+    pub debug: Option<Address>,
     /// `-l pc-testdev`.
     pub testdev: bool,
     /// `-l bootrom`.
@@ -138,6 +141,7 @@ impl Config {
             slots: Vec::new(),
             serial: [None, None],
             bvmcons: false,
+            debug: None,
             testdev: false,
             bootrom: None,
             acpi: false,
@@ -230,6 +234,9 @@ impl Config {
             if let Some(spec) = spec {
                 put(path, text(spec.to_string()));
             }
+        }
+        if let Some(address) = &self.debug {
+            put("serial.bvmdebug", text(address.to_string()));
         }
         if let Some(firmware) = &self.bootrom {
             put("machine.bootrom", text(firmware.to_string()));

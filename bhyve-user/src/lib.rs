@@ -21,6 +21,7 @@ pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod config;
+pub mod dbgport;
 pub mod disk;
 pub mod ending;
 pub mod firmware;

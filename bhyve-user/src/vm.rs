@@ -19,6 +19,8 @@ use bhyve_sandbox::Mode;
 
 use crate::bus::{BusError, Buses};
 use crate::config::Config;
+use crate::dbgport::backend::{Address, Line};
+use crate::dbgport::{self, DebugPort};
 use crate::ending::{ERROR, Ending, Failed, POWERED_OFF};
 use crate::i8042::I8042;
 use crate::legacy::Legacy;
@@ -66,6 +68,9 @@ pub enum Error {
     /// A backend of a serial port.
     #[error("-l {0}: {1}")]
     Serial(&'static str, io::Error),
+    /// The debug port.
+    #[error("-g {0}: {1}")]
+    Debug(Address, io::Error),
     /// A firmware table.
     #[error("{0}{hint}", hint = if .0.0 == "MP table" { "; -Y leaves it out" } else { "" })]
     Table(#[from] TooLarge),
@@ -405,6 +410,11 @@ impl Vm {
             }
             false => None,
         };
+        if let Some(address) = config.debug {
+            let line = Line::open(address).map_err(|e| Error::Debug(address, e))?;
+            let port = Arc::new(DebugPort::new(line));
+            buses.ports.claim(dbgport::device::PORT, 4, port)?;
+        }
         let mut windows = Windows::new(LOWMEM_LIMIT);
         if config.testdev {
             windows.io = testdev::END.into();

@@ -255,6 +255,14 @@ pub const KEYS: &[Key] = &[
          have \"device bvmconsole\".",
     ),
     key(
+        "serial.bvmdebug",
+        Number,
+        (Value("-g"), No, "bvmdebug.port"),
+        "",
+        "The guest has bhyve's debug port, 0x224, and this is the TCP port, or ADDRESS:PORT, at which a debugger reaches the \
+         stub of a kernel that has \"options GDB\" and \"device bvmdebug\". Without an address only this machine reaches it.",
+    ),
+    key(
         "run.verbose",
         Bool,
         (Flag("-v", ""), No, ""),

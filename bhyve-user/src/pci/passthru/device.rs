@@ -227,7 +227,12 @@ impl Passthrough {
                 count,
             } = wanted;
             let set = self.backend.msi(address, data, count);
-            self.check(Refused::Msi, format_args!("MSI cannot be had"), set);
+            let why = match count {
+                0 | 1 => "",
+                _ => "; more than one takes a host whose own IOMMU driver remaps interrupts",
+            };
+            let what = format_args!("MSI ({count} messages) cannot be set up{why}");
+            self.check(Refused::Msi, what, set);
         }
     }
 
