@@ -4,6 +4,7 @@
 //! [`HEADER`] bytes and an Ethernet frame without its FCS behind it, in one
 //! buffer: the form that tap devices take and give.
 
+pub mod epair;
 pub mod mac;
 pub mod options;
 pub mod tap;

@@ -12,6 +12,8 @@ pub enum Network {
     None,
     /// A tap device by its name.
     Tap(String),
+    /// An end of an epair(4) by its name.
+    Epair(String),
     /// `slirp`.
     User(user::options::Options),
 }
@@ -48,10 +50,14 @@ impl FromStr for Options {
                 let foreign = ["vale", "netmap", "netgraph", "ngd"];
                 if let Some(kind) = foreign.iter().find(|k| other.starts_with(**k)) {
                     return Err(format!(
-                        "{kind}: no such network here; there is a tap by its name, and slirp"
+                        "{kind}: no such network here; there is a tap by its name, epairNa and epairNb, and slirp"
                     ));
                 }
-                Network::Tap(other.into())
+                if is_epair(other) {
+                    Network::Epair(other.into())
+                } else {
+                    Network::Tap(other.into())
+                }
             }
         };
         if named {
@@ -71,6 +77,14 @@ impl FromStr for Options {
         }
         Ok(o)
     }
+}
+
+/// Whether a name is that of an epair(4)'s end: `epair`, a number, `a` or `b`.
+fn is_epair(name: &str) -> bool {
+    let number = name
+        .strip_prefix("epair")
+        .and_then(|n| n.strip_suffix(['a', 'b']));
+    number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
 }
 
 impl Options {
@@ -124,6 +138,12 @@ mod tests {
         };
         assert!(user.open);
         assert_eq!(user.forwards.len(), 1);
+        let o: Options = "epair10b,mtu=9000".parse().unwrap();
+        assert_eq!(o.network, Network::Epair("epair10b".into()));
+        for tap in ["epair0", "epairb", "epair0c", "epair0xa", "vmnet0"] {
+            let o: Options = tap.parse().unwrap();
+            assert_eq!(o.network, Network::Tap(tap.into()));
+        }
         // As stock has it, a card may be plugged in nowhere.
         let o: Options = "".parse().unwrap();
         assert_eq!(o.network, Network::None);
@@ -141,6 +161,8 @@ mod tests {
             "tap0,queues=0",
             "tap0,queues=17",
             "slirp,queues=2",
+            "epair0b,queues=2",
+            "epair0b,open",
             "slirp,hostfwd=tcp",
             "slirp,closed",
             "vale0:1",

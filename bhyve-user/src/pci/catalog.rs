@@ -111,7 +111,8 @@ pub const EMULATIONS: &[Emulation] = &[
     Emulation {
         name: "virtio-net",
         help: "[TAP|slirp[,open][,hostfwd=tcp|udp:[ADDRESS]:PORT-[ADDRESS:]PORT]][,mac=ADDRESS]\
-               [,mtu=BYTES][,queues=N]: a network card, TAP the name of a tap device",
+               [,mtu=BYTES][,queues=N]: a network card, TAP the name of a tap device, on FreeBSD also \
+               of an epair's end",
         builder: Builder::Virtio(virtio::net::build),
     },
     Emulation {

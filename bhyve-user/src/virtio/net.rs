@@ -10,7 +10,7 @@ use super::{Built, Group, Identity};
 use crate::config::PciSlot;
 use crate::net::mac::Mac;
 use crate::net::options::{Network, Options};
-use crate::net::{Port, tap, user};
+use crate::net::{Port, epair, tap, user};
 use crate::pci::catalog::Means;
 
 /// IP packets on the wire, where nothing else is asked for.
@@ -31,6 +31,7 @@ pub fn build(slot: &PciSlot, means: &Means<'_>) -> Result<Built, String> {
             let ports = tap::open(name, options.queues.into()).map_err(|e| e.to_string())?;
             ports.into_iter().map(|p| Box::new(p) as _).collect()
         }
+        Network::Epair(name) => vec![epair::open(name).map_err(|e| e.to_string())?],
         Network::User(o) => {
             let mtu = options.mtu.unwrap_or(MTU);
             let net = user::UserNet::new(o, mac, mtu).map_err(|e| e.to_string())?;

@@ -26,6 +26,7 @@
 //! memory. No reference into guest memory is ever handed out, because the guest changes it at will.
 
 mod affinity;
+pub mod bpf;
 pub mod confine;
 #[cfg(target_os = "freebsd")]
 pub mod disk;

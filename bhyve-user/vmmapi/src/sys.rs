@@ -25,7 +25,7 @@ plain! {
     VmIoapicIrq VmIsaIrq VmIsaIrqTrigger VmCapability VmPptdev VmPptdevMmio VmPptdevMsi
     VmPptdevMsix VmNmi VmStats VmStats14 VmStatDesc VmX2apic VmGpaPte VmHpetCap VmSuspend
     VmGla2gpa VmActivateCpu VmIntinfo VmRtcTime VmRtcData VmCpuTopology VmKernemuDev VmmctlVm
-    VmExtVersion VmExtRun VmExtConstantPort VmExtOutRing VmExtDoorbell VmExtRelease VmExtPv i32
+    VmExtVersion VmExtRun VmExtConstantPort VmExtOutRing VmExtDoorbell VmExtRelease VmExtPv i32 u32 [u8; 32]
 }
 
 /// Opens a device for reading and writing.

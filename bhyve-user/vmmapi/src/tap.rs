@@ -32,6 +32,9 @@ pub enum TapError {
     /// An interface, but no tap.
     #[error("{0} is no tap device; make one with: {1}")]
     NotATap(String, String),
+    /// An interface, but its packets are no Ethernet frames.
+    #[error("{0} is no Ethernet interface")]
+    NotEthernet(String),
     /// Not ours.
     #[error("no permission to use {0}: {1}")]
     Permission(String, String),

@@ -6,6 +6,7 @@ use crate::exitcost;
 use crate::freebsd_host;
 use crate::guest::{Guest, Load};
 use crate::host::{Config, Host, SHORT};
+use crate::images;
 use crate::runner::{Case, Group, Lab};
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
@@ -13,6 +14,9 @@ use std::time::Duration;
 /// The small guest of the host's image, for FreeBSD's own bhyveload.
 const STOCK_LOAD: &str =
     "/usr/sbin/bhyveload -m 256M -h /guest -e bhyvers.poweroff=1 -e bhyvers.clocktest=0 guest";
+
+/// FreeBSD's own module for that host's kernel, in an image directory.
+const EPAIR: &str = "host/if_epair.ko";
 
 /// Instructions that a CPUID exit takes at most.
 const CPUID: f64 = 300.0;
@@ -27,9 +31,14 @@ pub fn group(lab: &Lab) -> Group {
             config.file("guests/exitcost", guest);
         }
     }
+    let epair = images::find(&lab.dirs, EPAIR);
+    if let Some(module) = &epair {
+        config.file("modules/if_epair.ko", module);
+    }
     type Body = fn(&Lab, &mut Host) -> Result<()>;
-    let names: [(&str, Body); 4] = [
+    let names: [(&str, Body); 5] = [
         ("freebsd-host", ours),
+        ("freebsd-host-epair", over_epair),
         ("freebsd-host-exit-cost", exit_cost),
         ("freebsd-host-stock-bhyve", stock_bhyve),
         ("freebsd-host-stock-vmm", stock_vmm),
@@ -43,6 +52,9 @@ pub fn group(lab: &Lab) -> Group {
         }
     };
     let cases = names.map(|(name, body)| match &why_not {
+        None if epair.is_none() && name == "freebsd-host-epair" => {
+            Case::skipped(name, format!("no {EPAIR} in an image directory"))
+        }
         None => Case::new(name, body),
         Some(why) => Case::skipped(name, why),
     });
@@ -76,6 +88,48 @@ fn ours(_: &Lab, host: &mut Host) -> Result<()> {
         SHORT,
     )
     .map(drop)
+}
+
+/// What the guest does with its network: takes from the host and gives it back,
+/// and when it is told to, ends.
+const NETWORK: &str = "bhyvers.run=ifconfig vtnet0 inet 10.7.0.2/24; nc 10.7.0.1 9001 </dev/null | \
+     nc -N 10.7.0.1 9000; ping -q -c 3 10.7.0.1; nc -l 9002";
+
+/// A guest at one end of an epair(4), the host at the other.
+fn over_epair(_: &Lab, host: &mut Host) -> Result<()> {
+    let mut guest = guest();
+    guest.options = "-s 5,virtio-net,epair0b".to_owned();
+    host.must("kldload /modules/if_epair.ko", SHORT)?;
+    // The interface is not there yet.
+    guest.start(host)?;
+    guest.expect_exit(host, 4, SHORT)?;
+    host.must(
+        "grep epair0b /tmp/bhyve.err | grep -q 'ifconfig epair0 create'",
+        SHORT,
+    )?;
+    guest.destroy(host)?;
+    host.must(
+        "ifconfig epair0 create && ifconfig epair0a inet 10.7.0.1/24 && ifconfig epair0b up && \
+         dd if=/dev/random of=/tmp/data bs=64k count=8 2>/dev/null",
+        SHORT,
+    )?;
+    host.must("nc -l 9000 >/tmp/got & nc -N -l 9001 </tmp/data &", SHORT)?;
+    guest.environment.push(NETWORK.to_owned());
+    guest.start(host)?;
+    host.guest()
+        .expect("3 packets received", Duration::from_secs(300))?;
+    host.must("ping -q -c 3 10.7.0.2", SHORT)?;
+    host.must(
+        "test $(md5 -q /tmp/got) = $(md5 -q /tmp/data) && test $(wc -c </tmp/got) -eq 524288",
+        SHORT,
+    )?;
+    host.must(
+        "until nc -N 10.7.0.2 9002 </dev/null; do sleep 1; done",
+        SHORT,
+    )?;
+    to_power_off(host, &guest)?;
+    // The interfaces stay: FreeBSD 12.1 panics when one goes (if_qflush).
+    host.must("rm /tmp/data /tmp/got", SHORT).map(drop)
 }
 
 /// What exits cost on this host, in instructions.
