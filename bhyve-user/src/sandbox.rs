@@ -30,7 +30,7 @@ static STAGE: Mutex<Stage> = Mutex::new(Stage::None);
 static ARRIVED: Condvar = Condvar::new();
 
 /// Takes down what the process will go on needing, for example
-/// `need(|n| n.write.push(folder))`. Without effect once it is confined.
+/// `need(|n| _ = n.write.insert(folder))`. Without effect once it is confined.
 pub fn need(what: impl FnOnce(&mut Needs)) {
     what(lock(&NEEDS).get_or_insert_default());
 }
@@ -83,4 +83,23 @@ pub fn enter(mode: Mode, refused: impl Fn(&str) + Send + 'static) -> Result<Repo
     };
     ARRIVED.notify_all();
     Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::mac::Mac;
+    use crate::net::user::{UserNet, options::Options};
+
+    /// A fuzzer that made networks by the million had its memory used up.
+    #[test]
+    fn what_two_devices_need_is_taken_down_once() {
+        let known = || lock(&NEEDS).as_ref().map_or(0, |n| n.read.len());
+        let make = || UserNet::new(&Options::default(), Mac([2; 6]), 1500).unwrap();
+        let _first = make();
+        let before = known();
+        let _second = make();
+        assert!(before > 0);
+        assert_eq!(known(), before);
+    }
 }

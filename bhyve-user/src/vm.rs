@@ -286,7 +286,9 @@ fn confine(vm: &Arc<Vm>) -> Result<(), Error> {
     let mode = vm.config.sandbox;
     let destroys = vm.config.destroy_on_poweroff || boot::is_child();
     if destroys && vmmapi::Vm::keep_control().is_err() {
-        sandbox::need(|n| n.write.push("/dev/vmmctl".into()));
+        sandbox::need(|n| {
+            n.write.insert("/dev/vmmctl".into());
+        });
     }
     limit(vm).map_err(|e| Error::System("rights of descriptors", e))?;
     let ending = Arc::clone(&vm.ending);

@@ -13,6 +13,7 @@ use crate::multiboot::Multiboot;
 use bhyve_config::{Argument, ConfigError, Program};
 use bhyve_sandbox::{Mode, Needs};
 use clap::{ArgGroup, CommandFactory, Parser};
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -240,10 +241,10 @@ impl Cli {
             &self.initrd,
             &self.multiboot,
         ];
-        let write = vec![
+        let write = BTreeSet::from([
             PathBuf::from("/dev/vmmctl"),
             Path::new("/dev/vmm").join(&self.vm),
-        ];
+        ]);
         Needs {
             read: files
                 .into_iter()

@@ -85,7 +85,7 @@ fn confine(cli: &Cli, vm: &Vm, made: bool) -> Result<(), LoadError> {
     let mut needs = cli.needs();
     if cfg!(target_os = "freebsd") && mode != Mode::Off {
         // In capability mode nothing has a name: what is read is opened before.
-        for path in needs.read.drain(..) {
+        for path in std::mem::take(&mut needs.read) {
             opened::keep(&path);
         }
         needs.write.clear();

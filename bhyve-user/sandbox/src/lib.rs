@@ -17,6 +17,7 @@ mod other;
 #[cfg(not(target_os = "linux"))]
 use other as host;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -94,12 +95,12 @@ pub fn limit(fd: impl AsFd, purpose: Purpose<'_>) -> io::Result<()> {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
     /// Files and folders to be read, with what is beneath.
-    pub read: Vec<PathBuf>,
+    pub read: BTreeSet<PathBuf>,
     /// Files and folders to be read and changed, likewise.
-    pub write: Vec<PathBuf>,
+    pub write: BTreeSet<PathBuf>,
     /// Folders that are held open, and beneath which files are opened by openat(2);
     /// true for those in which something is to be changed.
-    pub folders: Vec<(PathBuf, bool)>,
+    pub folders: BTreeSet<(PathBuf, bool)>,
     /// Internet sockets of its own.
     pub network: bool,
     /// Unix sockets of its own.

@@ -101,8 +101,8 @@ fn a_folder_stays_within_reach_and_nothing_beside_it() {
         );
     };
     let needs = Needs {
-        read: vec![top.join("read")],
-        write: vec![top.join("shared")],
+        read: [top.join("read")].into(),
+        write: [top.join("shared")].into(),
         ..Needs::default()
     };
     let (go, wait) = mpsc::channel::<()>();

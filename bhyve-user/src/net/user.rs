@@ -211,7 +211,7 @@ impl UserNet {
         let poll = Poll::new()?;
         crate::sandbox::need(|n| {
             n.network = true;
-            n.read.push(resolver::FILE.into());
+            n.read.insert(resolver::FILE.into());
         });
         let (mut tcp_forwards, mut udp_forwards) = (Vec::new(), Vec::new());
         for f in &options.forwards {

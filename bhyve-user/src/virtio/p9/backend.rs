@@ -145,7 +145,9 @@ impl Share {
     /// # Errors
     /// What the host says; ENOTDIR.
     pub fn open(path: &Path, read_only: bool) -> Result<Share> {
-        crate::sandbox::need(|n| n.folders.push((path.into(), !read_only)));
+        crate::sandbox::need(|n| {
+            n.folders.insert((path.into(), !read_only));
+        });
         let flags = HOLD | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let fd = nix::fcntl::open(path, flags, Mode::empty())?;
         let id = id(&fstat(&fd)?);
