@@ -11,6 +11,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+/// What a module's loader finds by name.
+const LOADER_NAMES: [&str; 3] = ["init_module", "cleanup_module", "__this_module"];
+
 /// Builds the module and returns the path of `vmm.ko`.
 ///
 /// # Errors
@@ -42,7 +45,17 @@ pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
         )?;
         let made = shim.join("vmm.ko");
         let module = dirs.target.join("vmm.ko");
-        fs::copy(&made, &module).with_context(|| format!("Kbuild made no {}", made.display()))?;
+        // Nobody else calls what is in it, and the C side's calls of the Rust side's functions
+        // are within a section now.
+        let mut objcopy = Command::new("objcopy");
+        objcopy.args(["-R", ".comment"]);
+        for name in LOADER_NAMES {
+            objcopy.arg(format!("--keep-global-symbol={name}"));
+        }
+        output(objcopy.arg(&made).arg(&module))?;
+        let mut bytes = fs::read(&module)?;
+        one_section::settle(&mut bytes).with_context(|| format!("in {}", module.display()))?;
+        fs::write(&module, bytes)?;
         output(Command::new("strip").arg("--strip-debug").arg(&module))?;
         Ok(module)
     })

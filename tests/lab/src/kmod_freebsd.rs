@@ -6,7 +6,7 @@
 use crate::command::output;
 use crate::dirs::Dirs;
 use crate::ziglang::Zig;
-use crate::{core_src, kmod};
+use crate::{core_src, kmod, one_section};
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -193,6 +193,10 @@ pub fn build(dirs: &Dirs, headers: &Headers) -> Result<PathBuf> {
                 .arg(&whole)
                 .arg(&module),
         )?;
+        let mut bytes = fs::read(&module)?;
+        one_section::settle(&mut bytes).with_context(|| format!("in {}", module.display()))?;
+        fs::write(&module, bytes)?;
+        output(Command::new("strip").arg("--strip-debug").arg(&module))?;
         Ok(module)
     })
 }

@@ -8,12 +8,15 @@
 //! what is written to. Beside code, constants are as safe from writes as it is.
 
 use anyhow::{Context, Result, bail, ensure};
-use object::elf::{R_X86_64_64, R_X86_64_PC32, R_X86_64_PC64, R_X86_64_PLT32, SHF_ALLOC};
+use object::elf::{
+    R_X86_64_64, R_X86_64_PC32, R_X86_64_PC64, R_X86_64_PLT32, SHF_ALLOC, SectionHeader64,
+};
+use object::read::elf::{Rela as _, SectionHeader as _};
 use object::write::{
     Object, Relocation, SectionId, StandardSection, Symbol, SymbolId, SymbolSection,
 };
 use object::{
-    Architecture, BinaryFormat, Endianness, File, Object as _, ObjectSection as _,
+    Architecture, BinaryFormat, Endianness, File, LittleEndian, Object as _, ObjectSection as _,
     ObjectSymbol as _, RelocationFlags, RelocationTarget, SectionFlags, SectionIndex, SymbolFlags,
     SymbolIndex, SymbolKind, SymbolScope,
 };
@@ -313,6 +316,73 @@ impl Joiner<'_, '_> {
     }
 }
 
+/// Settles what is left of a linked module in the same way, in place: what [`join`] could not, as
+/// it lies in other objects. What this frees goes with the next `strip`.
+///
+/// # Errors
+/// It is no such object.
+pub fn settle(module: &mut [u8]) -> Result<()> {
+    let mut changes: Vec<(usize, Vec<u8>)> = Vec::new();
+    {
+        let file = object::read::elf::ElfFile64::<LittleEndian>::parse(&*module)?;
+        let header = file.elf_header();
+        let table = header.e_shoff.get(LittleEndian);
+        let size_of_header = size_of::<SectionHeader64<LittleEndian>>() as u64;
+        for (index, section) in file.elf_section_table().enumerate() {
+            let Some((entries, _)) = section.rela(LittleEndian, &*module)? else {
+                continue;
+            };
+            let of = SectionIndex(section.sh_info(LittleEndian) as usize);
+            let target = file.section_by_index(of)?;
+            let Some((start, _)) = target.file_range() else {
+                continue;
+            };
+            let mut left = Vec::new();
+            let mut settled = false;
+            for entry in entries {
+                let kind = entry.r_type(LittleEndian, false);
+                let symbol = SymbolIndex(entry.r_sym(LittleEndian, false) as usize);
+                let at = entry.r_offset(LittleEndian);
+                let here = symbol.0 != 0
+                    && matches!(kind, R_X86_64_PC32 | R_X86_64_PLT32)
+                    && file.symbol_by_index(symbol)?.section_index() == Some(of);
+                if here {
+                    let address = file
+                        .symbol_by_index(symbol)?
+                        .address()
+                        .wrapping_add_signed(entry.r_addend(LittleEndian));
+                    let distance = i32::try_from(address.wrapping_sub(at) as i64)?;
+                    changes.push((
+                        usize::try_from(start + at)?,
+                        distance.to_le_bytes().to_vec(),
+                    ));
+                    settled = true;
+                } else {
+                    left.extend_from_slice(object::pod::bytes_of(entry));
+                }
+            }
+            if settled {
+                let size = table + index.0 as u64 * size_of_header + SH_SIZE;
+                changes.push((
+                    usize::try_from(size)?,
+                    (left.len() as u64).to_le_bytes().to_vec(),
+                ));
+                changes.push((usize::try_from(section.sh_offset(LittleEndian))?, left));
+            }
+        }
+    }
+    for (at, bytes) in changes {
+        module
+            .get_mut(at..at + bytes.len())
+            .context("a section is outside of the file")?
+            .copy_from_slice(&bytes);
+    }
+    Ok(())
+}
+
+/// Where a section's header has its size.
+const SH_SIZE: u64 = 32;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -430,5 +500,48 @@ mod tests {
         assert!(symbol("entry").is_global());
         assert!(symbol("f").is_local());
         assert!(join(&sample(), &["absent"]).is_err());
+    }
+
+    #[test]
+    fn what_was_left_is_settled_in_place() {
+        let mut o = Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
+        let text = o.section_id(StandardSection::Text);
+        o.append_section_data(text, &[0x90; 32], 16);
+        let undefined = |name: &str| Symbol {
+            name: name.into(),
+            value: 0,
+            size: 0,
+            kind: SymbolKind::Unknown,
+            scope: SymbolScope::Unknown,
+            weak: false,
+            section: SymbolSection::Undefined,
+            flags: SymbolFlags::None,
+        };
+        let host = o.add_symbol(undefined("host"));
+        let f = o.add_symbol(Symbol {
+            value: 24,
+            kind: SymbolKind::Text,
+            scope: SymbolScope::Linkage,
+            section: SymbolSection::Section(text),
+            ..undefined("f")
+        });
+        for (offset, symbol) in [(1, f), (6, host)] {
+            let relocation = Relocation {
+                offset,
+                symbol,
+                addend: -4,
+                flags: RelocationFlags::Elf {
+                    r_type: R_X86_64_PLT32,
+                },
+            };
+            o.add_relocation(text, relocation).unwrap();
+        }
+        let mut module = o.write().unwrap();
+        settle(&mut module).unwrap();
+        let file = File::parse(&*module).unwrap();
+        let section = file.section_by_name(".text").unwrap();
+        assert_eq!(target(section.data().unwrap(), 1), 24);
+        let left: Vec<u64> = section.relocations().map(|(at, _)| at).collect();
+        assert_eq!(left, [6]);
     }
 }
