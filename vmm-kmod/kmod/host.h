@@ -160,7 +160,6 @@ int vmm_host_node_create(const char *name, void *vm, int segid,
 void vmm_host_node_destroy(struct vmm_node *node);
 /* level: 0 error, 1 warning, 2 info, 3 debug. Any context. */
 void vmm_host_log(int level, const char *msg, size_t len);
-void vmm_host_panic(const char *msg, size_t len) __attribute__((noreturn));
 
 /* ---- what the Rust side offers ---------------------------------------- */
 int vmm_rust_init(const struct vmm_host_info *info);

@@ -138,12 +138,6 @@ void vmm_host_log(int level, const char *msg, size_t len)
 	}
 }
 
-void vmm_host_panic(const char *msg, size_t len)
-{
-	pr_emerg("vmm: %.*s\n", (int)len, msg);
-	BUG();
-}
-
 module_init(vmm_init);
 module_exit(vmm_exit);
 MODULE_DESCRIPTION("FreeBSD's vmm interface on Linux, in Rust");

@@ -86,7 +86,8 @@ pub fn cargo(dirs: &Dirs, source: &CoreSource, folder: &str, into: &str, args: &
     let mut cargo = Command::new("cargo");
     // The module's own addresses are relative, and so need no relocation within a section.
     let more = if folder == MODULE {
-        "-C relocation-model=pic -Z direct-access-external-data=yes"
+        "-C relocation-model=pic -Z direct-access-external-data=yes -Z unstable-options \
+         -C panic=immediate-abort"
     } else {
         "-C relocation-model=static"
     };

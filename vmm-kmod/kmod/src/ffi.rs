@@ -156,6 +156,4 @@ unsafe extern "C" {
     pub fn vmm_host_node_destroy(node: *mut Node);
     #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_log(level: c_int, msg: *const u8, len: usize);
-    #[cfg(not(feature = "freebsd"))]
-    pub fn vmm_host_panic(msg: *const u8, len: usize) -> !;
 }

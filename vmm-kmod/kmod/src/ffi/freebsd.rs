@@ -28,7 +28,6 @@ unsafe extern "C" {
     fn vmm_can_sleep() -> bool;
     fn ppsratecheck(last: *mut [i64; 2], count: *mut c_int, most: c_int) -> c_int;
     fn printf(format: *const c_char, ...) -> c_int;
-    fn panic(format: *const c_char, ...) -> !;
     static time_second: i64;
     static bootverbose: c_int;
     static mut M_VMM: [u8; 0];
@@ -125,11 +124,6 @@ pub unsafe fn vmm_host_log(level: c_int, msg: *const u8, len: usize) {
             printf(LOG_FORMAT.as_ptr(), len as c_int, msg);
         }
     }
-}
-
-pub unsafe fn vmm_host_panic(msg: *const u8, len: usize) -> ! {
-    // SAFETY: ends the kernel.
-    unsafe { panic(LOG_FORMAT.as_ptr(), len as c_int, msg) }
 }
 
 pub unsafe fn vmm_host_mutex_lock(m: *mut HostMutex) {
