@@ -195,6 +195,7 @@ fn post(mailbox: &Mailbox, message: &ApicMessage) -> bool {
 /// found at once.
 ///
 /// `turn` makes equals take turns in lowest-priority arbitration.
+#[cfg_attr(target_os = "none", optimize(speed))]
 pub fn deliver<M, K>(boxes: &[M], message: &ApicMessage, turn: &AtomicU32, mut kick: K) -> usize
 where
     M: AsRef<Mailbox>,

@@ -191,6 +191,7 @@ impl CpuidTable {
 
     /// The answer to CPUID with these EAX and ECX.
     #[inline]
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub fn get(&self, eax: u32, ecx: u32, now: &DynState) -> Regs {
         let leaf = if eax <= self.max_basic {
             self.basic.get(eax as usize)
@@ -335,6 +336,7 @@ impl CpuidTable {
     }
 
     /// Adds sub-leaf rows; what does not fit is left out.
+    #[inline(never)]
     fn push(&mut self, row: Regs) -> bool {
         match self.sub.get_mut(usize::from(self.used)) {
             Some(r) => {
@@ -346,12 +348,14 @@ impl CpuidTable {
         }
     }
 
+    #[inline(never)]
     fn set_basic(&mut self, leaf: usize, kind: Kind, regs: Regs) {
         if let Some(l) = self.basic.get_mut(leaf) {
             *l = Leaf { kind, regs };
         }
     }
 
+    #[inline(never)]
     fn set_ext(&mut self, leaf: usize, kind: Kind, regs: Regs) {
         if let Some(l) = self.ext.get_mut(leaf) {
             *l = Leaf { kind, regs };

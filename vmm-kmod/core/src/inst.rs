@@ -33,7 +33,7 @@ pub enum CodeMode {
 
 impl CodeMode {
     /// The mode that a vCPU executes in.
-    pub fn of(cpu: &impl CpuState) -> Self {
+    pub fn of(cpu: &(impl CpuState + ?Sized)) -> Self {
         if cpu.long_mode_code() {
             CodeMode::Bits64
         } else if cpu.seg(Seg::Cs).default32() {
@@ -281,7 +281,7 @@ impl Inst {
 
     /// Offset of the memory operand within its segment, cut to the address
     /// size. `rip` is the instruction's own address.
-    pub fn offset(&self, cpu: &impl CpuState, rip: u64) -> u64 {
+    pub fn offset(&self, cpu: &(impl CpuState + ?Sized), rip: u64) -> u64 {
         let m = &self.mem;
         let mut a = m.disp as u64;
         if m.rip_relative {

@@ -445,6 +445,8 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
         self.pending_slow()
     }
 
+    #[inline(never)]
+    #[cfg_attr(target_os = "none", optimize(speed))]
     fn pending_slow(&mut self) -> Option<u8> {
         if !self.present() {
             return None;
@@ -598,9 +600,12 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
     /// Fires the timer if it is due; true if it was.
     #[inline]
     pub fn timer_tick(&mut self, now: u64) -> bool {
-        if now < self.timer.due() {
-            return false;
-        }
+        now >= self.timer.due() && self.timer_due(now)
+    }
+
+    #[inline(never)]
+    #[cfg_attr(target_os = "none", optimize(speed))]
+    fn timer_due(&mut self, now: u64) -> bool {
         let expired = self.timer.expire(now);
         if expired {
             self.fire(Lvt::Timer);

@@ -5,6 +5,7 @@
 //! interrupts, own no lock and start no timer, so the same code runs under
 //! `cargo test`. `vmm-hw` drives the CPU, `vmm-kmod` owns locks and timers.
 #![no_std]
+#![cfg_attr(target_os = "none", feature(optimize_attribute))]
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),

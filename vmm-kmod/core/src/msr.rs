@@ -299,6 +299,7 @@ impl MsrState {
         }
     }
 
+    #[cfg_attr(target_os = "none", optimize(speed))]
     fn wrmsr_slow(&mut self, msr: u32, value: u64) -> MsrWrite {
         use MsrWrite::{Backend, Done, Gp, Unknown};
         let check = |ok: bool, w: MsrWrite| if ok { w } else { Gp };

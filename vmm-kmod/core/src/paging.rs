@@ -65,7 +65,7 @@ impl Paging {
     };
 
     /// The paging state of a vCPU; costs the reads of five registers.
-    pub fn of(cpu: &impl CpuState, phys_bits: u8, gib_pages: bool) -> Self {
+    pub fn of(cpu: &(impl CpuState + ?Sized), phys_bits: u8, gib_pages: bool) -> Self {
         Paging {
             cr0: cpu.reg(Reg::Cr0),
             cr3: cpu.reg(Reg::Cr3),
@@ -263,6 +263,7 @@ impl<'a, M: GuestPhys> Walk<'a, M> {
         }
     }
 
+    #[cfg_attr(target_os = "none", optimize(speed))]
     fn run(&mut self) -> Result<u64, WalkError> {
         if self.p.cr0 & CR0_PG == 0 {
             return Ok(self.gla & 0xffff_ffff);
@@ -306,6 +307,7 @@ impl<'a, M: GuestPhys> Walk<'a, M> {
     }
 
     /// `levels` of 64-bit entries, the highest of which lies at `table`.
+    #[cfg_attr(target_os = "none", optimize(speed))]
     fn wide(&mut self, mut table: u64, levels: u32) -> Result<u64, WalkError> {
         let mut reserved = PTE_ADDR & !((1u64 << self.p.phys_bits.clamp(32, 52)) - 1);
         if self.p.efer & EFER_NXE == 0 {
@@ -469,6 +471,7 @@ impl Fetched {
 
 /// Reads the instruction at linear address `gla` (CS base added), which may
 /// cross into a second page. Changes nothing in the guest.
+#[cfg_attr(target_os = "none", optimize(speed))]
 pub fn fetch_instruction<M: GuestPhys>(mem: &M, p: &Paging, gla: u64) -> Fetched {
     let mut f = Fetched {
         bytes: [0; MAX_INST],

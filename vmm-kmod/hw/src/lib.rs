@@ -9,6 +9,7 @@
 //! The crate also compiles for an ordinary target, so that its pure parts run
 //! under `cargo test`.
 #![no_std]
+#![cfg_attr(target_os = "none", feature(optimize_attribute))]
 #![cfg_attr(
     not(test),
     deny(

@@ -27,7 +27,7 @@ impl LinearAddress {
 
 /// An exception with error code 0, or without one in real mode (SDM Vol. 3A
 /// §20.1.4 and Vol. 3C §26.2.1.3).
-pub(super) fn exception(cpu: &impl CpuState, vector: u8) -> Event {
+pub(super) fn exception(cpu: &(impl CpuState + ?Sized), vector: u8) -> Event {
     if cpu.reg(Reg::Cr0) & CR0_PE == 0 {
         Event::exception(vector)
     } else {
@@ -39,7 +39,7 @@ pub(super) fn exception(cpu: &impl CpuState, vector: u8) -> Event {
 /// exceptions that the CPU would raise: #SS or #GP for the segment, #AC for
 /// the alignment.
 pub fn linear_address(
-    cpu: &impl CpuState,
+    cpu: &(impl CpuState + ?Sized),
     mode: CodeMode,
     seg: Seg,
     offset: u64,

@@ -99,7 +99,7 @@ impl From<Event> for Stop {
 pub(super) type Result<T, E = Stop> = core::result::Result<T, E>;
 
 /// Executes `inst`, whose first byte is at the guest's RIP.
-pub fn emulate<C: CpuState, B: Bus>(
+pub fn emulate<C: CpuState + ?Sized, B: Bus>(
     inst: &Inst,
     cpu: &mut C,
     bus: &mut B,
@@ -126,7 +126,7 @@ pub fn emulate<C: CpuState, B: Bus>(
     }
 }
 
-pub(super) struct Machine<'a, C, B> {
+pub(super) struct Machine<'a, C: ?Sized, B> {
     pub(super) inst: &'a Inst,
     pub(super) cpu: &'a mut C,
     bus: &'a mut B,
@@ -159,7 +159,7 @@ enum Target {
     Memory(Place),
 }
 
-impl<C: CpuState, B: Bus> Machine<'_, C, B> {
+impl<C: CpuState + ?Sized, B: Bus> Machine<'_, C, B> {
     fn flags(&self) -> u64 {
         self.cpu.reg(Reg::Rflags)
     }

@@ -8,7 +8,7 @@ use crate::cpu::{Access, CpuState, Gpr, Reg, Seg};
 const RFLAGS_DF: u64 = 1 << 10;
 
 /// True if the instruction is over, false if iterations are left.
-pub(super) fn run<C: CpuState, B: Bus>(m: &mut Machine<'_, C, B>) -> Result<bool> {
+pub(super) fn run<C: CpuState + ?Sized, B: Bus>(m: &mut Machine<'_, C, B>) -> Result<bool> {
     let rep = m.inst.rep;
     if rep == Rep::None {
         one(m)?;
@@ -38,7 +38,7 @@ pub(super) fn run<C: CpuState, B: Bus>(m: &mut Machine<'_, C, B>) -> Result<bool
 }
 
 /// One iteration: memory first, then registers.
-fn one<C: CpuState, B: Bus>(m: &mut Machine<'_, C, B>) -> Result<()> {
+fn one<C: CpuState + ?Sized, B: Bus>(m: &mut Machine<'_, C, B>) -> Result<()> {
     let (op, size, seg) = (m.inst.op, m.inst.size, m.inst.seg);
     let mask = size_mask(m.inst.addr_size);
     let si = m.cpu.gpr(Gpr::Rsi) & mask;
@@ -92,6 +92,6 @@ fn one<C: CpuState, B: Bus>(m: &mut Machine<'_, C, B>) -> Result<()> {
 }
 
 /// An index register changes within the address size.
-fn advance<C: CpuState, B: Bus>(m: &mut Machine<'_, C, B>, r: Gpr, v: u64) {
+fn advance<C: CpuState + ?Sized, B: Bus>(m: &mut Machine<'_, C, B>, r: Gpr, v: u64) {
     m.set_reg(Operand::Reg(r), m.inst.addr_size, v);
 }

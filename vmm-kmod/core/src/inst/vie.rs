@@ -87,6 +87,7 @@ fn operation(i: &Inst) -> Option<(u8, u16)> {
 
 /// `struct vie` of an instruction whose bytes were fetched, and its length, 0
 /// if it could not be decoded. `bytes` may go on behind the instruction.
+#[cfg_attr(target_os = "none", optimize(speed))]
 pub fn vie(bytes: &[u8], inst: Option<&Inst>) -> (Vie, u8) {
     let mut v = Vie {
         base_register: NONE,

@@ -82,6 +82,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
         }
     }
 
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub(super) fn write_register(&mut self, offset: u16, value: u32, now: u64) -> Effect {
         match offset {
             // Ids do not change: what routes to them need not follow.
@@ -133,6 +134,8 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
         Effect::None
     }
 
+    #[inline(never)]
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub(super) fn eoi(&mut self) -> Effect {
         let Some(vector) = self.page.highest(reg::ISR) else {
             return Effect::None;

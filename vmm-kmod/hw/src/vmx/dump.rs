@@ -50,39 +50,46 @@ pub const fn entry_failure(qualification: u64) -> &'static str {
     }
 }
 
-const GPRS: [(&str, Gpr); 16] = [
-    ("rax", Gpr::Rax),
-    ("rbx", Gpr::Rbx),
-    ("rcx", Gpr::Rcx),
-    ("rdx", Gpr::Rdx),
-    ("rsi", Gpr::Rsi),
-    ("rdi", Gpr::Rdi),
-    ("rbp", Gpr::Rbp),
-    ("rsp", Gpr::Rsp),
-    ("r8", Gpr::R8),
-    ("r9", Gpr::R9),
-    ("r10", Gpr::R10),
-    ("r11", Gpr::R11),
-    ("r12", Gpr::R12),
-    ("r13", Gpr::R13),
-    ("r14", Gpr::R14),
-    ("r15", Gpr::R15),
+// Names as one string: a pointer to each would be a relocation.
+const GPR_NAMES: &str = "rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15";
+const GPRS: [Gpr; 16] = [
+    Gpr::Rax,
+    Gpr::Rbx,
+    Gpr::Rcx,
+    Gpr::Rdx,
+    Gpr::Rsi,
+    Gpr::Rdi,
+    Gpr::Rbp,
+    Gpr::Rsp,
+    Gpr::R8,
+    Gpr::R9,
+    Gpr::R10,
+    Gpr::R11,
+    Gpr::R12,
+    Gpr::R13,
+    Gpr::R14,
+    Gpr::R15,
 ];
 
-const SEGS: [(&str, Seg); 8] = [
-    ("cs", Seg::Cs),
-    ("ds", Seg::Ds),
-    ("es", Seg::Es),
-    ("fs", Seg::Fs),
-    ("gs", Seg::Gs),
-    ("ss", Seg::Ss),
-    ("ldtr", Seg::Ldtr),
-    ("tr", Seg::Tr),
+const SEG_NAMES: &str = "cs ds es fs gs ss ldtr tr";
+const SEGS: [Seg; 8] = [
+    Seg::Cs,
+    Seg::Ds,
+    Seg::Es,
+    Seg::Fs,
+    Seg::Gs,
+    Seg::Ss,
+    Seg::Ldtr,
+    Seg::Tr,
 ];
+
+fn segments() -> impl Iterator<Item = (&'static str, Seg)> {
+    SEG_NAMES.split(' ').zip(SEGS)
+}
 
 /// What is wrong with guest state, of the commonest causes of a failed entry
 /// (SDM Vol. 3C §26.3).
-pub fn suspects(cpu: &impl CpuState, out: &mut dyn fmt::Write) -> fmt::Result {
+pub fn suspects(cpu: &dyn CpuState, out: &mut dyn fmt::Write) -> fmt::Result {
     let cr0 = cpu.reg(Reg::Cr0);
     let cr4 = cpu.reg(Reg::Cr4);
     let efer = cpu.reg(Reg::Efer);
@@ -121,7 +128,7 @@ pub fn suspects(cpu: &impl CpuState, out: &mut dyn fmt::Write) -> fmt::Result {
         "TR is not a 64-bit busy TSS in long mode",
     )?;
     say(cpu.selector(Seg::Tr) & 4 != 0, "TR selects from the LDT")?;
-    for (name, seg) in SEGS {
+    for (name, seg) in segments() {
         let d = cpu.seg(seg);
         let granular = d.access & 1 << 15 != 0;
         let bad = !d.unusable()
@@ -134,6 +141,14 @@ pub fn suspects(cpu: &impl CpuState, out: &mut dyn fmt::Write) -> fmt::Result {
         }
     }
     Ok(())
+}
+
+/// A line of names and values.
+fn line(out: &mut dyn fmt::Write, values: &[(&str, u64)]) -> fmt::Result {
+    for (name, value) in values {
+        write!(out, "{name} {value:x} ")?;
+    }
+    writeln!(out)
 }
 
 impl<H: Host> Vcpu<H> {
@@ -154,30 +169,29 @@ impl<H: Host> Vcpu<H> {
             "VM-instruction error {error}: {}",
             vm_instruction_error(error)
         )?;
-        for row in GPRS.chunks(4) {
-            for (name, r) in row {
-                write!(out, "{name:>4} {:016x}", self.gpr(*r))?;
+        for (n, (name, r)) in GPR_NAMES.split(' ').zip(GPRS).enumerate() {
+            write!(out, "{name:>4} {:016x}", self.gpr(r))?;
+            if n % 4 == 3 {
+                writeln!(out)?;
             }
-            writeln!(out)?;
         }
-        writeln!(
+        let reg = |r| self.reg(r);
+        let field = |f| self.vmread(f);
+        line(
             out,
-            " rip {:016x} rflags {:x}",
-            self.reg(Reg::Rip),
-            self.reg(Reg::Rflags)
+            &[
+                (" rip", reg(Reg::Rip)),
+                ("rflags", reg(Reg::Rflags)),
+                ("cr0", reg(Reg::Cr0)),
+                ("real", field(vmcs::GUEST_CR0)),
+                ("cr2", reg(Reg::Cr2)),
+                ("cr3", reg(Reg::Cr3)),
+                ("cr4", reg(Reg::Cr4)),
+                ("real", field(vmcs::GUEST_CR4)),
+                ("efer", reg(Reg::Efer)),
+            ],
         )?;
-        writeln!(
-            out,
-            " cr0 {:x} (real {:x}) cr2 {:x} cr3 {:x} cr4 {:x} (real {:x}) efer {:x}",
-            self.reg(Reg::Cr0),
-            self.vmread(vmcs::GUEST_CR0),
-            self.reg(Reg::Cr2),
-            self.reg(Reg::Cr3),
-            self.reg(Reg::Cr4),
-            self.vmread(vmcs::GUEST_CR4),
-            self.reg(Reg::Efer),
-        )?;
-        for (name, s) in SEGS {
+        for (name, s) in segments() {
             let d = self.seg(s);
             writeln!(
                 out,
@@ -188,47 +202,51 @@ impl<H: Host> Vcpu<H> {
                 d.access
             )?;
         }
-        writeln!(
+        line(
             out,
-            "gdtr {:x}/{:x} idtr {:x}/{:x} dr7 {:x} pat {:x}",
-            self.reg(Reg::GdtrBase),
-            self.reg(Reg::GdtrLimit),
-            self.reg(Reg::IdtrBase),
-            self.reg(Reg::IdtrLimit),
-            self.reg(Reg::Dr7),
-            self.vmread(vmcs::GUEST_PAT),
+            &[
+                ("gdtr", reg(Reg::GdtrBase)),
+                ("limit", reg(Reg::GdtrLimit)),
+                ("idtr", reg(Reg::IdtrBase)),
+                ("limit", reg(Reg::IdtrLimit)),
+                ("dr7", reg(Reg::Dr7)),
+                ("pat", field(vmcs::GUEST_PAT)),
+            ],
         )?;
-        writeln!(
+        line(
             out,
-            "pin {:08x} proc {:08x} proc2 {:08x} entry {:08x} exit {:08x} exceptions {:08x}",
-            self.pin,
-            self.proc1,
-            self.proc2,
-            self.entry_ctl,
-            self.vmread(vmcs::EXIT_CONTROLS),
-            self.vmread(vmcs::EXCEPTION_BITMAP),
+            &[
+                ("pin", self.pin.into()),
+                ("proc", self.proc1.into()),
+                ("proc2", self.proc2.into()),
+                ("entry", self.entry_ctl.into()),
+                ("exit", field(vmcs::EXIT_CONTROLS)),
+                ("exceptions", field(vmcs::EXCEPTION_BITMAP)),
+            ],
         )?;
-        writeln!(
+        line(
             out,
-            "interruptibility {:x} activity {:x} pending debug {:x} entry info {:08x} vectoring {:08x} eptp {:x}",
-            self.vmread(vmcs::GUEST_INTERRUPTIBILITY),
-            self.vmread(vmcs::GUEST_ACTIVITY),
-            self.vmread(vmcs::GUEST_PENDING_DEBUG),
-            self.vmread(vmcs::ENTRY_INTERRUPTION_INFO),
-            self.idt_vectoring,
-            self.vmread(vmcs::EPTP),
+            &[
+                ("interruptibility", field(vmcs::GUEST_INTERRUPTIBILITY)),
+                ("activity", field(vmcs::GUEST_ACTIVITY)),
+                ("pending debug", field(vmcs::GUEST_PENDING_DEBUG)),
+                ("entry info", field(vmcs::ENTRY_INTERRUPTION_INFO)),
+                ("vectoring", self.idt_vectoring.into()),
+                ("eptp", field(vmcs::EPTP)),
+            ],
         )?;
-        writeln!(
+        line(
             out,
-            "host rsp {:x} rip {:x} cr3 {:x} tr {:x} base {:x} gs {:x} gdtr {:x} idtr {:x}",
-            self.vmread(vmcs::HOST_RSP),
-            self.vmread(vmcs::HOST_RIP),
-            self.vmread(vmcs::HOST_CR3),
-            self.vmread(vmcs::HOST_TR_SEL),
-            self.vmread(vmcs::HOST_TR_BASE),
-            self.vmread(vmcs::HOST_GS_BASE),
-            self.vmread(vmcs::HOST_GDTR_BASE),
-            self.vmread(vmcs::HOST_IDTR_BASE),
+            &[
+                ("host rsp", field(vmcs::HOST_RSP)),
+                ("rip", field(vmcs::HOST_RIP)),
+                ("cr3", field(vmcs::HOST_CR3)),
+                ("tr", field(vmcs::HOST_TR_SEL)),
+                ("base", field(vmcs::HOST_TR_BASE)),
+                ("gs", field(vmcs::HOST_GS_BASE)),
+                ("gdtr", field(vmcs::HOST_GDTR_BASE)),
+                ("idtr", field(vmcs::HOST_IDTR_BASE)),
+            ],
         )?;
         suspects(self, out)
     }

@@ -302,6 +302,7 @@ impl<H: Host> Backend<H> {
     /// VMCLEARs a VMCS wherever it is active, unless that is CPU `but`.
     /// Interrupts must be on (it may wait for another CPU). False if it is
     /// active still.
+    #[inline(never)]
     pub(super) fn clear(&self, node: &VmcsNode<H>, but: Option<u32>) -> bool {
         for _ in 0..TRIES {
             let Some(cpu) = node.active() else {

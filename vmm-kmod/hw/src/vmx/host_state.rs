@@ -225,6 +225,7 @@ impl GuestMsrs {
     /// # Safety
     /// CPL 0, preemption off, on the CPU whose values `host` is to hold.
     #[cold]
+    #[inline(never)]
     unsafe fn read_host(&mut self) {
         for (i, (msr, host)) in SWITCHED.into_iter().zip(&mut self.host).enumerate() {
             if self.present & 1 << i != 0 {
@@ -378,6 +379,7 @@ impl<H: Host> Vcpu<H> {
     ///
     /// # Safety
     /// After [`Vcpu::load`] on the same CPU, interrupts off.
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub unsafe fn unload(&mut self) {
         // SAFETY: by the caller's promise; values are the host's own.
         unsafe {
@@ -443,6 +445,7 @@ impl<H: Host> Vcpu<H> {
 
     /// Sets an MSR that the backend keeps, as WRMSR would, but for the checks
     /// of EFER, which the caller makes.
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub fn set_msr(&mut self, n: u32, value: u64) -> MsrWrite {
         use vmm_core::cpu::{CpuState, Reg};
         let ok = match n {

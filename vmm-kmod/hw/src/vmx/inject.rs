@@ -58,6 +58,7 @@ pub(super) fn decode(
 
 /// TSC ticks until a deadline as a preemption-timer value: rounded up, at
 /// most what the field holds (the timer then ends early, and is set again).
+#[inline(always)]
 pub(super) fn preemption_ticks(tsc: u64, rate: u8) -> u32 {
     let unit = 1u64 << (rate & 31);
     let ticks = tsc.div_ceil(unit);
@@ -118,6 +119,7 @@ impl<H: Host> Vcpu<H> {
     /// The event whose delivery the last exit interrupted; it must be
     /// injected again, or merged with the fault that interrupted it
     /// (SDM Vol. 3C §27.2.4). Valid until the next entry.
+    #[inline(always)]
     pub fn pending_vectoring(&self) -> Option<Event> {
         if self.idt_vectoring & intr_info::VALID == 0 {
             return None;

@@ -211,7 +211,7 @@ impl<H: Host> Vcpu<H> {
     /// Writes back a VMCS that is cached on another CPU. Call with interrupts
     /// on, before [`Vcpu::with_current`] and after a [`Vcpu::load`] that asks
     /// for it; cheap when there is nothing to do.
-    #[inline]
+    #[inline(never)]
     pub fn prepare_migration(&mut self) {
         let cpu = H::cpu();
         if self.node.elsewhere(cpu).is_some() {
