@@ -91,6 +91,7 @@ impl Doorbells {
     }
 
     #[inline(never)]
+    #[optimize(speed)]
     fn find(&self, port: u16, value: u16) -> Option<Rung> {
         let bells = self.bells.lock();
         let mut found = bells.iter().flatten();

@@ -13,7 +13,7 @@ use vmm_core::inst::{self, Bus, BusError, CodeMode, DecodeError, Hint, Inst, Out
 use vmm_core::lapic::{Effect, Lapic};
 use vmm_core::paging::{self, GuestPhys, Paging, WalkError};
 use vmm_core::stats::Stat;
-use vmm_hw::backend::{Completed, RunCpu};
+use vmm_hw::backend::{Completed, RunCpu, VirtualCpu};
 
 use crate::errno;
 use crate::memory::{self, GuestMemory};
@@ -136,6 +136,7 @@ impl Bus for KernelBus<'_> {
 /// Does what a write of a local APIC's register asks of the rest of the VM;
 /// true if it was INIT or a start-up IPI, which vCPUs that userland has not
 /// started cannot take themselves.
+#[optimize(speed)]
 pub fn apply(vm: &Vm, effect: Effect) -> bool {
     match effect {
         Effect::None | Effect::TimerChanged | Effect::ModeChanged => false,
@@ -195,63 +196,12 @@ impl GuestPhys for GuestMemory<'_> {
     }
 }
 
-impl<C: RunCpu> Runner<'_, C> {
-    /// Resolves a nested fault. True: an exit for userland is in place.
-    pub fn fault(&mut self, f: Fault) -> Result<bool, i32> {
-        let mut mem = self.vm.mem.lock();
-        match mem.map.backing(f.gpa)? {
-            Some(b) if memory::allows(b.prot, f.access) => {
-                self.vcpu.stats.inc(Stat::NestedFault);
-                mem.enter(f.gpa, &b)?;
-                Ok(false)
-            }
-            Some(_) => {
-                drop(mem);
-                self.paging_exit(f);
-                Ok(true)
-            }
-            None if f.during_walk => {
-                drop(mem);
-                self.paging_exit(f);
-                Ok(true)
-            }
-            None => {
-                drop(mem);
-                self.emulate(f.gpa, f.gla)
-            }
-        }
-    }
-
-    /// A fault that neither memory nor a device explains.
-    fn paging_exit(&mut self, f: Fault) {
-        let fault_type = i32::from(f.access.bits());
-        self.user_outside(
-            0,
-            UserExit::Paging {
-                gpa: f.gpa,
-                fault_type,
-            },
-        );
-    }
-
-    fn user_outside(&mut self, len: u8, exit: UserExit) {
-        regs::with_current(self.inner, |inner| {
-            let rip = inner.next_rip.unwrap_or_else(|| inner.hw.reg(Reg::Rip));
-            inner.exit = VmExit {
-                rip,
-                inst_length: len,
-                exit,
-            }
-            .to_raw();
-            inner.next_rip = Some(regs::behind(&inner.hw, rip, len));
-        });
-        self.vcpu.stats.inc(Stat::UserExits);
-    }
-
+impl<C: RunCpu + 'static> Runner<'_, C> {
     /// An instruction touched `gpa`, perhaps a register of the kernel's
     /// devices: does it at once, with interrupts off and the VMCS current.
     /// None: it is not such a one, or needs memory that may have to be
     /// brought in first.
+    #[optimize(speed)]
     pub fn device_at_once(&mut self, gpa: u64, gla: Option<u64>) -> Option<Option<Todo>> {
         if !self.is_device(gpa) || self.inner.vectoring.is_some() {
             return None;
@@ -278,7 +228,9 @@ impl<C: RunCpu> Runner<'_, C> {
             apic_touched: false,
         };
         let hint = gla.map(|gla| Hint { gla, gpa });
-        let outcome = inst::emulate(&inst, &mut inner.hw, &mut bus, hint);
+        // One emulator for all kinds of CPU and for snapshots: it is a tenth of the module.
+        let cpu: &mut dyn CpuState = &mut inner.hw;
+        let outcome = inst::emulate(&inst, cpu, &mut bus, hint);
         let spinup = bus.spinup;
         inner.attention |= bus.apic_touched;
         drop(mem);
@@ -301,6 +253,8 @@ impl<C: RunCpu> Runner<'_, C> {
     /// kernel's: hands it to userland with interrupts off and the VMCS current. None: it
     /// is not such a one, or cannot be read so.
     #[cold]
+    #[inline(never)]
+    #[optimize(speed)]
     pub fn user_at_once(&mut self, gpa: u64, gla: Option<u64>) -> Option<Todo> {
         if self.is_device(gpa) || self.inner.vectoring.is_some() {
             return None;
@@ -355,7 +309,7 @@ impl<C: RunCpu> Runner<'_, C> {
     /// The same outside the inner loop. None: the guest is to be entered
     /// again.
     pub fn instruction_of(&mut self, exit: Exit) -> Result<Option<Exit>, i32> {
-        let cpu = regs::with_current(self.inner, |i| Snapshot::take(&i.hw, i.next_rip));
+        let cpu = snapshot(self.inner);
         let walk = self.paging(&cpu);
         let mem = self.vm.mem.lock();
         let at = code_address(&cpu, cpu.reg(Reg::Rip));
@@ -379,17 +333,78 @@ impl<C: RunCpu> Runner<'_, C> {
             }
         }
     }
+}
 
+impl<C: VirtualCpu + ?Sized> Runner<'_, C> {
     fn is_device(&self, gpa: u64) -> bool {
         Chipset::claims_gpa(gpa)
             || self.inner.lapic.mmio() && gpa & !0xfff == self.inner.lapic.base_gpa()
+    }
+
+    fn paging(&self, cpu: &(impl CpuState + ?Sized)) -> Paging {
+        let gib = self.inner.cpuid.ext1()[3] & (1 << 26) != 0;
+        Paging::of(cpu, self.inner.cpuid.phys_bits(), gib)
+    }
+}
+
+impl Runner<'_, dyn VirtualCpu> {
+    /// Resolves a nested fault. True: an exit for userland is in place.
+    pub fn fault(&mut self, f: Fault) -> Result<bool, i32> {
+        let mut mem = self.vm.mem.lock();
+        match mem.map.backing(f.gpa)? {
+            Some(b) if memory::allows(b.prot, f.access) => {
+                self.vcpu.stats.inc(Stat::NestedFault);
+                mem.enter(f.gpa, &b)?;
+                Ok(false)
+            }
+            Some(_) => {
+                drop(mem);
+                self.paging_exit(f);
+                Ok(true)
+            }
+            None if f.during_walk => {
+                drop(mem);
+                self.paging_exit(f);
+                Ok(true)
+            }
+            None => {
+                drop(mem);
+                self.emulate(f.gpa, f.gla)
+            }
+        }
+    }
+
+    /// A fault that neither memory nor a device explains.
+    fn paging_exit(&mut self, f: Fault) {
+        let fault_type = i32::from(f.access.bits());
+        self.user_outside(
+            0,
+            UserExit::Paging {
+                gpa: f.gpa,
+                fault_type,
+            },
+        );
+    }
+
+    fn user_outside(&mut self, len: u8, exit: UserExit) {
+        regs::with_current(self.inner, |inner| {
+            let rip = inner.next_rip.unwrap_or_else(|| inner.hw.reg(Reg::Rip));
+            inner.exit = VmExit {
+                rip,
+                inst_length: len,
+                exit,
+            }
+            .to_raw();
+            inner.next_rip = Some(regs::behind(&inner.hw, rip, len));
+        });
+        self.vcpu.stats.inc(Stat::UserExits);
     }
 
     /// An instruction touched `gpa`, where there is no memory. True: an exit
     /// for userland is in place.
     pub fn emulate(&mut self, gpa: u64, gla: Option<u64>) -> Result<bool, i32> {
         self.vcpu.stats.inc(Stat::InstEmul);
-        let mut cpu = regs::with_current(self.inner, |i| Snapshot::take(&i.hw, i.next_rip));
+        let mut cpu = snapshot(self.inner);
         let walk = self.paging(&cpu);
         let mem = self.vm.mem.lock();
         let at = code_address(&cpu, cpu.reg(Reg::Rip));
@@ -437,7 +452,7 @@ impl<C: RunCpu> Runner<'_, C> {
             apic_touched: false,
         };
         let hint = at.gla.map(|gla| Hint { gla, gpa: at.gpa });
-        let outcome = inst::emulate(inst, cpu, &mut bus, hint);
+        let outcome = inst::emulate(inst, cpu as &mut dyn CpuState, &mut bus, hint);
         let spinup = bus.spinup;
         drop(mem);
         match outcome {
@@ -458,11 +473,6 @@ impl<C: RunCpu> Runner<'_, C> {
             self.collect_spinups();
         }
         Ok(Done::Yes)
-    }
-
-    fn paging(&self, cpu: &impl CpuState) -> Paging {
-        let gib = self.inner.cpuid.ext1()[3] & (1 << 26) != 0;
-        Paging::of(cpu, self.inner.cpuid.phys_bits(), gib)
     }
 
     fn finish_emulation(&mut self, cpu: &Snapshot, event: Option<Event>) {
@@ -494,12 +504,12 @@ impl<C: RunCpu> Runner<'_, C> {
             self.inner.attention = true;
             return;
         }
-        self.pdptes = Some((ptes, *new));
+        self.inner.unfinished.pdptes = Some((ptes, *new));
     }
 }
 
 /// An instruction that userland is to emulate.
-fn inst_emul(cpu: &impl CpuState, gpa: u64, gla: Option<u64>, vie: Vie) -> UserExit {
+fn inst_emul(cpu: &dyn CpuState, gpa: u64, gla: Option<u64>, vie: Vie) -> UserExit {
     let cs = cpu.seg(Seg::Cs);
     UserExit::InstEmul(InstEmul {
         gpa,
@@ -513,6 +523,7 @@ fn inst_emul(cpu: &impl CpuState, gpa: u64, gla: Option<u64>, vie: Vie) -> UserE
 
 /// Linear address by which an instruction reached `gpa`, for CPUs that do not tell: that
 /// of its operand, if the guest's page tables lead from there to `gpa`.
+#[optimize(speed)]
 fn operand_at<C: CpuState>(
     inner: &mut Inner<C>,
     guest: &GuestMemory<'_>,
@@ -526,8 +537,16 @@ fn operand_at<C: CpuState>(
     (page == gpa & !0xfff).then_some(gla)
 }
 
+/// The vCPU's registers, as they are while it does not run.
+#[inline(never)]
+fn snapshot(inner: &mut Inner) -> Snapshot {
+    let mut cpu = Snapshot::new();
+    regs::with_current(inner, |i| cpu.take(&i.hw, i.next_rip));
+    cpu
+}
+
 /// Linear address of the instruction at `rip`.
-fn code_address(cpu: &impl CpuState, rip: u64) -> u64 {
+fn code_address(cpu: &(impl CpuState + ?Sized), rip: u64) -> u64 {
     if cpu.long_mode_code() {
         rip
     } else {
@@ -540,7 +559,7 @@ pub fn gla2gpa(vm: &Vm, vcpu: &Vcpu, a: &mut VmGla2gpa, inject: bool) -> Result<
     // READ | WRITE is what bhyve's task switches ask for.
     let access = memory::access(a.prot).ok_or(errno::EINVAL)?;
     let mut inner = vcpu.freeze();
-    let cpu = regs::with_current(&mut inner, |i| Snapshot::take(&i.hw, i.next_rip));
+    let cpu = snapshot(&mut inner);
     let gib = inner.cpuid.ext1()[3] & (1 << 26) != 0;
     let mut walk = Paging::of(&cpu, inner.cpuid.phys_bits(), gib);
     walk.cr3 = a.paging.cr3;

@@ -12,7 +12,7 @@ use vmm_core::lapic::Effect;
 use vmm_core::msr::{MsrRead, MsrWrite, efer_change_allowed};
 use vmm_core::pmtmr;
 use vmm_core::stats::Stat;
-use vmm_hw::backend::{ApicMode, RunCpu};
+use vmm_hw::backend::{ApicMode, RunCpu, VirtualCpu};
 use vmm_hw::msr;
 
 use crate::doorbells::Rung;
@@ -24,9 +24,10 @@ use crate::vm::Sink;
 
 const CR4_OSXSAVE: u64 = 1 << 18;
 
-impl<C: RunCpu> Runner<'_, C> {
+impl<C: RunCpu + 'static> Runner<'_, C> {
     /// None: enter the guest again.
     #[inline]
+    #[optimize(speed)]
     pub fn handle(&mut self, exit: Exit) -> Option<Todo> {
         match exit {
             Exit::Cpuid => self.cpuid(),
@@ -85,48 +86,8 @@ impl<C: RunCpu> Runner<'_, C> {
                 let effect = self.inner.lapic.eoi_virtualized(vector);
                 self.effect(effect)
             }
-            other => self.handle_rare(other),
+            other => self.cold().handle_rare(other),
         }
-    }
-
-    /// Lets the host's interrupts in.
-    #[inline]
-    pub fn host_interrupts(&mut self) {
-        // SAFETY: the guest is not running; its state is in the VMCS, in the
-        // FPU, which nobody uses meanwhile, and in our save area.
-        let more = unsafe { crate::ffi::vmm_host_irq_window() };
-        if more != 0 {
-            self.host_work = true;
-            self.inner.attention = true;
-        }
-    }
-
-    /// Moves behind the instruction that was done.
-    #[inline]
-    pub fn finish(&mut self) {
-        let len = self.inner.hw.inst_len();
-        self.inner.hw.advance(len);
-    }
-
-    /// The instruction faults instead.
-    pub fn fault_with(&mut self, event: Event) -> Option<Todo> {
-        self.inner.exception = Some(event);
-        self.inner.attention = true;
-        None
-    }
-
-    /// Leaves for userland; `len` is the length of the instruction that
-    /// userland is to do or skip.
-    pub fn user(&mut self, len: u8, exit: UserExit) -> Todo {
-        let rip = self.inner.hw.reg(Reg::Rip);
-        self.inner.exit = VmExit {
-            rip,
-            inst_length: len,
-            exit,
-        }
-        .to_raw();
-        self.inner.next_rip = Some(regs::behind(&self.inner.hw, rip, len));
-        Todo::User
     }
 
     #[inline]
@@ -161,7 +122,7 @@ impl<C: RunCpu> Runner<'_, C> {
         let value = match inner.msr.rdmsr(msr) {
             MsrRead::Value(v) => Some(v),
             MsrRead::Gp => None,
-            MsrRead::Unknown => match self.pv_rdmsr(msr) {
+            MsrRead::Unknown => match self.cold().pv_rdmsr(msr) {
                 Some(v) => Some(v),
                 None => {
                     let len = self.inner.hw.inst_len();
@@ -199,7 +160,7 @@ impl<C: RunCpu> Runner<'_, C> {
             MsrWrite::Done => {}
             MsrWrite::Gp => return self.fault_with(Event::GP0),
             MsrWrite::Unknown => {
-                if let Some(todo) = self.pv_wrmsr(msr, value) {
+                if let Some(todo) = self.cold().pv_wrmsr(msr, value) {
                     return Some(todo);
                 }
                 let len = self.inner.hw.inst_len();
@@ -276,22 +237,6 @@ impl<C: RunCpu> Runner<'_, C> {
         None
     }
 
-    /// Does what a register write of the local APIC asks for.
-    pub fn effect(&mut self, effect: Effect) -> Option<Todo> {
-        match effect {
-            Effect::None | Effect::TimerChanged => None,
-            Effect::ModeChanged => {
-                let mode = self.inner.lapic_mode();
-                self.inner.hw.set_apic_mode(mode);
-                self.inner.attention = true;
-                Some(self.later(Later::ApicMode {
-                    virtualized: mode == ApicMode::XApic,
-                }))
-            }
-            other => apply(self.vm, other).then_some(Todo::Spinup),
-        }
-    }
-
     fn apic_write(&mut self, offset: u16) -> Option<Todo> {
         self.vcpu.stats.inc(Stat::ApicWrite);
         let _ = self.take_eoi();
@@ -304,7 +249,7 @@ impl<C: RunCpu> Runner<'_, C> {
         self.vcpu.stats.inc(Stat::Inout);
         let len = self.inner.hw.inst_len();
         if io.string() {
-            return Some(self.io_string(io, len));
+            return Some(self.cold().io_string(io, len));
         }
         let rax = self.inner.hw.gpr(Gpr::Rax);
         // A guest's clock, perhaps: before anything else, and without a lock.
@@ -416,5 +361,65 @@ impl<C: RunCpu> Runner<'_, C> {
             return None;
         }
         Some(Todo::Halt)
+    }
+}
+
+impl<C: VirtualCpu + ?Sized> Runner<'_, C> {
+    /// Lets the host's interrupts in.
+    #[inline]
+    pub fn host_interrupts(&mut self) {
+        // SAFETY: the guest is not running; its state is in the VMCS, in the
+        // FPU, which nobody uses meanwhile, and in our save area.
+        let more = unsafe { crate::ffi::vmm_host_irq_window() };
+        if more != 0 {
+            self.inner.unfinished.host_work = true;
+            self.inner.attention = true;
+        }
+    }
+
+    /// Moves behind the instruction that was done.
+    #[inline]
+    pub fn finish(&mut self) {
+        let len = self.inner.hw.inst_len();
+        self.inner.hw.advance(len);
+    }
+
+    /// The instruction faults instead.
+    pub fn fault_with(&mut self, event: Event) -> Option<Todo> {
+        self.inner.exception = Some(event);
+        self.inner.attention = true;
+        None
+    }
+
+    /// Leaves for userland; `len` is the length of the instruction that
+    /// userland is to do or skip.
+    #[optimize(speed)]
+    pub fn user(&mut self, len: u8, exit: UserExit) -> Todo {
+        let rip = self.inner.hw.reg(Reg::Rip);
+        self.inner.exit = VmExit {
+            rip,
+            inst_length: len,
+            exit,
+        }
+        .to_raw();
+        self.inner.next_rip = Some(regs::behind(&self.inner.hw, rip, len));
+        Todo::User
+    }
+
+    /// Does what a register write of the local APIC asks for.
+    #[inline]
+    pub fn effect(&mut self, effect: Effect) -> Option<Todo> {
+        match effect {
+            Effect::None | Effect::TimerChanged => None,
+            Effect::ModeChanged => {
+                let mode = self.inner.lapic_mode();
+                self.inner.hw.set_apic_mode(mode);
+                self.inner.attention = true;
+                Some(self.later(Later::ApicMode {
+                    virtualized: mode == ApicMode::XApic,
+                }))
+            }
+            other => apply(self.vm, other).then_some(Todo::Spinup),
+        }
     }
 }

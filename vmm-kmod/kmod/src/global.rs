@@ -55,6 +55,7 @@ static READY: AtomicBool = AtomicBool::new(false);
 ///
 /// # Safety
 /// Called once before anything else of the module runs.
+#[inline(never)]
 pub unsafe fn set(g: Global) {
     // SAFETY: nobody reads before READY.
     unsafe { (*GLOBAL.0.get()).write(g) };
@@ -86,6 +87,7 @@ pub fn try_get() -> Option<&'static Global> {
 }
 
 /// The host's own CPUID.
+#[inline(never)]
 pub fn cpuid(leaf: u32, sub: u32) -> [u32; 4] {
     let r = core::arch::x86_64::__cpuid_count(leaf, sub);
     [r.eax, r.ebx, r.ecx, r.edx]

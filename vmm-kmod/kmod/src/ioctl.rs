@@ -99,6 +99,7 @@ pub fn run_page(vm: &Vm, arg: u32) -> Result<(), i32> {
 /// Sets the registers that an instruction changed which userland has emulated.
 /// EINVAL: there is no such register.
 #[inline(never)]
+#[optimize(speed)]
 fn take_registers(vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
     // VT-x keeps these two in the VMCS.
     const IN_VMCS: u64 = 1 << Gpr::Rsp as u8 | EXT_RUN_CHANGED_RFLAGS;
@@ -232,7 +233,8 @@ pub fn vm(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
     }
 }
 
-/// A group of requests does not know this one.
+/// A group of requests does not know this one. Each is a function of its own, with a
+/// frame that small offsets reach.
 const NOT_MINE: i32 = -1;
 
 fn existing(vm: &Vm, id: i32) -> Result<&Vcpu, i32> {
@@ -249,6 +251,7 @@ fn stopped<R>(vm: &Vm, id: i32, f: impl FnOnce(&mut Inner) -> Result<R, i32>) ->
     regs::with_current(&mut inner, f)
 }
 
+#[inline(never)]
 fn registers(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
     match cmd {
         req::VM_GET_REGISTER => {
@@ -356,6 +359,7 @@ fn register_set(vm: &Vm, a: VmRegisterSet, write: bool) -> Result<(), i32> {
     }
 }
 
+#[inline(never)]
 fn interrupts(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
     match cmd {
         req::VM_INJECT_NMI => {
@@ -444,6 +448,7 @@ fn interrupts(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
     }
 }
 
+#[inline(never)]
 fn guest_memory(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
     match cmd {
         req::VM_ALLOC_MEMSEG => {
@@ -520,6 +525,7 @@ fn guest_memory(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
     }
 }
 
+#[inline(never)]
 fn settings(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
     match cmd {
         req::VM_SET_X2APIC_STATE => {
@@ -651,6 +657,7 @@ fn settings(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
     }
 }
 
+#[inline(never)]
 fn passthrough(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
     match cmd {
         req::VM_BIND_PPTDEV => {

@@ -3,7 +3,11 @@
 //! `vmm-hw` knows the CPU, `vmm-core` the devices and the meaning of exits;
 //! here are locks, timers, the life of VMs and vCPUs, the run loop and the
 //! ioctls. Everything a host kernel must offer is in `host.h`.
+//!
+//! Everything is compiled for size; what stands between two entries of a guest, and says so
+//! with `optimize(speed)`, is not.
 #![no_std]
+#![feature(optimize_attribute)]
 
 extern crate alloc;
 
@@ -301,6 +305,7 @@ pub unsafe extern "C" fn vmm_rust_vm_ioctl(
 /// # Safety
 /// `vm` is alive.
 #[unsafe(no_mangle)]
+#[optimize(speed)]
 pub unsafe extern "C" fn vmm_rust_vm_run(vm: *mut c_void, arg: u32) -> c_int {
     // SAFETY: by the caller's word.
     let vm = unsafe { &*vm.cast::<Vm>() };

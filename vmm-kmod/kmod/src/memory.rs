@@ -362,6 +362,7 @@ impl MemMap {
         seg.detach(off)
     }
 
+    #[optimize(speed)]
     fn find(&self, gpa: Gpa) -> Option<&Map> {
         let maps = self.maps.get(..self.maps_end).unwrap_or_default();
         maps.iter().flatten().find(|m| m.contains(gpa))
@@ -400,6 +401,7 @@ impl MemMap {
     }
 
     /// Whether memory is mapped at `gpa`, there already or not.
+    #[optimize(speed)]
     pub fn is_mapped(&self, gpa: Gpa) -> bool {
         self.find(gpa).is_some()
     }
@@ -472,6 +474,7 @@ impl GuestMemory<'_> {
     }
 
     /// Copies out of guest memory; false if part of it is not memory.
+    #[optimize(speed)]
     pub fn read(&self, gpa: Gpa, to: &mut [u8]) -> bool {
         let len = to.len();
         let to = to.as_mut_ptr();

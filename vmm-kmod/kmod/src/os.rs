@@ -201,6 +201,7 @@ pub struct ThreadFlags {
 
 impl ThreadFlags {
     /// Those of the calling thread; must not outlive it.
+    #[inline(always)]
     pub fn current() -> Self {
         ThreadFlags {
             // SAFETY: no preconditions.

@@ -14,7 +14,7 @@ use vmm_core::apicbus::ApicMessage;
 use vmm_core::cpu::{Event, Gpr};
 use vmm_core::pv::{self, Features, Hypercall, Scale};
 use vmm_core::stats::Stat;
-use vmm_hw::backend::{ApicVirt, RunCpu};
+use vmm_hw::backend::{ApicVirt, VirtualCpu};
 
 use crate::emulate::apply;
 use crate::global;
@@ -78,7 +78,88 @@ impl Vm {
     }
 }
 
-impl<C: RunCpu> Runner<'_, C> {
+impl<C: VirtualCpu + ?Sized> Runner<'_, C> {
+    /// Whether the guest's clock must be told that its TSC was set.
+    pub fn pv_clock_used(&self) -> bool {
+        self.inner.pv.time & pv::ENABLED != 0
+    }
+
+    /// The interrupt that was just accepted may end without an exit, if the
+    /// IOAPIC does not wait for its end and nothing waits behind it.
+    #[inline]
+    pub fn offer_eoi(&mut self, vector: u8) {
+        if self.inner.pv.word.is_some() {
+            self.arm_eoi(vector);
+        }
+    }
+
+    #[inline(never)]
+    fn arm_eoi(&mut self, vector: u8) {
+        if !self.inner.lapic.ends_quietly(vector) {
+            return;
+        }
+        if let Some(va) = self.reach_eoi() {
+            word_at(va).store(NO_EOI, Ordering::Relaxed);
+            self.inner.pv.armed = true;
+        }
+    }
+
+    /// Takes over an end of interrupt that the guest may have noted: before
+    /// anything asks the local APIC what is in service. False: that cannot be
+    /// told in here; `settle_eoi` can.
+    #[inline]
+    pub fn take_eoi(&mut self) -> bool {
+        !self.inner.pv.armed || self.take_armed()
+    }
+
+    #[inline(never)]
+    fn take_armed(&mut self) -> bool {
+        let Some(va) = self.reach_eoi() else {
+            return false;
+        };
+        self.disarm(noted(va));
+        true
+    }
+
+    /// The word says, or cannot say any more, whether the guest has ended the
+    /// interrupt.
+    #[inline(never)]
+    fn disarm(&mut self, ended: bool) {
+        if ended {
+            let effect = self.inner.lapic.end_of_interrupt();
+            let _ = apply(self.vm, effect);
+        }
+        self.inner.pv.armed = false;
+        self.inner.attention = true;
+    }
+
+    /// Host address of the word. None: there is none, or only the memory's
+    /// lock, or sleep, can tell where. What is known of it stays then, for
+    /// `settle_eoi` to look again.
+    fn reach_eoi(&mut self) -> Option<usize> {
+        let word = self.inner.pv.word?;
+        if word.generation == self.vm.generation.current() {
+            return Some(word.va);
+        }
+        let vm = self.vm;
+        let mem = vm.mem.try_lock()?;
+        let word = self.find_eoi(&mem.map.guest_known())?;
+        self.inner.pv.word = Some(word);
+        Some(word.va)
+    }
+
+    /// Looks for the word again, with the memory's lock held.
+    #[cold]
+    fn find_eoi(&self, guest: &GuestMemory<'_>) -> Option<Word> {
+        let generation = self.vm.generation.current();
+        pv::address(self.inner.pv.eoi)
+            .flatten()
+            .and_then(|gpa| eoi_word(guest, gpa))
+            .map(|va| Word { va, generation })
+    }
+}
+
+impl Runner<'_, dyn VirtualCpu> {
     /// RDMSR of an MSR of the interface's; `None` if there is none such.
     #[cold]
     pub fn pv_rdmsr(&self, msr: u32) -> Option<u64> {
@@ -149,11 +230,6 @@ impl<C: RunCpu> Runner<'_, C> {
         true
     }
 
-    /// Whether the guest's clock must be told that its TSC was set.
-    pub fn pv_clock_used(&self) -> bool {
-        self.inner.pv.time & pv::ENABLED != 0
-    }
-
     /// The vCPU's TSC was set: the clock goes on as it did.
     #[cold]
     pub fn pv_clock_moved(&mut self) {
@@ -203,53 +279,8 @@ impl<C: RunCpu> Runner<'_, C> {
         true
     }
 
-    /// The interrupt that was just accepted may end without an exit, if the
-    /// IOAPIC does not wait for its end and nothing waits behind it.
-    #[inline]
-    pub fn offer_eoi(&mut self, vector: u8) {
-        if self.inner.pv.word.is_some() {
-            self.arm_eoi(vector);
-        }
-    }
-
-    fn arm_eoi(&mut self, vector: u8) {
-        if !self.inner.lapic.ends_quietly(vector) {
-            return;
-        }
-        if let Some(va) = self.reach_eoi() {
-            word_at(va).store(NO_EOI, Ordering::Relaxed);
-            self.inner.pv.armed = true;
-        }
-    }
-
-    /// Takes over an end of interrupt that the guest may have noted: before
-    /// anything asks the local APIC what is in service. False: that cannot be
-    /// told in here; `settle_eoi` can.
-    #[inline]
-    pub fn take_eoi(&mut self) -> bool {
-        !self.inner.pv.armed || self.take_armed()
-    }
-
-    fn take_armed(&mut self) -> bool {
-        let Some(va) = self.reach_eoi() else {
-            return false;
-        };
-        self.disarm(noted(va));
-        true
-    }
-
-    /// The word says, or cannot say any more, whether the guest has ended the
-    /// interrupt.
-    fn disarm(&mut self, ended: bool) {
-        if ended {
-            let effect = self.inner.lapic.end_of_interrupt();
-            let _ = apply(self.vm, effect);
-        }
-        self.inner.pv.armed = false;
-        self.inner.attention = true;
-    }
-
     /// As `take_eoi`, outside the run loop: always told afterwards.
+    #[inline(never)]
     pub fn settle_eoi(&mut self) {
         let pv = &self.inner.pv;
         let stale = |w: Word| w.generation != self.vm.generation.current();
@@ -267,31 +298,6 @@ impl<C: RunCpu> Runner<'_, C> {
         if self.inner.pv.armed {
             self.disarm(ended);
         }
-    }
-
-    /// Host address of the word. None: there is none, or only the memory's
-    /// lock, or sleep, can tell where. What is known of it stays then, for
-    /// `settle_eoi` to look again.
-    fn reach_eoi(&mut self) -> Option<usize> {
-        let word = self.inner.pv.word?;
-        if word.generation == self.vm.generation.current() {
-            return Some(word.va);
-        }
-        let vm = self.vm;
-        let mem = vm.mem.try_lock()?;
-        let word = self.find_eoi(&mem.map.guest_known())?;
-        self.inner.pv.word = Some(word);
-        Some(word.va)
-    }
-
-    /// Looks for the word again, with the memory's lock held.
-    #[cold]
-    fn find_eoi(&self, guest: &GuestMemory<'_>) -> Option<Word> {
-        let generation = self.vm.generation.current();
-        pv::address(self.inner.pv.eoi)
-            .flatten()
-            .and_then(|gpa| eoi_word(guest, gpa))
-            .map(|va| Word { va, generation })
     }
 
     /// VMCALL or VMMCALL.

@@ -6,7 +6,6 @@ use vmm_abi::limits::REG_HARDWARE;
 use vmm_abi::{CpuMode, PagingMode, RegName, TaskSwitchReason};
 use vmm_core::cpu::{CR0_PE, CR0_PG, CR4_PAE, CpuState, EFER_LMA, Gpr, Reg, Seg, SegDesc};
 use vmm_core::cpuid::CpuidTable;
-use vmm_hw::backend::VirtualCpu;
 
 use crate::errno;
 use crate::ffi;
@@ -14,11 +13,19 @@ use crate::vcpu::Inner;
 
 /// Does `f` with the vCPU's VMCS current and interrupts off. `f` must be
 /// short and must not sleep.
-pub fn with_current<C: VirtualCpu + ?Sized, R>(
-    inner: &mut Inner<C>,
-    f: impl FnOnce(&mut Inner<C>) -> R,
-) -> R {
-    let mut f = Some(f);
+pub fn with_current<R>(inner: &mut Inner, f: impl FnOnce(&mut Inner) -> R) -> R {
+    let (mut f, mut done) = (Some(f), None);
+    loop {
+        made_current(inner, &mut |inner| done = f.take().map(|f| f(inner)));
+        if let Some(done) = done.take() {
+            return done;
+        }
+    }
+}
+
+// Not generic: there are two dozen uses.
+#[inline(never)]
+fn made_current(inner: &mut Inner, f: &mut dyn FnMut(&mut Inner)) {
     loop {
         // Where VMX is off (a CPU that is going offline) the thread moves on.
         inner.hw.prepare_migration();
@@ -26,15 +33,14 @@ pub fn with_current<C: VirtualCpu + ?Sized, R>(
         let flags = unsafe { ffi::vmm_host_irq_save() };
         // SAFETY: interrupts are off, and the vCPU's lock is held. Making it
         // current is all that is wanted; `f` then works on `inner`.
-        let current = unsafe { inner.hw.make_current() };
-        let r = current
-            .is_ok()
-            .then(|| f.take().map(|f| f(inner)))
-            .flatten();
+        let current = unsafe { inner.hw.make_current() }.is_ok();
+        if current {
+            f(inner);
+        }
         // SAFETY: `flags` came from the save above.
         unsafe { ffi::vmm_host_irq_restore(flags) };
-        if let Some(r) = r {
-            return r;
+        if current {
+            return;
         }
         // The thread that takes the CPU down must get it first; a signal is
         // no reason to leave registers half set.
@@ -298,6 +304,7 @@ pub fn task_switch_reason(reason: u8) -> TaskSwitchReason {
 }
 
 /// The address behind an instruction of `len` bytes at `rip`.
+#[inline]
 pub fn behind(cpu: &(impl CpuState + ?Sized), rip: u64, len: u8) -> u64 {
     let next = rip.wrapping_add(u64::from(len));
     if (rip ^ next) >> 32 != 0 && !cpu.long_mode_code() {

@@ -8,7 +8,7 @@ use vmm_core::cpu::{Exit, Reg};
 use vmm_core::host::Host;
 use vmm_core::lapic::Changes;
 use vmm_core::stats::Stat;
-use vmm_hw::backend::{ApicVirt, Reset, RunCpu};
+use vmm_hw::backend::{ApicVirt, Reset, RunCpu, VirtualCpu};
 use vmm_hw::cr::Controls;
 use vmm_hw::svm;
 
@@ -78,24 +78,40 @@ pub enum Later {
 }
 
 /// A vCPU, its VM and the thread that runs it.
-pub struct Runner<'a, C> {
+pub struct Runner<'a, C: ?Sized> {
     /// The VM.
     pub vm: &'a Vm,
     /// What others see of the vCPU.
     pub vcpu: &'a Vcpu,
     /// What this thread has to itself.
     pub inner: &'a mut Inner<C>,
+    flags: ThreadFlags,
+    preemption_timer: bool,
+    account: bool,
+}
+
+/// What a run of a vCPU has still to do.
+pub struct Unfinished {
     /// PDPTEs for a MOV to CR0 or CR4 that is to be completed.
     pub pdptes: Option<([u64; 4], Controls)>,
     /// An exit that was completed with its instruction, to be handled.
     pub completed: Option<Exit>,
     /// With [`Todo::Later`].
     later: Later,
-    flags: ThreadFlags,
-    preemption_timer: bool,
-    account: bool,
     /// The host has work for this CPU that needs the window closed.
-    pub(crate) host_work: bool,
+    pub host_work: bool,
+}
+
+impl Unfinished {
+    /// Nothing.
+    pub const fn new() -> Self {
+        Unfinished {
+            pdptes: None,
+            completed: None,
+            later: Later::Nothing,
+            host_work: false,
+        }
+    }
 }
 
 /// Runs the vCPU until `inner.exit` has something for userland.
@@ -103,6 +119,7 @@ pub struct Runner<'a, C> {
 /// EINVAL: not active, or suspended. ENXIO: the VM was destroyed. ENOMEM: no
 /// memory for the guest.
 #[inline(never)]
+#[optimize(speed)]
 pub fn run(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
     // One function from here to the guest, as every one in between is paid for by
     // each exit to userland; but not both kinds of CPU in one.
@@ -113,12 +130,13 @@ pub fn run(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
 }
 
 #[inline(never)]
+#[optimize(speed)]
 fn run_on_svm(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner<svm::Vcpu<os::Os>>) -> Result<(), i32> {
     run_on(vm, vcpu, inner)
 }
 
 #[inline(always)]
-fn run_on<C: RunCpu>(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner<C>) -> Result<(), i32> {
+fn run_on<C: RunCpu + 'static>(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner<C>) -> Result<(), i32> {
     if !inner.may_run {
         if !vm.active.contains(vcpu.id as usize) {
             return Err(errno::EINVAL);
@@ -131,23 +149,22 @@ fn run_on<C: RunCpu>(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner<C>) -> Result<(), i
     }
     // Userland may have loaded secrets into the caches since the last run.
     inner.hw.request_l1d_flush();
+    // Of an earlier run that did not get to it: the guest executes that again.
+    inner.unfinished.pdptes = None;
+    inner.unfinished.completed = None;
     let preemption_timer = inner.hw.has_preemption_timer();
     Runner {
         vm,
         vcpu,
         inner,
-        pdptes: None,
-        completed: None,
-        later: Later::Nothing,
         flags: ThreadFlags::current(),
         preemption_timer,
         account: crate::global::get().account,
-        host_work: false,
     }
     .outer()
 }
 
-impl<C: RunCpu> Runner<'_, C> {
+impl<C: RunCpu + 'static> Runner<'_, C> {
     #[inline(always)]
     fn outer(&mut self) -> Result<(), i32> {
         loop {
@@ -157,13 +174,13 @@ impl<C: RunCpu> Runner<'_, C> {
             match self.inner.wait {
                 Wait::No => {}
                 Wait::Halt => {
-                    if self.halt()? {
+                    if self.cold().halt()? {
                         return Ok(());
                     }
                     continue;
                 }
                 Wait::Sipi => {
-                    self.wait_for_sipi();
+                    self.cold().wait_for_sipi();
                     continue;
                 }
             }
@@ -175,7 +192,7 @@ impl<C: RunCpu> Runner<'_, C> {
                     return Ok(());
                 }
                 Todo::Halt => self.inner.wait = Wait::Halt,
-                Todo::Spinup => self.collect_spinups(),
+                Todo::Spinup => self.cold().collect_spinups(),
                 Todo::Later => {
                     if self.do_later()? {
                         return Ok(());
@@ -185,19 +202,325 @@ impl<C: RunCpu> Runner<'_, C> {
         }
     }
 
+    /// Does what was put by. True: an exit for userland is in place.
+    #[inline(never)]
+    fn do_later(&mut self) -> Result<bool, i32> {
+        match core::mem::replace(&mut self.inner.unfinished.later, Later::Nothing) {
+            Later::Instruction(exit) => {
+                self.inner.unfinished.completed = self.instruction_of(exit)?;
+                Ok(false)
+            }
+            other => self.cold().do_any(other),
+        }
+    }
+
+    /// Whether userland has to be told something before the guest goes on.
+    #[inline]
+    fn must_leave(&mut self) -> Result<bool, i32> {
+        if !self.vm.may_stop() && self.vcpu.reqidle.load(SeqCst) == 0 && !self.flags.work() {
+            return Ok(false);
+        }
+        self.cold().has_to_leave()
+    }
+
+    /// The same for what is not worth compiling for each kind of CPU.
+    #[inline]
+    pub fn cold(&mut self) -> Runner<'_, dyn VirtualCpu> {
+        Runner {
+            vm: self.vm,
+            vcpu: self.vcpu,
+            inner: self.inner,
+            flags: self.flags,
+            preemption_timer: self.preemption_timer,
+            account: self.account,
+        }
+    }
+
+    /// One stay with preemption and interrupts off. A part of `outer`, which is its
+    /// only caller: every exit to userland goes through both.
+    #[inline(always)]
+    fn window(&mut self) -> Todo {
+        // SAFETY: undone by guest_end below; nothing in between sleeps.
+        let fpu_live = unsafe { ffi::vmm_host_guest_begin() };
+        // SAFETY: guest_begin turned interrupts off and told whose state the FPU
+        // holds; the vCPU's lock is held.
+        let loaded = unsafe { self.inner.hw.load(fpu_live != 0) };
+        let todo = match loaded {
+            Err(error) => self.later(Later::NotLoaded(error)),
+            Ok(cpu) => {
+                self.vcpu.enter_guest_mode(cpu);
+                if let Some(rip) = self.inner.next_rip.take() {
+                    self.inner.hw.set_reg(Reg::Rip, rip);
+                }
+                let active = self.vm.active_count();
+                if active != self.inner.active_seen {
+                    self.inner.active_seen = active;
+                    self.inner.forget_spinning();
+                }
+                if let Some((ptes, new)) = self.inner.unfinished.pdptes.take() {
+                    self.cold().complete_cr(ptes, &new);
+                }
+                // Only where it can be: `handle` is part of the inner loop, and stays so
+                // while that is its only caller.
+                let done = if C::DESCRIBES_EXITS {
+                    None
+                } else {
+                    self.inner
+                        .unfinished
+                        .completed
+                        .take()
+                        .and_then(|exit| self.handle(exit))
+                };
+                let todo = match done {
+                    Some(todo) => todo,
+                    None => self.inner_loop(),
+                };
+                self.vcpu.leave_guest_mode();
+                // SAFETY: loaded above, on this CPU.
+                unsafe { self.inner.hw.unload() };
+                todo
+            }
+        };
+        // SAFETY: pairs with guest_begin.
+        unsafe { ffi::vmm_host_guest_end(fpu_live) };
+        todo
+    }
+
+    #[inline]
+    fn inner_loop(&mut self) -> Todo {
+        let mut stays = 0u32;
+        loop {
+            if (self.inner.lapic.sync() || self.inner.attention)
+                && let Some(todo) = self.before_entry()
+            {
+                return todo;
+            }
+            if self.flags.work() {
+                return Todo::Yield;
+            }
+            if !self.set_timer() {
+                continue;
+            }
+            if !C::DESCRIBES_EXITS && self.inner.hw.take_immediate_exit() {
+                // SAFETY: works in any context; interrupts are off, so that
+                // it waits for the guest.
+                unsafe { ffi::vmm_host_kick_cpu(os::Os::cpu()) };
+            }
+            let exit = if self.account {
+                // SAFETY: as below.
+                unsafe { self.enter_counted() }
+            } else {
+                // SAFETY: between load and unload, interrupts off.
+                unsafe { self.inner.hw.enter() }
+            };
+            self.vcpu.stats.inc(Stat::Exits);
+            // A guest that polls what the kernel answers may never let the
+            // preemption timer run out; the host's interrupts get their turn.
+            stays = stays.wrapping_add(1);
+            if stays & 0xff == 0 {
+                self.host_interrupts();
+            }
+            if let Some(event) = self.inner.hw.pending_vectoring() {
+                self.inner.vectoring = Some(event);
+                self.inner.attention = true;
+            }
+            let exit = if C::DESCRIBES_EXITS || !self.inner.hw.wants_instruction() {
+                exit
+            } else {
+                match self.instruction_at_once(exit) {
+                    Found::Exit(exit) => exit,
+                    Found::Again => continue,
+                    Found::Later => return self.later(Later::Instruction(exit)),
+                }
+            };
+            if let Some(todo) = self.handle(exit) {
+                return todo;
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`RunCpu::enter`].
+    #[cold]
+    #[inline(never)]
+    unsafe fn enter_counted(&mut self) -> Exit {
+        let before = os::rdtsc();
+        // SAFETY: by the caller's word.
+        let exit = unsafe { self.inner.hw.enter() };
+        self.vcpu.stats.add(Stat::Runtime, os::rdtsc() - before);
+        exit
+    }
+
+    /// Sees to it that the local APIC's timer ends the guest's stay in time;
+    /// false if it is due now.
+    #[inline]
+    fn set_timer(&mut self) -> bool {
+        let Some(deadline) = self.inner.lapic.timer_deadline() else {
+            if self.preemption_timer {
+                self.inner.hw.set_preemption_timer(None);
+            }
+            return true;
+        };
+        let now = os::rdtsc();
+        if deadline <= now {
+            self.inner.lapic.timer_tick(now);
+            self.inner.attention = true;
+            return false;
+        }
+        if self.preemption_timer {
+            self.inner.hw.set_preemption_timer(Some(deadline - now));
+        } else if self.inner.timer_armed != deadline || self.vcpu.take_timer_fired() {
+            // The host's clock and the TSC do not agree to the last tick: a
+            // timer that fired too early is armed again.
+            self.inner.timer_armed = deadline;
+            self.vcpu
+                .arm_timer(self.vm.clock.to_ns.apply_up(deadline - now));
+        }
+        true
+    }
+
+    /// Injects what is due. Some: the guest cannot be entered now.
+    #[cold]
+    #[inline(never)]
+    #[optimize(speed)]
+    fn before_entry(&mut self) -> Option<Todo> {
+        use core::sync::atomic::Ordering::Relaxed;
+        if core::mem::take(&mut self.inner.unfinished.host_work)
+            || self.vm.suspend.load(Relaxed) != 0
+            || self.vm.dying()
+            || self.vcpu.reqidle.load(Relaxed) != 0
+            || self.vm.debug.contains(self.vcpu.id as usize)
+        {
+            // The mailbox is empty now: what was in it, or the poke, is not to be
+            // forgotten.
+            self.inner.attention = true;
+            return Some(Todo::Yield);
+        }
+        if !self.take_eoi() {
+            self.inner.attention = true;
+            return Some(self.later(Later::PvEoi));
+        }
+        let inner = &mut *self.inner;
+        if inner.lapic.take_init() {
+            // The bootstrap processor would go to its firmware, of which
+            // there is none.
+            if self.vcpu.id != 0 {
+                inner.hw.reset(Reset::Init);
+                inner.lapic.init();
+                inner.pv.init();
+                inner.vectoring = None;
+                inner.exception = None;
+                inner.wait = Wait::Sipi;
+                return Some(Todo::Yield);
+            }
+        }
+        // A start-up IPI to a CPU that runs is ignored (SDM Vol. 3A §8.4.3).
+        let _ = inner.lapic.take_sipi();
+        self.inject();
+        None
+    }
+
+    #[optimize(speed)]
+    fn inject(&mut self) {
+        let inner = &mut *self.inner;
+        // An interrupted delivery first, then exceptions, NMI, interrupts
+        // (SDM Vol. 3A §6.9).
+        let mut busy = inner.hw.entry_event().is_some();
+        if !busy && let Some(event) = inner.vectoring.take() {
+            inner.hw.inject(event);
+            busy = true;
+        }
+        if !busy && let Some(event) = inner.exception.take() {
+            if event.is_fault() {
+                // Event injection pushes RFLAGS as it is.
+                let rflags = inner.hw.reg(Reg::Rflags);
+                inner
+                    .hw
+                    .set_reg(Reg::Rflags, rflags | vmm_core::cpu::RFLAGS_RF);
+            }
+            inner.hw.inject(event);
+            busy = true;
+        }
+        let mut nmi_window = false;
+        if inner.lapic.nmi_pending() {
+            let can = !busy && inner.hw.nmi_interruptible();
+            if can && inner.lapic.take_nmi(false) {
+                inner.hw.inject(vmm_core::cpu::Event {
+                    kind: vmm_core::cpu::EventKind::Nmi,
+                    vector: 2,
+                    error_code: None,
+                    inst_len: 0,
+                });
+                busy = true;
+            }
+            if inner.hw.nmi_blocked() {
+                // Only one stays latched meanwhile.
+                let _ = inner.lapic.take_nmi(true);
+            }
+            nmi_window = inner.lapic.nmi_pending();
+        }
+        let mut window = false;
+        if inner.lapic.extint_pending() {
+            if !busy && inner.hw.interruptible() {
+                let (vector, more) = self.vm.acknowledge_extint();
+                inner.lapic.extint_done(more);
+                if let Some(vector) = vector {
+                    inner.hw.inject(external(vector));
+                    busy = true;
+                }
+            }
+            window = inner.lapic.extint_pending();
+        }
+        let virt = inner.hw.apic_virt();
+        if virt.contains(ApicVirt::INTERRUPTS) {
+            let changes = inner.lapic.take_changes();
+            if changes.contains(Changes::IRR) {
+                inner.hw.set_rvi(inner.lapic.rvi());
+            }
+            if changes.contains(Changes::ISR) {
+                inner.hw.set_svi(inner.lapic.svi());
+            }
+            if changes.contains(Changes::TMR) {
+                inner.hw.set_eoi_exit_bitmap(inner.lapic.eoi_exit_bitmap());
+            }
+        } else if let Some(vector) = inner.lapic.pending() {
+            if !busy && inner.hw.interruptible() {
+                inner.lapic.accept(vector);
+                inner.hw.inject(external(vector));
+                self.offer_eoi(vector);
+                window |= self.inner.lapic.pending().is_some();
+            } else {
+                window = true;
+            }
+        }
+        let inner = &mut *self.inner;
+        if virt & (ApicVirt::TPR_SHADOW | ApicVirt::INTERRUPTS) == ApicVirt::TPR_SHADOW {
+            inner
+                .hw
+                .set_tpr_threshold(inner.lapic.tpr_threshold() as u8);
+        }
+        inner.hw.set_interrupt_window(window);
+        inner.hw.set_nmi_window(nmi_window);
+        // What could not be injected for a planned event comes next time.
+        inner.attention =
+            window || nmi_window || inner.vectoring.is_some() || inner.exception.is_some();
+    }
+}
+
+impl<C: VirtualCpu + ?Sized> Runner<'_, C> {
     /// Puts something by until the inner loop is left.
     #[cold]
     #[inline(never)]
     pub fn later(&mut self, what: Later) -> Todo {
-        self.later = what;
+        self.inner.unfinished.later = what;
         Todo::Later
     }
+}
 
-    /// Does what was put by. True: an exit for userland is in place.
-    #[inline(never)]
-    fn do_later(&mut self) -> Result<bool, i32> {
-        match core::mem::replace(&mut self.later, Later::Nothing) {
-            Later::Nothing => {}
+impl Runner<'_, dyn VirtualCpu> {
+    fn do_any(&mut self, what: Later) -> Result<bool, i32> {
+        match what {
+            Later::Nothing | Later::Instruction(_) => {}
             Later::Fault(fault) => return self.fault(fault),
             Later::ApicAccess { gpa } => return self.emulate(gpa, None),
             Later::LoadPdptes(new) => self.load_pdptes(&new),
@@ -222,18 +545,8 @@ impl<C: RunCpu> Runner<'_, C> {
             Later::PvClock => self.pv_clock_moved(),
             Later::PvEoi => self.settle_eoi(),
             Later::NotLoaded(error) => return Ok(self.not_loaded(error)),
-            Later::Instruction(exit) => self.completed = self.instruction_of(exit)?,
         }
         Ok(false)
-    }
-
-    /// Whether userland has to be told something before the guest goes on.
-    #[inline]
-    fn must_leave(&mut self) -> Result<bool, i32> {
-        if !self.vm.may_stop() && self.vcpu.reqidle.load(SeqCst) == 0 && !self.flags.work() {
-            return Ok(false);
-        }
-        self.has_to_leave()
     }
 
     #[cold]
@@ -355,271 +668,6 @@ impl<C: RunCpu> Runner<'_, C> {
         true
     }
 
-    /// One stay with preemption and interrupts off. A part of `outer`, which is its
-    /// only caller: every exit to userland goes through both.
-    #[inline(always)]
-    fn window(&mut self) -> Todo {
-        // SAFETY: undone by guest_end below; nothing in between sleeps.
-        let fpu_live = unsafe { ffi::vmm_host_guest_begin() };
-        // SAFETY: guest_begin turned interrupts off and told whose state the FPU
-        // holds; the vCPU's lock is held.
-        let loaded = unsafe { self.inner.hw.load(fpu_live != 0) };
-        let todo = match loaded {
-            Err(error) => self.later(Later::NotLoaded(error)),
-            Ok(cpu) => {
-                self.vcpu.enter_guest_mode(cpu);
-                if let Some(rip) = self.inner.next_rip.take() {
-                    self.inner.hw.set_reg(Reg::Rip, rip);
-                }
-                let active = self.vm.active_count();
-                if active != self.inner.active_seen {
-                    self.inner.active_seen = active;
-                    self.inner.forget_spinning();
-                }
-                if let Some((ptes, new)) = self.pdptes.take() {
-                    self.complete_cr(ptes, &new);
-                }
-                // Only where it can be: `handle` is part of the inner loop, and stays so
-                // while that is its only caller.
-                let done = if C::DESCRIBES_EXITS {
-                    None
-                } else {
-                    self.completed.take().and_then(|exit| self.handle(exit))
-                };
-                let todo = match done {
-                    Some(todo) => todo,
-                    None => self.inner_loop(),
-                };
-                self.vcpu.leave_guest_mode();
-                // SAFETY: loaded above, on this CPU.
-                unsafe { self.inner.hw.unload() };
-                todo
-            }
-        };
-        // SAFETY: pairs with guest_begin.
-        unsafe { ffi::vmm_host_guest_end(fpu_live) };
-        todo
-    }
-
-    #[inline]
-    fn inner_loop(&mut self) -> Todo {
-        let mut stays = 0u32;
-        loop {
-            if (self.inner.lapic.sync() || self.inner.attention)
-                && let Some(todo) = self.before_entry()
-            {
-                return todo;
-            }
-            if self.flags.work() {
-                return Todo::Yield;
-            }
-            if !self.set_timer() {
-                continue;
-            }
-            if !C::DESCRIBES_EXITS && self.inner.hw.take_immediate_exit() {
-                // SAFETY: works in any context; interrupts are off, so that
-                // it waits for the guest.
-                unsafe { ffi::vmm_host_kick_cpu(os::Os::cpu()) };
-            }
-            let exit = if self.account {
-                // SAFETY: as below.
-                unsafe { self.enter_counted() }
-            } else {
-                // SAFETY: between load and unload, interrupts off.
-                unsafe { self.inner.hw.enter() }
-            };
-            self.vcpu.stats.inc(Stat::Exits);
-            // A guest that polls what the kernel answers may never let the
-            // preemption timer run out; the host's interrupts get their turn.
-            stays = stays.wrapping_add(1);
-            if stays & 0xff == 0 {
-                self.host_interrupts();
-            }
-            if let Some(event) = self.inner.hw.pending_vectoring() {
-                self.inner.vectoring = Some(event);
-                self.inner.attention = true;
-            }
-            let exit = if C::DESCRIBES_EXITS || !self.inner.hw.wants_instruction() {
-                exit
-            } else {
-                match self.instruction_at_once(exit) {
-                    Found::Exit(exit) => exit,
-                    Found::Again => continue,
-                    Found::Later => return self.later(Later::Instruction(exit)),
-                }
-            };
-            if let Some(todo) = self.handle(exit) {
-                return todo;
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`RunCpu::enter`].
-    #[cold]
-    #[inline(never)]
-    unsafe fn enter_counted(&mut self) -> Exit {
-        let before = os::rdtsc();
-        // SAFETY: by the caller's word.
-        let exit = unsafe { self.inner.hw.enter() };
-        self.vcpu.stats.add(Stat::Runtime, os::rdtsc() - before);
-        exit
-    }
-
-    /// Sees to it that the local APIC's timer ends the guest's stay in time;
-    /// false if it is due now.
-    #[inline]
-    fn set_timer(&mut self) -> bool {
-        let Some(deadline) = self.inner.lapic.timer_deadline() else {
-            if self.preemption_timer {
-                self.inner.hw.set_preemption_timer(None);
-            }
-            return true;
-        };
-        let now = os::rdtsc();
-        if deadline <= now {
-            self.inner.lapic.timer_tick(now);
-            self.inner.attention = true;
-            return false;
-        }
-        if self.preemption_timer {
-            self.inner.hw.set_preemption_timer(Some(deadline - now));
-        } else if self.inner.timer_armed != deadline || self.vcpu.take_timer_fired() {
-            // The host's clock and the TSC do not agree to the last tick: a
-            // timer that fired too early is armed again.
-            self.inner.timer_armed = deadline;
-            self.vcpu
-                .arm_timer(self.vm.clock.to_ns.apply_up(deadline - now));
-        }
-        true
-    }
-
-    /// Injects what is due. Some: the guest cannot be entered now.
-    #[cold]
-    fn before_entry(&mut self) -> Option<Todo> {
-        use core::sync::atomic::Ordering::Relaxed;
-        if core::mem::take(&mut self.host_work)
-            || self.vm.suspend.load(Relaxed) != 0
-            || self.vm.dying()
-            || self.vcpu.reqidle.load(Relaxed) != 0
-            || self.vm.debug.contains(self.vcpu.id as usize)
-        {
-            // The mailbox is empty now: what was in it, or the poke, is not to be
-            // forgotten.
-            self.inner.attention = true;
-            return Some(Todo::Yield);
-        }
-        if !self.take_eoi() {
-            self.inner.attention = true;
-            return Some(self.later(Later::PvEoi));
-        }
-        let inner = &mut *self.inner;
-        if inner.lapic.take_init() {
-            // The bootstrap processor would go to its firmware, of which
-            // there is none.
-            if self.vcpu.id != 0 {
-                inner.hw.reset(Reset::Init);
-                inner.lapic.init();
-                inner.pv.init();
-                inner.vectoring = None;
-                inner.exception = None;
-                inner.wait = Wait::Sipi;
-                return Some(Todo::Yield);
-            }
-        }
-        // A start-up IPI to a CPU that runs is ignored (SDM Vol. 3A §8.4.3).
-        let _ = inner.lapic.take_sipi();
-        self.inject();
-        None
-    }
-
-    fn inject(&mut self) {
-        let inner = &mut *self.inner;
-        // An interrupted delivery first, then exceptions, NMI, interrupts
-        // (SDM Vol. 3A §6.9).
-        let mut busy = inner.hw.entry_event().is_some();
-        if !busy && let Some(event) = inner.vectoring.take() {
-            inner.hw.inject(event);
-            busy = true;
-        }
-        if !busy && let Some(event) = inner.exception.take() {
-            if event.is_fault() {
-                // Event injection pushes RFLAGS as it is.
-                let rflags = inner.hw.reg(Reg::Rflags);
-                inner
-                    .hw
-                    .set_reg(Reg::Rflags, rflags | vmm_core::cpu::RFLAGS_RF);
-            }
-            inner.hw.inject(event);
-            busy = true;
-        }
-        let mut nmi_window = false;
-        if inner.lapic.nmi_pending() {
-            let can = !busy && inner.hw.nmi_interruptible();
-            if can && inner.lapic.take_nmi(false) {
-                inner.hw.inject(vmm_core::cpu::Event {
-                    kind: vmm_core::cpu::EventKind::Nmi,
-                    vector: 2,
-                    error_code: None,
-                    inst_len: 0,
-                });
-                busy = true;
-            }
-            if inner.hw.nmi_blocked() {
-                // Only one stays latched meanwhile.
-                let _ = inner.lapic.take_nmi(true);
-            }
-            nmi_window = inner.lapic.nmi_pending();
-        }
-        let mut window = false;
-        if inner.lapic.extint_pending() {
-            if !busy && inner.hw.interruptible() {
-                let (vector, more) = self.vm.acknowledge_extint();
-                inner.lapic.extint_done(more);
-                if let Some(vector) = vector {
-                    inner.hw.inject(external(vector));
-                    busy = true;
-                }
-            }
-            window = inner.lapic.extint_pending();
-        }
-        let virt = inner.hw.apic_virt();
-        if virt.contains(ApicVirt::INTERRUPTS) {
-            let changes = inner.lapic.take_changes();
-            if changes.contains(Changes::IRR) {
-                inner.hw.set_rvi(inner.lapic.rvi());
-            }
-            if changes.contains(Changes::ISR) {
-                inner.hw.set_svi(inner.lapic.svi());
-            }
-            if changes.contains(Changes::TMR) {
-                inner.hw.set_eoi_exit_bitmap(inner.lapic.eoi_exit_bitmap());
-            }
-        } else if let Some(vector) = inner.lapic.pending() {
-            if !busy && inner.hw.interruptible() {
-                inner.lapic.accept(vector);
-                inner.hw.inject(external(vector));
-                self.offer_eoi(vector);
-                window |= self.inner.lapic.pending().is_some();
-            } else {
-                window = true;
-            }
-        }
-        let inner = &mut *self.inner;
-        if virt & (ApicVirt::TPR_SHADOW | ApicVirt::INTERRUPTS) == ApicVirt::TPR_SHADOW {
-            inner
-                .hw
-                .set_tpr_threshold(inner.lapic.tpr_threshold() as u8);
-        }
-        inner.hw.set_interrupt_window(window);
-        inner.hw.set_nmi_window(nmi_window);
-        // What could not be injected for a planned event comes next time.
-        inner.attention =
-            window || nmi_window || inner.vectoring.is_some() || inner.exception.is_some();
-    }
-}
-
-impl<C: RunCpu> Runner<'_, C> {
     /// Looks which vCPUs that userland has not started yet got a start-up
     /// IPI: their own threads cannot.
     pub fn collect_spinups(&mut self) {

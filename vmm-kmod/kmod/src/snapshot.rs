@@ -29,33 +29,49 @@ fn gpr(n: usize) -> Gpr {
 }
 
 impl Snapshot {
-    /// Copies what emulation can need; the VMCS is current.
-    pub fn take(cpu: &(impl CpuState + ?Sized), next_rip: Option<u64>) -> Self {
-        let mut s = Snapshot {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Snapshot {
             gprs: [0; 16],
-            rip: next_rip.unwrap_or_else(|| cpu.reg(Reg::Rip)),
-            rflags: cpu.reg(Reg::Rflags),
-            cr0: cpu.reg(Reg::Cr0),
+            rip: 0,
+            rflags: 0,
+            cr0: 0,
             cr2: 0,
-            cr3: cpu.reg(Reg::Cr3),
-            cr4: cpu.reg(Reg::Cr4),
-            efer: cpu.reg(Reg::Efer),
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
             segs: [SegDesc::default(); 6],
             selectors: [0; 6],
-            shadow: cpu.interrupt_shadow(),
-            inst_len: cpu.inst_len(),
+            shadow: false,
+            inst_len: 0,
             gprs_changed: 0,
             changed: false,
             cr2_changed: false,
-        };
-        for (n, v) in s.gprs.iter_mut().enumerate() {
+        }
+    }
+
+    /// Copies what emulation can need; the VMCS is current. In place, for a copy of
+    /// all of it costs more than taking it.
+    pub fn take(&mut self, cpu: &(impl CpuState + ?Sized), next_rip: Option<u64>) {
+        self.rip = next_rip.unwrap_or_else(|| cpu.reg(Reg::Rip));
+        self.rflags = cpu.reg(Reg::Rflags);
+        self.cr0 = cpu.reg(Reg::Cr0);
+        self.cr3 = cpu.reg(Reg::Cr3);
+        self.cr4 = cpu.reg(Reg::Cr4);
+        self.efer = cpu.reg(Reg::Efer);
+        self.shadow = cpu.interrupt_shadow();
+        self.inst_len = cpu.inst_len();
+        for (n, v) in self.gprs.iter_mut().enumerate() {
             *v = cpu.gpr(gpr(n));
         }
-        for ((seg, desc), sel) in SEGS.into_iter().zip(&mut s.segs).zip(&mut s.selectors) {
+        for ((seg, desc), sel) in SEGS
+            .into_iter()
+            .zip(&mut self.segs)
+            .zip(&mut self.selectors)
+        {
             *desc = cpu.seg(seg);
             *sel = cpu.selector(seg);
         }
-        s
     }
 
     /// Whether there is anything to put back.

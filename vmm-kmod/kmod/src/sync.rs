@@ -111,18 +111,36 @@ impl<T> SpinLock<T> {
     }
 
     /// Takes the lock, turning interrupts off.
+    #[inline(always)]
     pub fn lock(&self) -> SpinGuard<'_, T> {
-        // SAFETY: paired with the restore in the guard's drop.
-        let flags = unsafe { ffi::vmm_host_irq_save() };
-        while self
-            .locked
-            .compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed)
-            .is_err()
-        {
-            core::hint::spin_loop();
+        SpinGuard {
+            lock: self,
+            flags: acquire(&self.locked),
         }
-        SpinGuard { lock: self, flags }
     }
+}
+
+// Not inlined, nor is `release`: there are a hundred places.
+#[inline(never)]
+#[optimize(speed)]
+fn acquire(locked: &AtomicBool) -> core::ffi::c_ulong {
+    // SAFETY: paired with the restore in `release`.
+    let flags = unsafe { ffi::vmm_host_irq_save() };
+    while locked
+        .compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed)
+        .is_err()
+    {
+        core::hint::spin_loop();
+    }
+    flags
+}
+
+#[inline(never)]
+#[optimize(speed)]
+fn release(locked: &AtomicBool, flags: core::ffi::c_ulong) {
+    locked.store(false, Ordering::Release);
+    // SAFETY: `flags` came from the matching save.
+    unsafe { ffi::vmm_host_irq_restore(flags) }
 }
 
 /// Holds a [`SpinLock`].
@@ -147,10 +165,9 @@ impl<T> DerefMut for SpinGuard<'_, T> {
 }
 
 impl<T> Drop for SpinGuard<'_, T> {
+    #[inline(always)]
     fn drop(&mut self) {
-        self.lock.locked.store(false, Ordering::Release);
-        // SAFETY: `flags` came from the matching save.
-        unsafe { ffi::vmm_host_irq_restore(self.flags) }
+        release(&self.lock.locked, self.flags);
     }
 }
 

@@ -46,6 +46,7 @@ impl Page {
     /// `generation` is that of the nested page tables: memory that was mapped in it
     /// stays where it is until this vCPU has left the run loop.
     #[inline]
+    #[optimize(speed)]
     fn holds(&self, state: &Paging, gla: u64, generation: u64) -> bool {
         if self.generation != generation || self.gla != gla & !(PAGE - 1) || self.state != *state {
             return false;
@@ -114,6 +115,7 @@ impl Code {
 
     /// Host address of `N` bytes at `gla`, if they are on a page that is remembered.
     #[inline]
+    #[optimize(speed)]
     fn at<const N: u64>(&self, state: &Paging, gla: u64, generation: u64) -> Option<usize> {
         let page = self.0.get(slot(gla, CODE))?;
         let offset = gla % PAGE;
@@ -124,6 +126,7 @@ impl Code {
     /// The first bytes of the instruction at linear address `gla`, if its page is
     /// remembered. `generation`: of the nested page tables.
     #[inline]
+    #[optimize(speed)]
     pub fn bytes(&self, state: &Paging, gla: u64, generation: u64) -> Option<[u8; 3]> {
         let at = self.at::<3>(state, gla, generation)?;
         // SAFETY: three bytes of a page of guest memory, by `fetch` and the
@@ -132,6 +135,7 @@ impl Code {
     }
 
     /// All of it, likewise.
+    #[optimize(speed)]
     fn known(&self, state: &Paging, gla: u64, generation: u64) -> Option<Fetched> {
         let at = self.at::<{ MAX_INST as u64 }>(state, gla, generation)?;
         let mut bytes = [0; MAX_INST];
@@ -143,6 +147,7 @@ impl Code {
     /// The instruction at linear address `gla`, from memory if need be, whose page is
     /// remembered then.
     #[cold]
+    #[optimize(speed)]
     pub fn fetch(
         &mut self,
         mem: &GuestMemory<'_>,
@@ -175,6 +180,7 @@ impl Data {
 
     /// Guest-physical address of the page around `gla`, if it allows `access`. None
     /// also where a walk has to say, as it has more to do.
+    #[optimize(speed)]
     pub fn page(
         &mut self,
         mem: &GuestMemory<'_>,

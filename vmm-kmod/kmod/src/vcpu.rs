@@ -26,6 +26,7 @@ use crate::klog;
 use crate::os::Os;
 use crate::pv::Pv;
 use crate::regs;
+use crate::run::Unfinished;
 use crate::run_page::RunPage;
 use crate::sync::{self, Mutex, MutexGuard, NoMemory, Sleeper, Timer};
 use crate::tlb;
@@ -115,6 +116,8 @@ pub struct Inner<C: ?Sized = dyn VirtualCpu> {
     pub code: tlb::Code,
     /// Device memory that they reached.
     pub data: tlb::Data,
+    /// What its run loop has put by.
+    pub unfinished: Unfinished,
     /// The CPU's structures and the guest's registers.
     pub hw: C,
 }
@@ -417,6 +420,7 @@ impl<C: VirtualCpu> Inner<C> {
             halt_poll: HaltPoll::new(global::get().halt_poll),
             code: tlb::Code::new(),
             data: tlb::Data::new(),
+            unfinished: Unfinished::new(),
             hw,
         }
     }

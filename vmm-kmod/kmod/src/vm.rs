@@ -451,6 +451,7 @@ impl Vm {
 
     /// Routes an interrupt message to the vCPUs that it addresses. INIT and
     /// start-up messages included.
+    #[optimize(speed)]
     pub fn deliver(&self, message: &ApicMessage) -> usize {
         apicbus::deliver(self.slots(), message, &self.turn, |id| self.kick(id))
     }
@@ -578,19 +579,33 @@ impl Vm {
 
     /// Does `f` with the chipset; interrupts that come of it are delivered
     /// and the chipset's timer follows.
+    #[inline]
     pub fn with_chipset<R>(&self, f: impl FnOnce(&mut Chipset, u64, &mut Sink<'_>) -> R) -> R {
+        let (mut f, mut done) = (Some(f), None);
+        loop {
+            self.change_chipset(&mut |c, now, sink| done = f.take().map(|f| f(c, now, sink)));
+            if let Some(done) = done.take() {
+                return done;
+            }
+        }
+    }
+
+    // Not generic: there are two dozen uses.
+    #[inline(never)]
+    #[optimize(speed)]
+    fn change_chipset(&self, f: &mut dyn FnMut(&mut Chipset, u64, &mut Sink<'_>)) {
         let now = os::rdtsc();
         let mut chipset = self.chipset.lock();
         let before = chipset.next_deadline();
-        let r = f(&mut chipset, now, &mut Sink(self));
+        f(&mut chipset, now, &mut Sink(self));
         let after = chipset.next_deadline();
         if after != before {
             self.arm(after, now);
         }
-        r
     }
 
     /// As [`Vm::with_chipset`], for what moves no deadline.
+    #[optimize(speed)]
     pub fn look_at_chipset<R>(&self, f: impl FnOnce(&mut Chipset, u64, &mut Sink<'_>) -> R) -> R {
         let now = os::rdtsc();
         f(&mut self.chipset.lock(), now, &mut Sink(self))

@@ -4,7 +4,7 @@
 use vmm_abi::exit::{self as user, Exit as UserExit, Inout};
 use vmm_core::cpu::{CrAccess, DrAccess, Event, Exit, Gpr, IoExit, Reg, Seg};
 use vmm_core::stats::Stat;
-use vmm_hw::backend::RunCpu;
+use vmm_hw::backend::VirtualCpu;
 use vmm_hw::cr::{self, Controls};
 
 use super::CR4_OSXSAVE;
@@ -12,7 +12,7 @@ use crate::klog;
 use crate::regs;
 use crate::run::{Later, Runner, Todo};
 
-impl<C: RunCpu> Runner<'_, C> {
+impl Runner<'_, dyn VirtualCpu> {
     #[cold]
     pub(super) fn handle_rare(&mut self, exit: Exit) -> Option<Todo> {
         match exit {
@@ -83,6 +83,7 @@ impl<C: RunCpu> Runner<'_, C> {
         }
     }
 
+    #[inline(never)]
     pub(super) fn io_string(&mut self, io: IoExit, len: u8) -> Todo {
         let hw = &self.inner.hw;
         let Some(info) = io.string_info else {
@@ -210,6 +211,7 @@ impl<C: RunCpu> Runner<'_, C> {
     }
 
     /// The second half of a MOV to CR0 or CR4 that loaded the PDPTEs.
+    #[inline(never)]
     pub fn complete_cr(&mut self, ptes: [u64; 4], new: &Controls) {
         let now = self.inner.hw.controls();
         self.commit_cr(&now, new);

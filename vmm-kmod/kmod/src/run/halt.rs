@@ -5,15 +5,16 @@ use core::sync::atomic::Ordering::SeqCst;
 use vmm_abi::{Exit as UserExit, SuspendHow};
 use vmm_core::cpu::Reg;
 use vmm_core::stats::Stat;
-use vmm_hw::backend::RunCpu;
+use vmm_hw::backend::VirtualCpu;
 
 use super::Runner;
 use crate::os;
 use crate::vcpu::{Vcpu, Wait};
 use crate::vm::Vm;
 
-impl<C: RunCpu> Runner<'_, C> {
+impl Runner<'_, dyn VirtualCpu> {
     /// Asleep in HLT. True: an exit for userland is in place.
+    #[inline(never)]
     pub(super) fn halt(&mut self) -> Result<bool, i32> {
         let enabled = crate::regs::with_current(self.inner, |inner| {
             inner.hw.reg(Reg::Rflags) & vmm_core::cpu::RFLAGS_IF != 0
@@ -92,6 +93,7 @@ impl<C: RunCpu> Runner<'_, C> {
     }
 
     /// Waits for a start-up IPI.
+    #[inline(never)]
     pub(super) fn wait_for_sipi(&mut self) {
         // It is no HLT that a kick could end, and as long as there is one there is no
         // sleep.
