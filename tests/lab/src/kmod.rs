@@ -99,6 +99,9 @@ pub fn cargo(dirs: &Dirs, source: &CoreSource, folder: &str, into: &str, args: &
                 .args(KERNEL_CARGO_ARGS)
                 .arg("--target-dir")
                 .arg(dirs.target.join(into));
+            if folder == MODULE {
+                cargo.arg("-Zbuild-std-features=optimize_for_size");
+            }
         }
         cargo.args(rest);
     }
@@ -133,6 +136,8 @@ pub(crate) fn static_library(
 ) -> Result<PathBuf> {
     let mut args = vec![
         "rustc",
+        "--package",
+        "vmm-module",
         "--release",
         "--message-format=json-render-diagnostics",
     ];

@@ -103,7 +103,7 @@ fn checks(dirs: &Dirs, tally: &mut Tally) -> Result<()> {
     check("rustfmt", cargo(&["fmt", "--all", "--check"]), tally)?;
     check(
         "rustfmt of the kernel piece",
-        kernel(dirs, &source, &["fmt", "--check"]),
+        kernel(dirs, &source, &["fmt", "--all", "--check"]),
         tally,
     )?;
     check(
@@ -128,7 +128,7 @@ fn checks(dirs: &Dirs, tally: &mut Tally) -> Result<()> {
         ("clippy of the kernel piece", ""),
         ("clippy of the kernel piece for FreeBSD", "freebsd"),
     ] {
-        let args = ["clippy", "--quiet", "--features", features];
+        let args = ["clippy", "--workspace", "--quiet", "--features", features];
         let args = [&args[..], &["--", "-D", "warnings"]].concat();
         check(name, kernel(dirs, &source, &args), tally)?;
     }
