@@ -14,6 +14,10 @@ use std::process::Command;
 /// What a module's loader finds by name.
 const LOADER_NAMES: [&str; 3] = ["init_module", "cleanup_module", "__this_module"];
 
+/// How the kernel unwinds the C side's frames, which is a thirtieth of the module; without, it
+/// follows frame pointers, as it has to in the Rust side.
+const UNWINDING: [&str; 3] = [".orc_header", ".orc_unwind", ".orc_unwind_ip"];
+
 /// Builds the module and returns the path of `vmm.ko`.
 ///
 /// # Errors
@@ -49,6 +53,9 @@ pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
         // are within a section now.
         let mut objcopy = Command::new("objcopy");
         objcopy.args(["-R", ".comment"]);
+        for section in UNWINDING {
+            objcopy.args(["-R", section]);
+        }
         for name in LOADER_NAMES {
             objcopy.arg(format!("--keep-global-symbol={name}"));
         }
