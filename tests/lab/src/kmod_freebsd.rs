@@ -146,6 +146,11 @@ impl Headers {
     }
 }
 
+/// Where [`build`] has put the module that it built for a kernel from its sources.
+pub fn module(dirs: &Dirs) -> PathBuf {
+    dirs.target.join("lab/vmm-freebsd/vmm.ko")
+}
+
 /// Builds the module and returns the path of `vmm.ko`.
 ///
 /// # Errors

@@ -36,5 +36,6 @@ pub mod progress;
 pub mod qemu;
 pub mod report;
 pub mod runner;
+pub mod size;
 pub mod stats;
 pub mod ziglang;

@@ -2,12 +2,11 @@
 //! FreeBSD's own boot the same guest to the same end.
 
 use super::guests;
-use crate::exitcost;
-use crate::freebsd_host;
 use crate::guest::{Guest, Load};
 use crate::host::{Config, Host, SHORT};
 use crate::images;
 use crate::runner::{Case, Group, Lab};
+use crate::{exitcost, freebsd_host, kmod_freebsd, size};
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 
@@ -40,6 +39,7 @@ pub fn group(lab: &Lab) -> Group {
         ("freebsd-host", ours),
         ("freebsd-host-epair", over_epair),
         ("freebsd-host-exit-cost", exit_cost),
+        ("freebsd-host-size", sizes),
         ("freebsd-host-stock-bhyve", stock_bhyve),
         ("freebsd-host-stock-vmm", stock_vmm),
     ];
@@ -146,6 +146,11 @@ fn exit_cost(_: &Lab, host: &mut Host) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// The module is small.
+fn sizes(lab: &Lab, _: &mut Host) -> Result<()> {
+    size::module(&kmod_freebsd::module(&lab.dirs))
 }
 
 /// FreeBSD's own programs on our module.

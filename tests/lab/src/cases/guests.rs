@@ -5,7 +5,7 @@ use crate::host::{Config, Host, SHORT};
 use crate::machine::Engine;
 use crate::progress::step;
 use crate::runner::{Case, Group, Lab};
-use crate::{baseline, exitcost, first_exit};
+use crate::{baseline, exitcost, first_exit, size};
 use anyhow::{Context, Result, ensure};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -84,6 +84,7 @@ pub fn group(lab: &Lab, engine: Engine) -> Result<Group> {
         let program = step("first-exit", || first_exit::build(&lab.dirs))?;
         config.file(FIRST_EXIT, &program);
         cases.push(Case::new("vm-first-exit", vm_first_exit));
+        cases.push(Case::new("size", sizes));
     }
     Ok(Group {
         name: format!("{prefix}guests"),
@@ -198,6 +199,13 @@ fn exit_cost(lab: &Lab, engine: Engine, host: &mut Host) -> Result<()> {
         "a CPUID exit costs {minimum} instructions of the host, more than {bar}"
     );
     Ok(())
+}
+
+/// What is installed is small.
+fn sizes(lab: &Lab, _: &mut Host) -> Result<()> {
+    size::module(&lab.kit.module)?;
+    let bhyve = lab.kit.programs.iter().find(|p| p.ends_with("bhyve"));
+    size::bhyve(bhyve.context("no bhyve was built")?)
 }
 
 /// What it takes from no VM to its first exit in userland, by the committed
