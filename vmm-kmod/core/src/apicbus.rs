@@ -231,6 +231,7 @@ where
     receivers
 }
 
+#[cfg_attr(target_os = "none", optimize(speed))]
 fn deliver_one<K: FnMut(usize)>(
     index: usize,
     mailbox: &Mailbox,

@@ -267,6 +267,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
     }
 
     #[cold]
+    #[cfg_attr(target_os = "none", optimize(speed))]
     fn sync_slow(&mut self) {
         let signals = self.mailbox.open();
         for word in 0..8u16 {
@@ -294,6 +295,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
         }
     }
 
+    #[inline(never)]
     fn take_signals(&mut self, signals: Signals) {
         if signals.contains(Signals::INIT) {
             self.init = true;
@@ -505,6 +507,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
     }
 
     /// Processor priority, computed afresh (the CPU may have changed TPR).
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub fn ppr(&self) -> u32 {
         let tpr = self.page.get(reg::TPR) & 0xff;
         let isr = u32::from(self.page.highest(reg::ISR).unwrap_or(0));

@@ -208,6 +208,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
         }
     }
 
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub(super) fn write_icr(&mut self, low: u32) -> Effect {
         // Delivery status: always idle.
         let low = low & 0x000c_cfff;

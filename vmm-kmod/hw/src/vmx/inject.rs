@@ -68,6 +68,7 @@ pub(super) fn preemption_ticks(tsc: u64, rate: u8) -> u32 {
 /// All of these need the VMCS to be current.
 impl<H: Host> Vcpu<H> {
     /// Delivers `event` with the next entry, in place of any other.
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub fn inject(&mut self, event: Event) {
         let exception = event.kind == EventKind::Exception;
         let protected = exception && self.vmread(vmcs::GUEST_CR0) & CR0_PE != 0;

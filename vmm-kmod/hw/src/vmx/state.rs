@@ -259,6 +259,7 @@ impl<H: Host> CpuState for Vcpu<H> {
     }
 
     #[inline]
+    #[cfg_attr(target_os = "none", optimize(speed))]
     fn advance(&mut self, len: u8) {
         let old = self.rip;
         let mut new = old.wrapping_add(u64::from(len));
