@@ -379,7 +379,7 @@ impl<H: Host> Vcpu<H> {
     ///
     /// # Safety
     /// After [`Vcpu::load`] on the same CPU, interrupts off.
-    #[cfg_attr(target_os = "none", optimize(speed))]
+    #[inline(always)]
     pub unsafe fn unload(&mut self) {
         // SAFETY: by the caller's promise; values are the host's own.
         unsafe {
