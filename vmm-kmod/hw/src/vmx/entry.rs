@@ -243,6 +243,7 @@ impl<H: Host> Vcpu<H> {
     }
 
     #[cold]
+    #[cfg_attr(target_os = "none", optimize(speed))]
     fn entry_work(&mut self, todo: u32) {
         self.work = todo & work::STICKY;
         let caps = &self.backend.caps;
