@@ -36,8 +36,14 @@ impl VmExitRaw {
     /// Replaces the union; bytes behind `value` become zero.
     pub fn set_payload<T: IntoBytes + Immutable>(&mut self, value: &T) {
         const { assert!(size_of::<T>() <= PAYLOAD_LEN) }
+        self.set_bytes(value.as_bytes());
+    }
+
+    // Once for all of them.
+    #[inline(never)]
+    fn set_bytes(&mut self, bytes: &[u8]) {
         self.u = [0; PAYLOAD_LEN];
-        for (dst, src) in self.u.iter_mut().zip(value.as_bytes()) {
+        for (dst, src) in self.u.iter_mut().zip(bytes) {
             *dst = *src;
         }
     }

@@ -3,9 +3,10 @@
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use vmm_abi::exit::{Exit as UserExit, InstEmul, VmExit};
+use vmm_abi::ExitCode;
+use vmm_abi::exit::{Exit as UserExit, VmExit};
 use vmm_abi::layout::VmGla2gpa;
-use vmm_abi::raw_exit::Vie;
+use vmm_abi::raw_exit::{InstEmulRaw, Vie, VmExitRaw};
 use vmm_core::apicbus::DeliveryMode;
 use vmm_core::chipset::Chipset;
 use vmm_core::cpu::{Access, CpuState, Event, Exit, Reg, Seg};
@@ -272,12 +273,15 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
         let inst = inst::decode(fetched.bytes(), CodeMode::of(&inner.hw)).ok()?;
         let gla = gla.or_else(|| operand_at(inner, &guest, &walk, &inst, gpa, generation));
         drop(mem);
-        let cpu = &self.inner.hw;
+        let inner = &mut *self.inner;
         self.vcpu.stats.inc(Stat::InstEmul);
         self.vcpu.stats.inc(Stat::MmioUser);
-        self.vcpu.run_page.put_registers(cpu);
-        let exit = inst_emul(cpu, gpa, gla, inst::vie(fetched.bytes(), Some(&inst)).0);
-        Some(self.user(inst.len, exit))
+        self.vcpu.run_page.put_registers(&inner.hw);
+        let (vie, len) = inst::vie(fetched.bytes(), Some(&inst));
+        let rip = inner.hw.reg(Reg::Rip);
+        inst_emul(&mut inner.exit, (rip, len), &inner.hw, gpa, gla, vie);
+        inner.next_rip = Some(regs::behind(&inner.hw, rip, len));
+        Some(Todo::User)
     }
 
     /// Completes an exit with the instruction that caused it: for CPUs that do
@@ -430,7 +434,11 @@ impl Runner<'_, dyn VirtualCpu> {
         self.vcpu.stats.inc(Stat::MmioUser);
         let (vie, len) = inst::vie(fetched.bytes(), decoded.as_ref().ok());
         self.vcpu.run_page.put_registers(&cpu);
-        self.user_outside(len, inst_emul(&cpu, gpa, gla, vie));
+        let inner = &mut *self.inner;
+        let rip = cpu.reg(Reg::Rip);
+        inst_emul(&mut inner.exit, (rip, len), &cpu, gpa, gla, vie);
+        inner.next_rip = Some(regs::behind(&cpu, rip, len));
+        self.vcpu.stats.inc(Stat::UserExits);
         Ok(true)
     }
 
@@ -508,17 +516,30 @@ impl Runner<'_, dyn VirtualCpu> {
     }
 }
 
-/// An instruction that userland is to emulate.
-fn inst_emul(cpu: &dyn CpuState, gpa: u64, gla: Option<u64>, vie: Vie) -> UserExit {
+/// An instruction that userland is to emulate, its address and its length in bytes. Written
+/// without the enum on the way, as an IN or OUT is.
+#[optimize(speed)]
+fn inst_emul(
+    exit: &mut VmExitRaw,
+    (rip, len): (u64, u8),
+    cpu: &dyn CpuState,
+    gpa: u64,
+    gla: Option<u64>,
+    vie: Vie,
+) {
     let cs = cpu.seg(Seg::Cs);
-    UserExit::InstEmul(InstEmul {
+    exit.exitcode = ExitCode::InstEmul.raw();
+    exit.inst_length = i32::from(len);
+    exit.rip = rip;
+    exit.u = zerocopy::transmute!(InstEmulRaw {
         gpa,
         gla: gla.unwrap_or(0),
         cs_base: cs.base,
-        cs_d: cs.default32(),
+        cs_d: i32::from(cs.default32()),
+        _pad0: 0,
         paging: regs::paging(cpu),
         vie,
-    })
+    });
 }
 
 /// Linear address by which an instruction reached `gpa`, for CPUs that do not tell: that

@@ -539,6 +539,7 @@ fn settings(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
             let mut inner = vcpu.freeze();
             inner.lapic.offer_x2apic(on);
             inner.config_gen = 0;
+            inner.cpuid_gen = 0;
             let mode = inner.lapic_mode();
             regs::with_current(&mut inner, |i| i.hw.set_apic_mode(mode));
             vm.apic_mode_changed(vcpu.id as usize, mode == ApicMode::XApic)

@@ -3,6 +3,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::cell::UnsafeCell;
+use core::mem::ManuallyDrop;
 use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +13,23 @@ use crate::ffi;
 /// The host is out of memory.
 #[derive(Clone, Copy, Debug)]
 pub struct NoMemory;
+
+/// Moves a value to where it stays. What is compiled for size would be copied byte by byte,
+/// were its size known.
+///
+/// # Safety
+/// `to` is writable for a T.
+unsafe fn put<T>(to: *mut T, value: T) {
+    #[inline(never)]
+    #[optimize(speed)]
+    unsafe fn copy(to: *mut u8, from: *const u8, len: usize) {
+        // SAFETY: by the caller's word.
+        unsafe { core::ptr::copy_nonoverlapping(from, to, len) }
+    }
+    let value = ManuallyDrop::new(value);
+    // SAFETY: by the caller's word; `value` is not used again.
+    unsafe { copy(to.cast(), (&raw const value).cast(), size_of::<T>()) }
+}
 
 /// `Box::new` that returns an error instead of ending the kernel.
 pub fn try_box<T>(value: T) -> Result<Box<T>, NoMemory> {
@@ -25,7 +43,7 @@ pub fn try_box<T>(value: T) -> Result<Box<T>, NoMemory> {
     // SAFETY: `p` is fresh memory of T's layout from the global allocator,
     // which is what a Box owns.
     unsafe {
-        p.as_ptr().write(value);
+        put(p.as_ptr(), value);
         Ok(Box::from_raw(p.as_ptr()))
     }
 }
@@ -36,7 +54,8 @@ pub fn try_box<T>(value: T) -> Result<Box<T>, NoMemory> {
 pub fn try_box_with<T>(make: impl FnOnce() -> T) -> Result<Box<T>, NoMemory> {
     #[inline(never)]
     fn fill<T>(to: &mut core::mem::MaybeUninit<T>, make: impl FnOnce() -> T) {
-        to.write(make());
+        // SAFETY: `to` is a place for one T.
+        unsafe { put(to.as_mut_ptr(), make()) };
     }
     let layout = core::alloc::Layout::new::<T>();
     // SAFETY: every caller's T has a size; the result is checked for NULL.
@@ -171,9 +190,32 @@ impl<T> Drop for SpinGuard<'_, T> {
     }
 }
 
+/// The host's part of a [`Mutex`].
+pub struct RawMutex(NonNull<ffi::HostMutex>);
+
+impl RawMutex {
+    /// An unlocked one.
+    pub fn new() -> Result<Self, NoMemory> {
+        // SAFETY: no preconditions.
+        let raw = unsafe { ffi::vmm_host_mutex_create() };
+        NonNull::new(raw).map(RawMutex).ok_or(NoMemory)
+    }
+
+    fn as_ptr(&self) -> *mut ffi::HostMutex {
+        self.0.as_ptr()
+    }
+}
+
+impl Drop for RawMutex {
+    fn drop(&mut self) {
+        // SAFETY: nobody holds or waits for a mutex that is being dropped.
+        unsafe { ffi::vmm_host_mutex_destroy(self.as_ptr()) }
+    }
+}
+
 /// A lock whose holder may sleep.
 pub struct Mutex<T: ?Sized> {
-    raw: NonNull<ffi::HostMutex>,
+    raw: RawMutex,
     value: UnsafeCell<T>,
 }
 
@@ -185,12 +227,15 @@ unsafe impl<T: Send + ?Sized> Send for Mutex<T> {}
 impl<T> Mutex<T> {
     /// An unlocked mutex.
     pub fn new(value: T) -> Result<Self, NoMemory> {
-        // SAFETY: no preconditions.
-        let raw = NonNull::new(unsafe { ffi::vmm_host_mutex_create() }).ok_or(NoMemory)?;
-        Ok(Mutex {
+        Ok(Self::of(RawMutex::new()?, value))
+    }
+
+    /// The same with the host's part already made: what is large is moved less often.
+    pub fn of(raw: RawMutex, value: T) -> Self {
+        Mutex {
             raw,
             value: UnsafeCell::new(value),
-        })
+        }
     }
 }
 
@@ -210,13 +255,6 @@ impl<T: ?Sized> Mutex<T> {
         // Not then_some(): a guard made in vain would unlock what somebody else
         // holds.
         got.then(|| MutexGuard { lock: self })
-    }
-}
-
-impl<T: ?Sized> Drop for Mutex<T> {
-    fn drop(&mut self) {
-        // SAFETY: nobody holds or waits for a mutex that is being dropped.
-        unsafe { ffi::vmm_host_mutex_destroy(self.raw.as_ptr()) }
     }
 }
 

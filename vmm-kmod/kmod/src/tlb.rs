@@ -109,6 +109,7 @@ pub struct Code([Page; CODE]);
 
 impl Code {
     /// Nothing.
+    #[optimize(speed)]
     pub const fn new() -> Self {
         Code([Page::NONE; CODE])
     }
@@ -174,6 +175,7 @@ pub struct Data([Page; DATA]);
 
 impl Data {
     /// Nothing.
+    #[optimize(speed)]
     pub const fn new() -> Self {
         Data([Page::NONE; DATA])
     }

@@ -28,7 +28,7 @@ use crate::pv::Pv;
 use crate::regs;
 use crate::run::Unfinished;
 use crate::run_page::RunPage;
-use crate::sync::{self, Mutex, MutexGuard, NoMemory, Sleeper, Timer};
+use crate::sync::{self, Mutex, MutexGuard, NoMemory, RawMutex, Sleeper, Timer};
 use crate::tlb;
 use crate::vm::Vm;
 
@@ -78,8 +78,10 @@ pub struct Inner<C: ?Sized = dyn VirtualCpu> {
     pub cpuid: Box<CpuidTable>,
     /// Emulated MSRs.
     pub msr: MsrState,
-    /// Version of the VM's settings that `cpuid` was made from; 0 = none.
+    /// Version of the VM's settings that were last seen; 0 = none.
     pub config_gen: u32,
+    /// The `config_gen` of the VM that `cpuid` was made of.
+    pub cpuid_gen: u32,
     /// The exit last given to userland.
     pub exit: VmExitRaw,
     /// Where the next run begins, if not where the guest stopped.
@@ -179,8 +181,11 @@ impl Vcpu {
     pub fn new(vm: &Vm, id: u32) -> Result<Box<Vcpu>, NoMemory> {
         // One after the other: the table and the vCPU each need much of a
         // kernel's stack while they are made.
+        let generation = vm.config_gen.load(Ordering::Acquire);
         let cpuid = cpuid_table(vm, id)?;
-        Self::with_cpuid(vm, id, cpuid)
+        let vcpu = Self::with_cpuid(vm, id, cpuid)?;
+        vcpu.freeze().cpuid_gen = generation;
+        Ok(vcpu)
     }
 
     #[inline(never)]
@@ -248,6 +253,7 @@ impl Vcpu {
     /// The part that only one at a time may touch. Of either kind it is made in a
     /// frame of its own, and off the stack again when the rest is made.
     #[inline(never)]
+    #[optimize(speed)]
     fn vmx(
         id: u32,
         backend: Arc<vmx::Backend<Os>>,
@@ -255,8 +261,9 @@ impl Vcpu {
         lapic: Lapic<MailboxRef>,
         cpuid: Box<CpuidTable>,
     ) -> Result<Box<Mutex<Inner>>, NoMemory> {
+        let lock = RawMutex::new()?;
         let hw = vmx::Vcpu::new(backend, config).map_err(|e| no_vcpu(id, &e))?;
-        let inner = sync::try_box(Mutex::new(Inner::new(hw, lapic, cpuid))?)?;
+        let inner = sync::try_box(Mutex::of(lock, Inner::new(hw, lapic, cpuid)))?;
         Ok(inner)
     }
 
@@ -269,8 +276,9 @@ impl Vcpu {
         lapic: Lapic<MailboxRef>,
         cpuid: Box<CpuidTable>,
     ) -> Result<Box<Mutex<Inner>>, NoMemory> {
+        let lock = RawMutex::new()?;
         let hw = svm::Vcpu::new(backend, config).map_err(|e| no_vcpu(id, &e))?;
-        let inner = sync::try_box(Mutex::new(Inner::new(hw, lapic, cpuid))?)?;
+        let inner = sync::try_box(Mutex::of(lock, Inner::new(hw, lapic, cpuid)))?;
         Ok(inner)
     }
 
@@ -394,6 +402,7 @@ impl Vcpu {
 impl<C: VirtualCpu> Inner<C> {
     // Not inlined, for the stack's sake.
     #[inline(never)]
+    #[optimize(speed)]
     fn new(hw: C, mut lapic: Lapic<MailboxRef>, cpuid: Box<CpuidTable>) -> Self {
         lapic.use_virtual_delivery(hw.apic_virt().contains(ApicVirt::INTERRUPTS));
         Inner {
@@ -402,6 +411,7 @@ impl<C: VirtualCpu> Inner<C> {
             msr: MsrState::new(&msr_config(), &cpuid),
             cpuid,
             config_gen: 0,
+            cpuid_gen: 0,
             exit: VmExitRaw::default(),
             next_rip: None,
             vectoring: None,
@@ -434,11 +444,12 @@ impl<C: VirtualCpu + ?Sized> Inner<C> {
     #[inline(never)]
     pub fn refresh_config(&mut self, vm: &Vm, id: u32) {
         let generation = vm.config_gen.load(Ordering::Acquire);
-        if self.config_gen != generation {
+        if self.cpuid_gen != generation {
             let cfg = cpuid_config(vm, id, self.lapic.x2apic_offered());
             *self.cpuid = CpuidTable::new(&cfg, global::trusted_cpuid);
-            self.config_gen = generation;
+            self.cpuid_gen = generation;
         }
+        self.config_gen = generation;
     }
 
     /// How the CPU is to virtualize the local APIC in its present mode.

@@ -26,7 +26,7 @@ use crate::memory::MemMap;
 use crate::os::{self, Os};
 use crate::ports::ConstantPorts;
 use crate::rings::OutRings;
-use crate::sync::{self, Mutex, NoMemory, SpinLock, Timer};
+use crate::sync::{self, Mutex, NoMemory, RawMutex, SpinLock, Timer};
 use crate::vcpu::Vcpu;
 use crate::vm_memory::Memory;
 
@@ -223,6 +223,7 @@ impl Vm {
         for (to, from) in stored.iter_mut().zip(name) {
             *to = *from;
         }
+        let lock = RawMutex::new()?;
         let mut vm = sync::try_box(Vm {
             refs: AtomicUsize::new(1),
             next: AtomicPtr::new(ptr::null_mut()),
@@ -232,11 +233,14 @@ impl Vm {
             dying: AtomicBool::new(false),
             clock,
             tsc_base: now,
-            mem: Mutex::new(Memory {
-                map: MemMap::default(),
-                nested,
-                iommu: None,
-            })?,
+            mem: Mutex::of(
+                lock,
+                Memory {
+                    map: MemMap::default(),
+                    nested,
+                    iommu: None,
+                },
+            ),
             functions: AtomicU32::new(0),
             nested_root,
             generation,

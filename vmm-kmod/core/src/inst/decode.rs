@@ -107,6 +107,7 @@ pub(super) struct Decoder<'a> {
 }
 
 impl Decoder<'_> {
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub(super) fn modrm(&mut self) -> Result<ModRm> {
         let m = ModRm::read(&mut self.c, &self.p)?;
         let i = &mut self.inst;

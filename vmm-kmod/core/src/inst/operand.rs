@@ -19,6 +19,7 @@ pub(super) struct ModRm {
 }
 
 impl ModRm {
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub(super) fn read(c: &mut Cursor<'_>, p: &Prefixes) -> Result<Self, DecodeError> {
         let byte = c.u8()?;
         let mut m = ModRm {

@@ -19,6 +19,8 @@ impl<'a> Cursor<'a> {
         self.at as u8
     }
 
+    #[inline]
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub(super) fn peek(&self) -> Result<u8, DecodeError> {
         if self.at >= MAX_INST {
             return Err(DecodeError::TooLong);
@@ -29,6 +31,8 @@ impl<'a> Cursor<'a> {
             .ok_or(DecodeError::Truncated)
     }
 
+    #[inline]
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub(super) fn u8(&mut self) -> Result<u8, DecodeError> {
         let b = self.peek()?;
         self.at += 1;
@@ -66,6 +70,7 @@ pub(super) struct Prefixes {
 impl Prefixes {
     /// Reads prefixes up to the opcode. Of a kind the last one counts; REX
     /// counts only right before the opcode.
+    #[cfg_attr(target_os = "none", optimize(speed))]
     pub(super) fn read(c: &mut Cursor<'_>, mode: CodeMode) -> Result<Self, DecodeError> {
         let long = mode == CodeMode::Bits64;
         let mut p = Prefixes {
