@@ -134,16 +134,44 @@ enum Kind {
     Xstate { first: u8, count: u8 },
 }
 
+/// A leaf. All zeroes, without padding, are the plain one of zeroes, so that a table of
+/// them is made at once.
 #[derive(Clone, Copy, Debug)]
 struct Leaf {
-    kind: Kind,
+    /// A [`Kind`]: which, `first`, `count` and 0.
+    kind: [u8; 4],
     regs: Regs,
 }
 
 const EMPTY: Leaf = Leaf {
-    kind: Kind::Plain,
+    kind: [0; 4],
     regs: ZERO,
 };
+
+impl Leaf {
+    const fn new(kind: Kind, regs: Regs) -> Self {
+        let kind = match kind {
+            Kind::Plain => [0; 4],
+            Kind::Features => [1, 0, 0, 0],
+            Kind::Sub { first, count } => [2, first, count, 0],
+            Kind::Topology { first, count } => [3, first, count, 0],
+            Kind::Xstate { first, count } => [4, first, count, 0],
+        };
+        Leaf { kind, regs }
+    }
+
+    #[inline]
+    const fn kind(&self) -> Kind {
+        let [which, first, count, _] = self.kind;
+        match which {
+            0 => Kind::Plain,
+            1 => Kind::Features,
+            2 => Kind::Sub { first, count },
+            3 => Kind::Topology { first, count },
+            _ => Kind::Xstate { first, count },
+        }
+    }
+}
 
 /// CPUID of one vCPU. About 2.5 KiB; nothing in it is allocated.
 #[derive(Clone, Debug)]
@@ -165,28 +193,46 @@ pub struct CpuidTable {
 impl CpuidTable {
     /// Builds the table from the host's leaves, `host(leaf, sub-leaf)`.
     pub fn new(cfg: &CpuidConfig, host: impl Fn(u32, u32) -> Regs) -> Self {
-        let mut t = CpuidTable {
-            basic: [EMPTY; BASIC],
-            ext: [EMPTY; EXT],
-            hv: [ZERO; HV],
-            kvm: [ZERO; 2],
-            sub: [ZERO; SUB],
-            used: 0,
-            max_basic: 0,
-            hv_leaves: 0,
-            apic_id: cfg.apic_id,
-            intel: cfg.vendor == Vendor::Intel,
-            xstate: xstate::Components::new(cfg, &host),
-        };
-        features::basic(&mut t, cfg, &host);
-        features::extended(&mut t, cfg, &host);
-        topology::fill(&mut t, cfg, &host);
-        xstate::fill(&mut t, cfg, &host);
-        t.timing(cfg);
-        if cfg.hypervisor {
-            t.hypervisor(cfg);
-        }
+        let mut t = Self::blank();
+        t.fill(cfg, host);
         t
+    }
+
+    /// A table without leaves. What is large is to be made where it stays, and then filled.
+    #[inline(never)]
+    #[cfg_attr(target_os = "none", optimize(speed))]
+    pub const fn blank() -> Self {
+        Self::BLANK
+    }
+
+    // All zeroes.
+    const BLANK: Self = CpuidTable {
+        basic: [EMPTY; BASIC],
+        ext: [EMPTY; EXT],
+        hv: [ZERO; HV],
+        kvm: [ZERO; 2],
+        sub: [ZERO; SUB],
+        used: 0,
+        max_basic: 0,
+        hv_leaves: 0,
+        apic_id: 0,
+        intel: false,
+        xstate: xstate::Components::NONE,
+    };
+
+    /// Makes a blank table the one of the host's leaves, `host(leaf, sub-leaf)`.
+    pub fn fill(&mut self, cfg: &CpuidConfig, host: impl Fn(u32, u32) -> Regs) {
+        self.apic_id = cfg.apic_id;
+        self.intel = cfg.vendor == Vendor::Intel;
+        self.xstate = xstate::Components::new(cfg, &host);
+        features::basic(self, cfg, &host);
+        features::extended(self, cfg, &host);
+        topology::fill(self, cfg, &host);
+        xstate::fill(self, cfg, &host);
+        self.timing(cfg);
+        if cfg.hypervisor {
+            self.hypervisor(cfg);
+        }
     }
 
     /// The answer to CPUID with these EAX and ECX.
@@ -234,7 +280,7 @@ impl CpuidTable {
 
     /// Leaf 7 sub-leaf 0, which several MSRs' existence hangs on.
     pub fn leaf7(&self) -> Regs {
-        match self.basic[7].kind {
+        match self.basic[7].kind() {
             Kind::Sub { first, .. } => self.sub_row(first, 0),
             _ => ZERO,
         }
@@ -257,7 +303,7 @@ impl CpuidTable {
 
     /// Whether XSAVES and IA32_XSS exist (leaf 0xD sub-leaf 1 EAX bit 3).
     pub fn has_xsaves(&self) -> bool {
-        match self.basic[0xd].kind {
+        match self.basic[0xd].kind() {
             Kind::Xstate { first, .. } => self.sub_row(first, 1)[0] & (1 << 3) != 0,
             _ => false,
         }
@@ -265,7 +311,7 @@ impl CpuidTable {
 
     #[inline]
     fn answer(&self, l: &Leaf, ecx: u32, now: &DynState) -> Regs {
-        match l.kind {
+        match l.kind() {
             Kind::Plain => l.regs,
             Kind::Features => {
                 let [a, b, mut c, mut d] = l.regs;
@@ -351,14 +397,14 @@ impl CpuidTable {
     #[inline(never)]
     fn set_basic(&mut self, leaf: usize, kind: Kind, regs: Regs) {
         if let Some(l) = self.basic.get_mut(leaf) {
-            *l = Leaf { kind, regs };
+            *l = Leaf::new(kind, regs);
         }
     }
 
     #[inline(never)]
     fn set_ext(&mut self, leaf: usize, kind: Kind, regs: Regs) {
         if let Some(l) = self.ext.get_mut(leaf) {
-            *l = Leaf { kind, regs };
+            *l = Leaf::new(kind, regs);
         }
     }
 

@@ -12,6 +12,8 @@ pub struct CpuSet([AtomicU64; MAX_VCPUS / 64]);
 
 impl CpuSet {
     /// The empty set.
+    #[inline(never)]
+    #[optimize(speed)]
     pub const fn new() -> Self {
         CpuSet([const { AtomicU64::new(0) }; MAX_VCPUS / 64])
     }

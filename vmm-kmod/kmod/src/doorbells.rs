@@ -42,6 +42,8 @@ const NONE: u32 = 0xffff;
 
 impl Doorbells {
     /// None.
+    #[inline(never)]
+    #[optimize(speed)]
     pub const fn new() -> Self {
         Doorbells {
             bells: SpinLock::new([const { None }; MOST]),

@@ -198,6 +198,74 @@ impl GuestPhys for GuestMemory<'_> {
 }
 
 impl<C: RunCpu + 'static> Runner<'_, C> {
+    /// Completes an exit with the instruction that caused it: for CPUs that do
+    /// not tell its length or its operands.
+    #[inline]
+    pub fn instruction_at_once(&mut self, exit: Exit) -> Found {
+        let walk = self.paging(&self.inner.hw);
+        let at = code_address(&self.inner.hw, self.inner.hw.reg(Reg::Rip));
+        let generation = self.vm.generation.current();
+        if let Some(bytes) = self.inner.code.bytes(&walk, at, generation)
+            && self.inner.hw.complete_plain(exit, bytes)
+        {
+            return Found::Exit(exit);
+        }
+        self.fetch_at_once(exit, &walk, at, generation)
+    }
+
+    #[cold]
+    fn fetch_at_once(&mut self, exit: Exit, walk: &Paging, at: u64, generation: u64) -> Found {
+        let Some(mem) = self.vm.mem.try_lock() else {
+            return Found::Later;
+        };
+        let guest = mem.map.guest_known();
+        let fetched = self.inner.code.fetch(&guest, walk, at, generation);
+        drop(mem);
+        self.complete(exit, &fetched)
+    }
+
+    /// The same outside the inner loop. None: the guest is to be entered
+    /// again.
+    pub fn instruction_of(&mut self, exit: Exit) -> Result<Option<Exit>, i32> {
+        let cpu = snapshot(self.inner);
+        let walk = self.paging(&cpu);
+        let mem = self.vm.mem.lock();
+        let at = code_address(&cpu, cpu.reg(Reg::Rip));
+        let fetched = paging::fetch_instruction(&mem.map.guest(), &walk, at);
+        drop(mem);
+        Ok(match self.complete(exit, &fetched) {
+            Found::Exit(exit) => Some(exit),
+            Found::Again | Found::Later => None,
+        })
+    }
+
+    fn complete(&mut self, exit: Exit, fetched: &paging::Fetched) -> Found {
+        match self.inner.hw.complete(exit, fetched.bytes()) {
+            Completed::Exit(exit) => Found::Exit(exit),
+            Completed::Changed => Found::Again,
+            Completed::Undecoded if fetched.stop.is_some() => Found::Later,
+            Completed::Undecoded => {
+                self.inner.exception = Some(Event::UD);
+                self.inner.attention = true;
+                Found::Again
+            }
+        }
+    }
+}
+
+impl<C: VirtualCpu + ?Sized> Runner<'_, C> {
+    fn is_device(&self, gpa: u64) -> bool {
+        Chipset::claims_gpa(gpa)
+            || self.inner.lapic.mmio() && gpa & !0xfff == self.inner.lapic.base_gpa()
+    }
+
+    fn paging(&self, cpu: &(impl CpuState + ?Sized)) -> Paging {
+        let gib = self.inner.cpuid.ext1()[3] & (1 << 26) != 0;
+        Paging::of(cpu, self.inner.cpuid.phys_bits(), gib)
+    }
+}
+
+impl Runner<'_, dyn VirtualCpu> {
     /// An instruction touched `gpa`, perhaps a register of the kernel's
     /// devices: does it at once, with interrupts off and the VMCS current.
     /// None: it is not such a one, or needs memory that may have to be
@@ -284,74 +352,6 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
         Some(Todo::User)
     }
 
-    /// Completes an exit with the instruction that caused it: for CPUs that do
-    /// not tell its length or its operands.
-    #[inline]
-    pub fn instruction_at_once(&mut self, exit: Exit) -> Found {
-        let walk = self.paging(&self.inner.hw);
-        let at = code_address(&self.inner.hw, self.inner.hw.reg(Reg::Rip));
-        let generation = self.vm.generation.current();
-        if let Some(bytes) = self.inner.code.bytes(&walk, at, generation)
-            && self.inner.hw.complete_plain(exit, bytes)
-        {
-            return Found::Exit(exit);
-        }
-        self.fetch_at_once(exit, &walk, at, generation)
-    }
-
-    #[cold]
-    fn fetch_at_once(&mut self, exit: Exit, walk: &Paging, at: u64, generation: u64) -> Found {
-        let Some(mem) = self.vm.mem.try_lock() else {
-            return Found::Later;
-        };
-        let guest = mem.map.guest_known();
-        let fetched = self.inner.code.fetch(&guest, walk, at, generation);
-        drop(mem);
-        self.complete(exit, &fetched)
-    }
-
-    /// The same outside the inner loop. None: the guest is to be entered
-    /// again.
-    pub fn instruction_of(&mut self, exit: Exit) -> Result<Option<Exit>, i32> {
-        let cpu = snapshot(self.inner);
-        let walk = self.paging(&cpu);
-        let mem = self.vm.mem.lock();
-        let at = code_address(&cpu, cpu.reg(Reg::Rip));
-        let fetched = paging::fetch_instruction(&mem.map.guest(), &walk, at);
-        drop(mem);
-        Ok(match self.complete(exit, &fetched) {
-            Found::Exit(exit) => Some(exit),
-            Found::Again | Found::Later => None,
-        })
-    }
-
-    fn complete(&mut self, exit: Exit, fetched: &paging::Fetched) -> Found {
-        match self.inner.hw.complete(exit, fetched.bytes()) {
-            Completed::Exit(exit) => Found::Exit(exit),
-            Completed::Changed => Found::Again,
-            Completed::Undecoded if fetched.stop.is_some() => Found::Later,
-            Completed::Undecoded => {
-                self.inner.exception = Some(Event::UD);
-                self.inner.attention = true;
-                Found::Again
-            }
-        }
-    }
-}
-
-impl<C: VirtualCpu + ?Sized> Runner<'_, C> {
-    fn is_device(&self, gpa: u64) -> bool {
-        Chipset::claims_gpa(gpa)
-            || self.inner.lapic.mmio() && gpa & !0xfff == self.inner.lapic.base_gpa()
-    }
-
-    fn paging(&self, cpu: &(impl CpuState + ?Sized)) -> Paging {
-        let gib = self.inner.cpuid.ext1()[3] & (1 << 26) != 0;
-        Paging::of(cpu, self.inner.cpuid.phys_bits(), gib)
-    }
-}
-
-impl Runner<'_, dyn VirtualCpu> {
     /// Resolves a nested fault. True: an exit for userland is in place.
     pub fn fault(&mut self, f: Fault) -> Result<bool, i32> {
         let mut mem = self.vm.mem.lock();
@@ -545,8 +545,8 @@ fn inst_emul(
 /// Linear address by which an instruction reached `gpa`, for CPUs that do not tell: that
 /// of its operand, if the guest's page tables lead from there to `gpa`.
 #[optimize(speed)]
-fn operand_at<C: CpuState>(
-    inner: &mut Inner<C>,
+fn operand_at(
+    inner: &mut Inner,
     guest: &GuestMemory<'_>,
     walk: &Paging,
     inst: &Inst,

@@ -58,10 +58,10 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
                 during_walk,
             } => {
                 if !during_walk {
-                    if let Some(done) = self.device_at_once(gpa, gla) {
+                    if let Some(done) = self.cold().device_at_once(gpa, gla) {
                         return done;
                     }
-                    if let Some(todo) = self.user_at_once(gpa, gla) {
+                    if let Some(todo) = self.cold().user_at_once(gpa, gla) {
                         return Some(todo);
                     }
                 }
@@ -76,7 +76,7 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
             Exit::ApicAccess { offset, .. } => {
                 self.vcpu.stats.inc(Stat::ApicAccess);
                 let gpa = self.inner.lapic.base_gpa() | u64::from(offset);
-                if let Some(done) = self.device_at_once(gpa, None) {
+                if let Some(done) = self.cold().device_at_once(gpa, None) {
                     return done;
                 }
                 Some(self.later(Later::ApicAccess { gpa }))

@@ -47,6 +47,9 @@ impl Host for Os {
         unsafe { ffi::vmm_host_free_pages(page.va as *mut c_void, order) }
     }
 
+    // Not inlined: each place would have a relocation.
+    #[inline(never)]
+    #[optimize(speed)]
     fn phys_to_virt(pa: Hpa) -> usize {
         DIRECT_MAP.load(Ordering::Relaxed).wrapping_add(pa) as usize
     }

@@ -130,7 +130,7 @@ pub fn run(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner) -> Result<(), i32> {
 }
 
 #[inline(never)]
-#[optimize(speed)]
+#[optimize(size)]
 fn run_on_svm(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner<svm::Vcpu<os::Os>>) -> Result<(), i32> {
     run_on(vm, vcpu, inner)
 }
@@ -343,6 +343,7 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
     /// As [`RunCpu::enter`].
     #[cold]
     #[inline(never)]
+    #[optimize(size)]
     unsafe fn enter_counted(&mut self) -> Exit {
         let before = os::rdtsc();
         // SAFETY: by the caller's word.

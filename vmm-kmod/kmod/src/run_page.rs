@@ -64,7 +64,7 @@ impl RunPage {
     }
 
     /// Shows userland the registers that the emulation of an instruction needs.
-    pub fn put_registers(&self, cpu: &impl CpuState) {
+    pub fn put_registers(&self, cpu: &(impl CpuState + ?Sized)) {
         let put = |offset, value| {
             let at = self.0.as_ptr().wrapping_add(offset);
             // SAFETY: as in `word`.

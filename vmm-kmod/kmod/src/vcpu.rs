@@ -446,7 +446,8 @@ impl<C: VirtualCpu + ?Sized> Inner<C> {
         let generation = vm.config_gen.load(Ordering::Acquire);
         if self.cpuid_gen != generation {
             let cfg = cpuid_config(vm, id, self.lapic.x2apic_offered());
-            *self.cpuid = CpuidTable::new(&cfg, global::trusted_cpuid);
+            *self.cpuid = CpuidTable::blank();
+            self.cpuid.fill(&cfg, global::trusted_cpuid);
             self.cpuid_gen = generation;
         }
         self.config_gen = generation;
@@ -501,10 +502,9 @@ const LEAVES_PER_SECOND: u64 = 100;
 // Not inlined, for the stack's sake.
 #[inline(never)]
 fn cpuid_table(vm: &Vm, id: u32) -> Result<Box<CpuidTable>, NoMemory> {
-    sync::try_box(CpuidTable::new(
-        &cpuid_config(vm, id, false),
-        global::trusted_cpuid,
-    ))
+    let mut table = sync::try_box_with(CpuidTable::blank)?;
+    table.fill(&cpuid_config(vm, id, false), global::trusted_cpuid);
+    Ok(table)
 }
 
 fn cpuid_config(vm: &Vm, id: u32, x2apic: bool) -> CpuidConfig {

@@ -21,16 +21,22 @@ const COMPONENTS: usize = 8;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Components {
     allowed: u64,
-    /// Size, offset in the standard format, "align to 64 when compacted".
-    parts: [(u32, u32, bool); COMPONENTS],
+    /// Size, offset in the standard format, flags (sub-leaf ECX).
+    parts: [[u32; 3]; COMPONENTS],
 }
 
+/// "Align to 64 when compacted".
+const ALIGN: u32 = 2;
+
 impl Components {
+    /// None.
+    pub(super) const NONE: Self = Components {
+        allowed: 0,
+        parts: [[0; 3]; COMPONENTS],
+    };
+
     pub(super) fn new(cfg: &CpuidConfig, host: &impl Fn(u32, u32) -> Regs) -> Self {
-        let mut c = Components {
-            allowed: 0,
-            parts: [(0, 0, false); COMPONENTS],
-        };
+        let mut c = Self::NONE;
         let has_xsave = host(0, 0)[0] >= 0xd && host(1, 0)[2] & (1 << 26) != 0;
         if !has_xsave || cfg.caps.xcr0 & 3 != 3 {
             return c;
@@ -45,7 +51,7 @@ impl Components {
         for (i, part) in c.parts.iter_mut().enumerate().skip(2) {
             if allowed & (1 << i) != 0 {
                 let [size, offset, flags, _] = host(0xd, i as u32);
-                *part = (size, offset, flags & 2 != 0);
+                *part = [size, offset, flags];
             }
         }
         c.allowed = allowed;
@@ -70,7 +76,7 @@ impl Components {
             return 0;
         }
         let mut size = BASE_SIZE;
-        for (i, &(len, offset, _)) in self.parts.iter().enumerate() {
+        for (i, &[len, offset, _]) in self.parts.iter().enumerate() {
             if xcr0 & (1 << i) != 0 {
                 size = size.max(offset.saturating_add(len));
             }
@@ -82,9 +88,9 @@ impl Components {
     /// `XCR0 | IA32_XSS`.
     pub(super) fn compacted_size(&self, mask: u64) -> u32 {
         let mut size = BASE_SIZE;
-        for (i, &(len, _, align)) in self.parts.iter().enumerate() {
+        for (i, &[len, _, flags]) in self.parts.iter().enumerate() {
             if mask & (1 << i) != 0 {
-                if align {
+                if flags & ALIGN != 0 {
                     size = size.saturating_add(63) & !63;
                 }
                 size = size.saturating_add(len);

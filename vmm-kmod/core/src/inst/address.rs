@@ -90,7 +90,7 @@ pub fn linear_address(
 /// Linear address of the memory operand of an instruction that has no other, unchecked,
 /// and what [`emulate`](super::emulate) does there; `None` for others, which are rare on
 /// device memory.
-pub fn operand(inst: &Inst, cpu: &impl CpuState) -> Option<(u64, Access)> {
+pub fn operand(inst: &Inst, cpu: &(impl CpuState + ?Sized)) -> Option<(u64, Access)> {
     let written = inst.dst == Operand::Mem;
     let access = match inst.op {
         Op::Mov | Op::Movzx | Op::Movsx | Op::Movnti if written => Access::WRITE,

@@ -36,6 +36,7 @@ pub(super) fn inconsistency(s: &State, asid: u32) -> &'static str {
 
 impl<H: Host> Vcpu<H> {
     /// Everything that can explain a refused VMRUN.
+    #[cfg_attr(target_os = "none", optimize(size))]
     pub fn dump(&self, f: &mut dyn fmt::Write) -> fmt::Result {
         let v = self.vmcb();
         let (c, s) = (&v.control, &v.state);

@@ -159,6 +159,7 @@ impl<H: Host> Vcpu<H> {
     }
 
     #[cold]
+    #[cfg_attr(target_os = "none", optimize(size))]
     fn decode_rare(&mut self, why: u64) -> Exit {
         let info1 = self.vmcb().control.exit_info1;
         // Bit 63: a MOV, and not CLTS, LMSW or SMSW (§15.8.1).
@@ -294,6 +295,7 @@ impl<H: Host> Vcpu<H> {
 
     /// Completes the last exit if `plain_length` knows its instruction.
     #[inline(always)]
+    #[cfg_attr(target_os = "none", optimize(size))]
     pub fn complete_plain(&mut self, exit: Exit, bytes: &[u8]) -> bool {
         let Some(len) = plain_length(exit, bytes) else {
             return false;

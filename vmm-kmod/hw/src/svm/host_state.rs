@@ -132,6 +132,7 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// Value of an MSR that the backend keeps. `None` for others.
+    #[cfg_attr(target_os = "none", optimize(size))]
     pub fn msr(&self, n: u32) -> Option<u64> {
         let s = &self.vmcb().state;
         Some(match n {
@@ -156,6 +157,7 @@ impl<H: Host> Vcpu<H> {
 
     /// Sets an MSR that the backend keeps, as WRMSR would, but for the checks
     /// of EFER, which the caller makes.
+    #[cfg_attr(target_os = "none", optimize(size))]
     pub fn set_msr(&mut self, n: u32, value: u64) -> MsrWrite {
         let ok = match n {
             msr::FS_BASE

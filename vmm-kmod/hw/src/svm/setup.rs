@@ -114,6 +114,7 @@ impl<H: Host> Vcpu<H> {
 
     /// Registers as after power-on or INIT; for power-on the vCPU is not
     /// loaded. The APIC's mode, TSC and MTRRs are not touched.
+    #[cfg_attr(target_os = "none", optimize(size))]
     pub fn reset(&mut self, kind: Reset) {
         self.regs.gpr = [0; 16];
         // Family, model and stepping, as CPUID leaf 1 has them.
@@ -179,6 +180,7 @@ impl<H: Host> Vcpu<H> {
         }
     }
 
+    #[cfg_attr(target_os = "none", optimize(size))]
     fn reset_msrs(&mut self) {
         for (n, value) in [
             (msr::STAR, 0),

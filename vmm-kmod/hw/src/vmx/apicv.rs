@@ -90,6 +90,7 @@ impl<H: Host> Vcpu<H> {
 
     /// Switches controls and MSR bitmap to the mode of the guest's APIC. The
     /// VMCS must be current.
+    #[cfg_attr(target_os = "none", optimize(size))]
     pub fn set_apic_mode(&mut self, mode: ApicMode) {
         let (primary, secondary) = self.apic_virt.controls(mode);
         let p1 = self.proc1 & !PRIMARY | primary;

@@ -89,6 +89,7 @@ fn segments() -> impl Iterator<Item = (&'static str, Seg)> {
 
 /// What is wrong with guest state, of the commonest causes of a failed entry
 /// (SDM Vol. 3C §26.3).
+#[cfg_attr(target_os = "none", optimize(size))]
 pub fn suspects(cpu: &dyn CpuState, out: &mut dyn fmt::Write) -> fmt::Result {
     let cr0 = cpu.reg(Reg::Cr0);
     let cr4 = cpu.reg(Reg::Cr4);
@@ -143,16 +144,67 @@ pub fn suspects(cpu: &dyn CpuState, out: &mut dyn fmt::Write) -> fmt::Result {
     Ok(())
 }
 
-/// A line of names and values.
-fn line(out: &mut dyn fmt::Write, values: &[(&str, u64)]) -> fmt::Result {
-    for (name, value) in values {
-        write!(out, "{name} {value:x} ")?;
+/// Names and values, each behind the other.
+#[cfg_attr(target_os = "none", optimize(size))]
+fn line(out: &mut dyn fmt::Write, names: &str, values: &dyn Fn(usize) -> u64) -> fmt::Result {
+    for (n, name) in names.split(',').enumerate() {
+        write!(out, "{name} {:x} ", values(n))?;
     }
     writeln!(out)
 }
 
+const REG_NAMES: &str = " rip,rflags,cr0,cr2,cr3,cr4,efer,gdtr,limit,idtr,limit,dr7";
+const REGS: [Reg; 12] = [
+    Reg::Rip,
+    Reg::Rflags,
+    Reg::Cr0,
+    Reg::Cr2,
+    Reg::Cr3,
+    Reg::Cr4,
+    Reg::Efer,
+    Reg::GdtrBase,
+    Reg::GdtrLimit,
+    Reg::IdtrBase,
+    Reg::IdtrLimit,
+    Reg::Dr7,
+];
+
+const STATE_NAMES: &str =
+    "real cr0,cr4,pat,exceptions,interruptibility,activity,pending debug,entry info,exit,eptp";
+const STATE: [u32; 10] = [
+    vmcs::GUEST_CR0,
+    vmcs::GUEST_CR4,
+    vmcs::GUEST_PAT,
+    vmcs::EXCEPTION_BITMAP,
+    vmcs::GUEST_INTERRUPTIBILITY,
+    vmcs::GUEST_ACTIVITY,
+    vmcs::GUEST_PENDING_DEBUG,
+    vmcs::ENTRY_INTERRUPTION_INFO,
+    vmcs::EXIT_CONTROLS,
+    vmcs::EPTP,
+];
+
+const HOST_NAMES: &str = "host rsp,rip,cr3,tr,base,gs,gdtr,idtr";
+const HOST: [u32; 8] = [
+    vmcs::HOST_RSP,
+    vmcs::HOST_RIP,
+    vmcs::HOST_CR3,
+    vmcs::HOST_TR_SEL,
+    vmcs::HOST_TR_BASE,
+    vmcs::HOST_GS_BASE,
+    vmcs::HOST_GDTR_BASE,
+    vmcs::HOST_IDTR_BASE,
+];
+
 impl<H: Host> Vcpu<H> {
+    fn fields(&self, out: &mut dyn fmt::Write, names: &str, fields: &[u32]) -> fmt::Result {
+        line(out, names, &|n| {
+            fields.get(n).map_or(0, |f| self.vmread(*f))
+        })
+    }
+
     /// Writes guest state and controls for a log. The VMCS is current.
+    #[cfg_attr(target_os = "none", optimize(size))]
     pub fn dump(&self, out: &mut dyn fmt::Write) -> fmt::Result {
         let error = self.vmread(vmcs::INSTRUCTION_ERROR) as u32;
         let qualification = self.vmread(vmcs::EXIT_QUALIFICATION);
@@ -175,22 +227,7 @@ impl<H: Host> Vcpu<H> {
                 writeln!(out)?;
             }
         }
-        let reg = |r| self.reg(r);
-        let field = |f| self.vmread(f);
-        line(
-            out,
-            &[
-                (" rip", reg(Reg::Rip)),
-                ("rflags", reg(Reg::Rflags)),
-                ("cr0", reg(Reg::Cr0)),
-                ("real", field(vmcs::GUEST_CR0)),
-                ("cr2", reg(Reg::Cr2)),
-                ("cr3", reg(Reg::Cr3)),
-                ("cr4", reg(Reg::Cr4)),
-                ("real", field(vmcs::GUEST_CR4)),
-                ("efer", reg(Reg::Efer)),
-            ],
-        )?;
+        line(out, REG_NAMES, &|n| REGS.get(n).map_or(0, |r| self.reg(*r)))?;
         for (name, s) in segments() {
             let d = self.seg(s);
             writeln!(
@@ -202,52 +239,18 @@ impl<H: Host> Vcpu<H> {
                 d.access
             )?;
         }
-        line(
-            out,
-            &[
-                ("gdtr", reg(Reg::GdtrBase)),
-                ("limit", reg(Reg::GdtrLimit)),
-                ("idtr", reg(Reg::IdtrBase)),
-                ("limit", reg(Reg::IdtrLimit)),
-                ("dr7", reg(Reg::Dr7)),
-                ("pat", field(vmcs::GUEST_PAT)),
-            ],
-        )?;
-        line(
-            out,
-            &[
-                ("pin", self.pin.into()),
-                ("proc", self.proc1.into()),
-                ("proc2", self.proc2.into()),
-                ("entry", self.entry_ctl.into()),
-                ("exit", field(vmcs::EXIT_CONTROLS)),
-                ("exceptions", field(vmcs::EXCEPTION_BITMAP)),
-            ],
-        )?;
-        line(
-            out,
-            &[
-                ("interruptibility", field(vmcs::GUEST_INTERRUPTIBILITY)),
-                ("activity", field(vmcs::GUEST_ACTIVITY)),
-                ("pending debug", field(vmcs::GUEST_PENDING_DEBUG)),
-                ("entry info", field(vmcs::ENTRY_INTERRUPTION_INFO)),
-                ("vectoring", self.idt_vectoring.into()),
-                ("eptp", field(vmcs::EPTP)),
-            ],
-        )?;
-        line(
-            out,
-            &[
-                ("host rsp", field(vmcs::HOST_RSP)),
-                ("rip", field(vmcs::HOST_RIP)),
-                ("cr3", field(vmcs::HOST_CR3)),
-                ("tr", field(vmcs::HOST_TR_SEL)),
-                ("base", field(vmcs::HOST_TR_BASE)),
-                ("gs", field(vmcs::HOST_GS_BASE)),
-                ("gdtr", field(vmcs::HOST_GDTR_BASE)),
-                ("idtr", field(vmcs::HOST_IDTR_BASE)),
-            ],
-        )?;
+        let controls = [
+            self.pin,
+            self.proc1,
+            self.proc2,
+            self.entry_ctl,
+            self.idt_vectoring,
+        ];
+        line(out, "pin,proc,proc2,entry,vectoring", &|n| {
+            controls.get(n).map_or(0, |c| u64::from(*c))
+        })?;
+        self.fields(out, STATE_NAMES, &STATE)?;
+        self.fields(out, HOST_NAMES, &HOST)?;
         suspects(self, out)
     }
 }

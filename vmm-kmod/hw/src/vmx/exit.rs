@@ -220,6 +220,7 @@ impl<H: Host> Vcpu<H> {
     }
 
     #[cold]
+    #[cfg_attr(target_os = "none", optimize(size))]
     fn decode_rare(&mut self, why: u32) -> Exit {
         if why & reason::ENTRY_FAILURE != 0 {
             let basic = why & 0xffff;

@@ -156,6 +156,7 @@ impl<H: Host> Vcpu<H> {
     /// Registers as after power-on or INIT. The VMCS is current; for power-on
     /// the vCPU is not loaded (its FPU state must be in memory). The APIC's
     /// mode, TSC and MTRRs are not touched.
+    #[cfg_attr(target_os = "none", optimize(size))]
     pub fn reset(&mut self, kind: Reset) {
         self.regs.gpr = [0; 16];
         // Family 6, as CPUID leaf 1 of every CPU with VT-x says.
@@ -239,6 +240,7 @@ impl<H: Host> Vcpu<H> {
         }
     }
 
+    #[cfg_attr(target_os = "none", optimize(size))]
     fn reset_msrs(&mut self) {
         for (n, value) in [
             (msr::STAR, 0),
