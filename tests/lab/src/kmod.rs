@@ -94,7 +94,7 @@ pub fn cargo(dirs: &Dirs, source: &CoreSource, folder: &str, into: &str, args: &
     // The module's own addresses are relative, and so need no relocation within a section.
     let more = if folder == MODULE {
         "-C relocation-model=pic -Z direct-access-external-data=yes -Z unstable-options \
-         -C panic=immediate-abort"
+         -C panic=immediate-abort -C force-frame-pointers=non-leaf"
     } else {
         "-C relocation-model=static"
     };

@@ -41,4 +41,5 @@ pub mod pmtmr;
 pub mod pv;
 pub mod rtc;
 pub mod stats;
+pub mod text;
 pub mod time;

@@ -75,7 +75,9 @@ const _: () = assert!(COUNT <= vmm_abi::limits::MAX_VM_STATS);
 
 /// Description of a counter, or `None` beyond the last one.
 pub fn description(index: usize) -> Option<&'static str> {
-    DESCRIPTIONS.split_terminator('\n').nth(index)
+    crate::text::parts(DESCRIPTIONS, b'\n')
+        .filter(|name| !name.is_empty())
+        .nth(index)
 }
 
 /// The counters. Only the thread that runs the vCPU changes them, so that

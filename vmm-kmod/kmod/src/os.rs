@@ -143,7 +143,7 @@ impl LogLines {
 
 impl Write for LogLines {
     fn write_str(&mut self, s: &str) -> fmt::Result {
-        let mut lines = s.split('\n');
+        let mut lines = vmm_core::text::parts(s, b'\n');
         if let Some(first) = lines.next() {
             self.0.write_str(first)?;
         }

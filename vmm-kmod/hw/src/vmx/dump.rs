@@ -5,6 +5,7 @@ use super::vcpu::Vcpu;
 use core::fmt;
 use vmm_core::cpu::{CpuState, EFER_LMA, Gpr, Reg, Seg};
 use vmm_core::host::Host;
+use vmm_core::text::parts;
 
 /// Text of a VM-instruction error (SDM Vol. 3C §30.4).
 pub const fn vm_instruction_error(n: u32) -> &'static str {
@@ -51,7 +52,7 @@ pub const fn entry_failure(qualification: u64) -> &'static str {
 }
 
 // Names as one string: a pointer to each would be a relocation.
-const GPR_NAMES: &str = "rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15";
+const GPR_NAMES: &str = "rax,rbx,rcx,rdx,rsi,rdi,rbp,rsp,r8,r9,r10,r11,r12,r13,r14,r15";
 const GPRS: [Gpr; 16] = [
     Gpr::Rax,
     Gpr::Rbx,
@@ -71,7 +72,7 @@ const GPRS: [Gpr; 16] = [
     Gpr::R15,
 ];
 
-const SEG_NAMES: &str = "cs ds es fs gs ss ldtr tr";
+const SEG_NAMES: &str = "cs,ds,es,fs,gs,ss,ldtr,tr";
 const SEGS: [Seg; 8] = [
     Seg::Cs,
     Seg::Ds,
@@ -84,7 +85,7 @@ const SEGS: [Seg; 8] = [
 ];
 
 fn segments() -> impl Iterator<Item = (&'static str, Seg)> {
-    SEG_NAMES.split(' ').zip(SEGS)
+    parts(SEG_NAMES, b',').zip(SEGS)
 }
 
 /// What is wrong with guest state, of the commonest causes of a failed entry
@@ -147,7 +148,7 @@ pub fn suspects(cpu: &dyn CpuState, out: &mut dyn fmt::Write) -> fmt::Result {
 /// Names and values, each behind the other.
 #[cfg_attr(target_os = "none", optimize(size))]
 fn line(out: &mut dyn fmt::Write, names: &str, values: &dyn Fn(usize) -> u64) -> fmt::Result {
-    for (n, name) in names.split(',').enumerate() {
+    for (n, name) in parts(names, b',').enumerate() {
         write!(out, "{name} {:x} ", values(n))?;
     }
     writeln!(out)
@@ -221,7 +222,7 @@ impl<H: Host> Vcpu<H> {
             "VM-instruction error {error}: {}",
             vm_instruction_error(error)
         )?;
-        for (n, (name, r)) in GPR_NAMES.split(' ').zip(GPRS).enumerate() {
+        for (n, (name, r)) in parts(GPR_NAMES, b',').zip(GPRS).enumerate() {
             write!(out, "{name:>4} {:016x}", self.gpr(r))?;
             if n % 4 == 3 {
                 writeln!(out)?;
