@@ -7,36 +7,16 @@ use vmm_core::cpu::{CpuState, EFER_LMA, Gpr, Reg, Seg};
 use vmm_core::host::Host;
 use vmm_core::text::parts;
 
-/// Text of a VM-instruction error (SDM Vol. 3C §30.4).
+/// Text of a VM-instruction error that an entry can have; of the others the number is enough
+/// to find it in the manual (SDM Vol. 3C §30.4).
 pub const fn vm_instruction_error(n: u32) -> &'static str {
     match n {
-        0 => "no error recorded (VMfailInvalid: no current VMCS)",
-        1 => "VMCALL executed in VMX root operation",
-        2 => "VMCLEAR with invalid physical address",
-        3 => "VMCLEAR with VMXON pointer",
-        4 => "VMLAUNCH with non-clear VMCS",
+        0 => "none recorded",
         5 => "VMRESUME with non-launched VMCS",
-        6 => "VMRESUME after VMXOFF",
-        7 => "VM entry with invalid control field(s)",
-        8 => "VM entry with invalid host-state field(s)",
-        9 => "VMPTRLD with invalid physical address",
-        10 => "VMPTRLD with VMXON pointer",
-        11 => "VMPTRLD with incorrect VMCS revision identifier",
-        12 => "VMREAD/VMWRITE from/to unsupported VMCS component",
-        13 => "VMWRITE to read-only VMCS component",
-        15 => "VMXON executed in VMX root operation",
-        16 => "VM entry with invalid executive-VMCS pointer",
-        17 => "VM entry with non-launched executive VMCS",
-        18 => "VM entry with executive-VMCS pointer not VMXON pointer",
-        19 => "VMCALL with non-clear VMCS",
-        20 => "VMCALL with invalid VM-exit control fields",
-        22 => "VMCALL with incorrect MSEG revision identifier",
-        23 => "VMXOFF under dual-monitor treatment",
-        24 => "VMCALL with invalid SMM-monitor features",
-        25 => "VM entry with invalid VM-execution control fields in executive VMCS",
-        26 => "VM entry with events blocked by MOV SS",
-        28 => "invalid operand to INVEPT/INVVPID",
-        _ => "unknown VM-instruction error",
+        7 => "invalid control field",
+        8 => "invalid host-state field",
+        26 => "events blocked by MOV SS",
+        _ => "see SDM Vol. 3C 30.4",
     }
 }
 
