@@ -35,7 +35,7 @@ pub fn group(lab: &Lab) -> Group {
         config.file("modules/if_epair.ko", module);
     }
     type Body = fn(&Lab, &mut Host) -> Result<()>;
-    let names: [(&str, Body); 5] = [
+    let names: [(&str, Body); 6] = [
         ("freebsd-host", ours),
         ("freebsd-host-epair", over_epair),
         ("freebsd-host-exit-cost", exit_cost),
