@@ -75,7 +75,7 @@ impl Line {
         })
     }
 
-    /// Sends a byte, now or, up to [`OUTPUT`] of them, when there is somebody. A
+    /// Sends a byte, now or, up to 4 KiB of them, when there is somebody. A
     /// debugger that does not read so many is hung up on.
     pub fn send(&mut self, byte: u8) {
         if self.output.len() == OUTPUT {
