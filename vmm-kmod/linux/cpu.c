@@ -30,7 +30,12 @@ void vmm_host_run_on_all(void (*fn)(void *), void *arg)
 void vmm_host_kick_cpu(uint32_t cpu)
 {
 	/* A reschedule interrupt has no effect but the exit that it causes. */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 4, 0)
+	/* Without the tracepoint that smp_send_reschedule() has since. */
+	arch_smp_send_reschedule(cpu);
+#else
 	smp_send_reschedule(cpu);
+#endif
 }
 
 unsigned long vmm_host_irq_save(void)

@@ -12,6 +12,23 @@
 
 #include "shim.h"
 
+#ifdef CONFIG_X86_KERNEL_IBT
+/*
+ * objtool takes an ENDBR that no relocation leads to for one that nobody needs, and
+ * has the kernel erase it when the module is loaded. The Rust half's own addresses
+ * are relative, without relocations. Where such marks are already, objtool makes none:
+ * this is one, for a function that nobody calls.
+ */
+asm(".pushsection .text\n"
+    "vmm_nobody:\n"
+    "\tendbr64\n"
+    "\tint3\n"
+    ".popsection\n"
+    ".pushsection .ibt_endbr_seal, \"a\"\n"
+    "\t.long vmm_nobody - .\n"
+    ".popsection");
+#endif
+
 static int hotplug_state = -1;
 
 /* FreeBSD: hw.vmm.vmx.use_apic_vid. */

@@ -69,7 +69,7 @@ impl Kit {
     pub fn build(dirs: &Dirs) -> Result<Self> {
         prerequisites(&[])?;
         let kernel = host_kernel::ensure(dirs)?;
-        let module = kmod::build(dirs, &kernel)?;
+        let module = kmod::build(dirs, &kernel.headers)?;
         let programs = step("bhyve, bhyvectl, bhyveload", || programs::build(dirs))?;
         Ok(Self {
             kernel,

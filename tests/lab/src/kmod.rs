@@ -4,7 +4,6 @@
 use crate::command::output;
 use crate::core_src::{self, CoreSource, KERNEL_CARGO_ARGS, kernel_cargo_env};
 use crate::dirs::Dirs;
-use crate::host_kernel::HostKernel;
 use crate::one_section;
 use anyhow::{Context, Result};
 use std::fs;
@@ -18,15 +17,21 @@ const LOADER_NAMES: [&str; 3] = ["init_module", "cleanup_module", "__this_module
 /// follows frame pointers, as it has to in the Rust side.
 const UNWINDING: [&str; 3] = [".orc_header", ".orc_unwind", ".orc_unwind_ip"];
 
-/// Builds the module and returns the path of `vmm.ko`.
+/// Builds the module for the kernel with these headers, what `make -C` wants, and
+/// returns the path of `vmm.ko`.
 ///
 /// # Errors
 /// The compiler, the linker or Kbuild fails.
-pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
+pub fn build(dirs: &Dirs, headers: &Path) -> Result<PathBuf> {
     let source = core_src::ensure(dirs)?;
     let krate = dirs.root.join("vmm-kmod/kmod");
+    let branches = branches(headers);
+    let into = match branches {
+        Branches::Unchecked => "kmod",
+        Branches::Checked => "kmod-ibt",
+    };
     let archive = crate::progress::step("vmm.ko: Rust", || {
-        static_library(dirs, &source, "kmod", &[])
+        static_library(dirs, &source, into, &[], branches)
     })?;
     crate::progress::step("vmm.ko: Kbuild", || {
         let build = dirs.target.join("vmm-linux");
@@ -35,13 +40,14 @@ pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
         mirror(&dirs.root.join("vmm-kmod/linux"), &shim)?;
         mirror(&krate, &build.join("kmod"))?;
         let object = shim.join("vmm_rust.o_shipped");
-        link(&archive, &krate.join("exports.txt"), "linux", &object)?;
+        let exports = krate.join("exports.txt");
+        link(&archive, &exports, "linux", branches, &object)?;
         // Kbuild wants to know the command that made an object.
         fs::write(shim.join(".vmm_rust.o.cmd"), "")?;
         output(
             Command::new("make")
                 .arg("-C")
-                .arg(&kernel.headers)
+                .arg(headers)
                 .arg(format!("M={}", shim.display()))
                 .arg("modules")
                 .env_remove("MAKEFLAGS")
@@ -49,23 +55,58 @@ pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
         )?;
         let made = shim.join("vmm.ko");
         let module = dirs.target.join("vmm.ko");
-        // Nobody else calls what is in it, and the C side's calls of the Rust side's functions
-        // are within a section now.
-        let mut objcopy = Command::new("objcopy");
-        objcopy.args(["-R", ".comment"]);
-        for section in UNWINDING {
-            objcopy.args(["-R", section]);
+        match branches {
+            Branches::Unchecked => shrink(&made, &module)?,
+            // objtool's tables stay true.
+            Branches::Checked => {
+                fs::copy(&made, &module).with_context(|| format!("no {}", made.display()))?;
+            }
         }
-        for name in LOADER_NAMES {
-            objcopy.arg(format!("--keep-global-symbol={name}"));
-        }
-        output(objcopy.arg(&made).arg(&module))?;
-        let mut bytes = fs::read(&module)?;
-        one_section::settle(&mut bytes).with_context(|| format!("in {}", module.display()))?;
-        fs::write(&module, bytes)?;
         output(Command::new("strip").arg("--strip-debug").arg(&module))?;
         Ok(module)
     })
+}
+
+/// Leaves out of a module what nobody needs: nobody else calls what is in it, and the C
+/// side's calls of the Rust side's functions are within a section now.
+fn shrink(made: &Path, module: &Path) -> Result<()> {
+    let mut objcopy = Command::new("objcopy");
+    objcopy.args(["-R", ".comment"]);
+    for section in UNWINDING {
+        objcopy.args(["-R", section]);
+    }
+    for name in LOADER_NAMES {
+        objcopy.arg(format!("--keep-global-symbol={name}"));
+    }
+    output(objcopy.arg(made).arg(module))?;
+    let mut bytes = fs::read(module)?;
+    one_section::settle(&mut bytes).with_context(|| format!("in {}", module.display()))?;
+    fs::write(module, bytes)?;
+    Ok(())
+}
+
+/// What a kernel thinks of indirect branches (SDM Vol. 1 §17.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Branches {
+    /// They lead anywhere.
+    Unchecked,
+    /// The CPU checks that each leads to an ENDBR. objtool, which looks at all code of
+    /// such a kernel's modules and completes it, takes constants among code for code.
+    Checked,
+}
+
+/// The compiler's flags for the second kind. Jump tables are ways without a mark.
+const MARKED: &str = "-Z cf-protection=branch -C jump-tables=no";
+
+/// That of the kernel with these headers.
+fn branches(headers: &Path) -> Branches {
+    let checked = fs::read_to_string(headers.join("include/config/auto.conf"))
+        .is_ok_and(|text| text.lines().any(|l| l == "CONFIG_X86_KERNEL_IBT=y"));
+    if checked {
+        Branches::Checked
+    } else {
+        Branches::Unchecked
+    }
 }
 
 /// Builds the Rust half of the module as one object, `object`, with cargo's
@@ -73,28 +114,36 @@ pub fn build(dirs: &Dirs, kernel: &HostKernel) -> Result<PathBuf> {
 ///
 /// # Errors
 /// The compiler or the linker fails.
-pub fn object(dirs: &Dirs, into: &str, extra: &[&str], object: &Path) -> Result<()> {
+pub fn object(
+    dirs: &Dirs,
+    into: &str,
+    extra: &[&str],
+    branches: Branches,
+    object: &Path,
+) -> Result<()> {
     let source = core_src::ensure(dirs)?;
     let archive = crate::progress::step("vmm.ko: Rust", || {
-        static_library(dirs, &source, into, extra)
+        static_library(dirs, &source, into, extra, branches)
     })?;
     let exports = dirs.root.join("vmm-kmod/kmod/exports.txt");
     let freebsd = extra.contains(&"freebsd");
     let host = if freebsd { "freebsd" } else { "linux" };
-    link(&archive, &exports, host, object)
+    link(&archive, &exports, host, branches, object)
 }
 
 /// Where the Rust half of the module is.
 const MODULE: &str = "vmm-kmod/kmod";
 
+/// Its own addresses are relative, and so need no relocation within a section.
+const OWN: &str = "-C relocation-model=pic -Z direct-access-external-data=yes -Z unstable-options \
+     -C panic=immediate-abort -C force-frame-pointers=non-leaf";
+
 /// A cargo command on the workspace `folder`, which is one of its own for the
 /// kernel target; `into` is its target directory.
 pub fn cargo(dirs: &Dirs, source: &CoreSource, folder: &str, into: &str, args: &[&str]) -> Command {
     let mut cargo = Command::new("cargo");
-    // The module's own addresses are relative, and so need no relocation within a section.
     let more = if folder == MODULE {
-        "-C relocation-model=pic -Z direct-access-external-data=yes -Z unstable-options \
-         -C panic=immediate-abort -C force-frame-pointers=non-leaf"
+        OWN
     } else {
         "-C relocation-model=static"
     };
@@ -140,6 +189,7 @@ pub(crate) fn static_library(
     source: &CoreSource,
     into: &str,
     extra: &[&str],
+    branches: Branches,
 ) -> Result<PathBuf> {
     let mut args = vec![
         "rustc",
@@ -152,7 +202,11 @@ pub(crate) fn static_library(
     // One section of code: what nobody calls has gone with LTO, and calls within a section
     // are the assembler's.
     args.extend(["--", "-Zfunction-sections=no"]);
-    let text = output(&mut cargo(dirs, source, MODULE, into, &args))?;
+    let mut cargo = cargo(dirs, source, MODULE, into, &args);
+    if branches == Branches::Checked {
+        kernel_cargo_env(&mut cargo, source, &format!("{OWN} {MARKED}"));
+    }
+    let text = output(&mut cargo)?;
     text.lines()
         .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok())
         .filter_map(|m| {
@@ -169,19 +223,29 @@ pub(crate) fn static_library(
 }
 
 /// A section for each kind of thing, and not for each function.
-const SECTIONS: &str = "SECTIONS {
+const SECTIONS: &str = "\
     .text 0 : { *(.text .text.*) }
     .rodata 0 : { *(.rodata .rodata.*) }
     .data.rel.ro 0 : { *(.data.rel.ro .data.rel.ro.*) }
     .data 0 : { *(.data .data.*) }
     .bss 0 : { *(.bss .bss.*) }
-}
+";
+/// What objtool is told of the code, and nobody else.
+const OBJTOOL: &str = "\
+    .discard.intra_function_calls 0 : { KEEP(*(.discard.intra_function_calls)) }
+    .discard.annotate_insn 0 : { KEEP(*(.discard.annotate_insn)) }
 ";
 
 /// One relocatable object with what the C side calls on `host`, and what that
 /// needs. A line of `exports` is a name, and the host if it is for one only. Beside the
 /// library, with the extension `debug`, is the same with the lines of its source.
-pub(crate) fn link(archive: &Path, exports: &Path, host: &str, object: &Path) -> Result<()> {
+pub(crate) fn link(
+    archive: &Path,
+    exports: &Path,
+    host: &str,
+    branches: Branches,
+    object: &Path,
+) -> Result<()> {
     let names = fs::read_to_string(exports)
         .with_context(|| format!("cannot read {}", exports.display()))?;
     let names: Vec<&str> = names
@@ -193,7 +257,12 @@ pub(crate) fn link(archive: &Path, exports: &Path, host: &str, object: &Path) ->
         .map(|(name, _)| name)
         .collect();
     let script = archive.with_extension("lds");
-    fs::write(&script, SECTIONS)?;
+    let told = if branches == Branches::Checked {
+        OBJTOOL
+    } else {
+        ""
+    };
+    fs::write(&script, format!("SECTIONS {{\n{SECTIONS}{told}}}\n"))?;
     let mut ld = Command::new("ld");
     ld.args(["-r", "--gc-sections"]).arg("-T").arg(&script);
     if let Some(first) = names.first() {
@@ -204,6 +273,11 @@ pub(crate) fn link(archive: &Path, exports: &Path, host: &str, object: &Path) ->
     }
     let whole = archive.with_extension("debug");
     output(ld.arg("-o").arg(&whole).arg(archive))?;
+    if branches == Branches::Checked {
+        let mut objcopy = Command::new("objcopy");
+        objcopy.args(["--strip-debug", "-R", ".llvmbc", "-R", ".llvmcmd"]);
+        return output(objcopy.arg(&whole).arg(object)).map(drop);
+    }
     let joined = one_section::join(&fs::read(&whole)?, &names)
         .with_context(|| format!("cannot link {}", whole.display()))?;
     fs::write(object, joined)?;

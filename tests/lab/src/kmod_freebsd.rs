@@ -158,7 +158,13 @@ pub fn module(dirs: &Dirs) -> PathBuf {
 pub fn build(dirs: &Dirs, headers: &Headers) -> Result<PathBuf> {
     let source = core_src::ensure(dirs)?;
     let archive = crate::progress::step("vmm.ko: Rust", || {
-        kmod::static_library(dirs, &source, "kmod-freebsd", &["--features", "freebsd"])
+        kmod::static_library(
+            dirs,
+            &source,
+            "kmod-freebsd",
+            &["--features", "freebsd"],
+            kmod::Branches::Unchecked,
+        )
     })?;
     crate::progress::step("vmm.ko: C", || {
         let name = match headers {
@@ -168,7 +174,13 @@ pub fn build(dirs: &Dirs, headers: &Headers) -> Result<PathBuf> {
         let dir = dirs.fresh(name)?;
         let rust = dir.join("vmm_rust.o");
         let krate = dirs.root.join("vmm-kmod/kmod");
-        kmod::link(&archive, &krate.join("exports.txt"), "freebsd", &rust)?;
+        kmod::link(
+            &archive,
+            &krate.join("exports.txt"),
+            "freebsd",
+            kmod::Branches::Unchecked,
+            &rust,
+        )?;
         let mut objects = vec![rust];
         headers.prepare(&dir)?;
         for file in c_files(&dirs.root.join("vmm-kmod/freebsd"))? {

@@ -38,7 +38,8 @@ pub fn build(dirs: &Dirs) -> Result<Vec<PathBuf>> {
         module.join("kmod/host.h"),
     )?;
     let object = module.join("linux/vmm_rust.o_shipped");
-    kmod::object(dirs, "kmod", &[], &object)?;
+    // For any kernel that DKMS may find.
+    kmod::object(dirs, "kmod-ibt", &[], kmod::Branches::Checked, &object)?;
     output(Command::new("strip").arg("--strip-debug").arg(&object))?;
     step("packages", || {
         output(

@@ -61,6 +61,10 @@ enum Verb {
         /// compiled and linked against the headers that ziglang carries, a check
         #[arg(long)]
         sys: Option<PathBuf>,
+        /// The headers of a Linux kernel, /lib/modules/RELEASE/build, instead of
+        /// Debian's cloud kernel's
+        #[arg(long)]
+        headers: Option<PathBuf>,
     },
     /// Build bhyve, bhyvectl and bhyveload and print their paths
     Programs {
@@ -134,6 +138,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         Verb::Kmod {
             host: KmodHost::Freebsd,
             sys,
+            headers: _,
         } => {
             host::prerequisites(&[])?;
             let headers = match sys {
@@ -151,12 +156,16 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         }
         Verb::Kmod {
             host: KmodHost::Linux,
+            headers,
             ..
         } => {
             host::prerequisites(&[])?;
-            let kernel = host_kernel::ensure(&dirs)?;
+            let headers = match headers {
+                Some(headers) => headers,
+                None => host_kernel::ensure(&dirs)?.headers,
+            };
             core_src::ensure(&dirs)?;
-            println!("{}", kmod::build(&dirs, &kernel)?.display());
+            println!("{}", kmod::build(&dirs, &headers)?.display());
             Ok(ExitCode::SUCCESS)
         }
         Verb::Programs { host, sysroot } => {

@@ -96,7 +96,13 @@ fn module_distfile(dirs: &Dirs, out: &Path, file: &Path) -> Result<()> {
     let tree = out.join(&name);
     copy(&dirs.root.join("vmm-kmod/freebsd"), &tree.join("freebsd"))?;
     let object = tree.join("freebsd/vmm_rust.prelinked.o");
-    kmod::object(dirs, "kmod-freebsd", &["--features", "freebsd"], &object)?;
+    kmod::object(
+        dirs,
+        "kmod-freebsd",
+        &["--features", "freebsd"],
+        kmod::Branches::Unchecked,
+        &object,
+    )?;
     output(Command::new("strip").arg("--strip-debug").arg(&object))?;
     for (from, to) in [
         ("LICENSE", "LICENSE"),

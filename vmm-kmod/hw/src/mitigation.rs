@@ -3,6 +3,29 @@
 //! Intel, "Deep Dive: L1 Terminal Fault", "Microarchitectural Data Sampling",
 //! "Indirect Branch Predictor Barrier"; SDM Vol. 4, IA32_ARCH_CAPABILITIES.
 
+/// Assembly: 32 CALLs, as many as any return-stack buffer holds, each with a trap for
+/// speculation behind it. They leave 32 * 8 bytes on the stack.
+///
+/// Linux' objtool, which completes the modules of kernels that check indirect branches,
+/// takes no CALL into the middle of a function that it has not been told of: before Linux
+/// 6.14 in the first of these sections, from then on in the second. Neither is loaded.
+macro_rules! fill_rsb {
+    () => {
+        ".rept 32
+         7: call 8f
+         int3
+         8:
+         .pushsection .discard.intra_function_calls
+         .long 7b
+         .popsection
+         .pushsection .discard.annotate_insn, \"M\", @progbits, 8
+         .long 7b - ., 7
+         .popsection
+         .endr"
+    };
+}
+pub(crate) use fill_rsb;
+
 /// CPUID.07H.0:EDX bit 10: VERW overwrites the buffers that MDS leaks.
 pub const CPUID7_EDX_MD_CLEAR: u32 = 1 << 10;
 /// CPUID.07H.0:EDX bit 26: IBRS and IBPB (SPEC_CTRL and PRED_CMD exist).

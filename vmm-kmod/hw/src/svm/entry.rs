@@ -3,6 +3,7 @@
 use super::vcpu::{Vcpu, Wanted, work};
 use super::vmcb::{clean, msr, tlb};
 use crate::instr;
+use crate::mitigation::fill_rsb;
 use core::arch::{asm, naked_asm};
 use core::mem::{offset_of, replace};
 use vmm_core::cpu::{Exit, Gpr};
@@ -95,11 +96,7 @@ unsafe extern "sysv64" fn run_guest() {
         // a trap for speculation behind it, before the first RET.
         "cmp qword ptr [rdi + {fill_rsb}], 0",
         "je 9f",
-        ".rept 32",
-        "call 2f",
-        "int3",
-        "2:",
-        ".endr",
+        fill_rsb!(),
         "add rsp, 32 * 8",
         "lfence",
         "9:",

@@ -5,6 +5,7 @@ use super::exit::raw;
 use super::fields::{msr, reason, vmcs};
 use super::instr::{self, vmwrite};
 use super::vcpu::{Vcpu, work};
+use crate::mitigation::fill_rsb;
 use core::arch::{asm, naked_asm};
 use core::mem::offset_of;
 use core::sync::atomic::Ordering;
@@ -142,11 +143,7 @@ pub(super) unsafe extern "sysv64" fn exit_from_guest() {
         // with a trap for speculation behind it, before the first RET.
         "cmp word ptr [rdi + {fill_rsb}], 0",
         "je 9f",
-        ".rept 32",
-        "call 2f",
-        "int3",
-        "2:",
-        ".endr",
+        fill_rsb!(),
         "add rsp, 32 * 8",
         "lfence",
         "9:",
