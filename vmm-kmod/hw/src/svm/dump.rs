@@ -3,6 +3,7 @@
 use super::vcpu::Vcpu;
 use super::vmcb::{EFER_SVME, State};
 use crate::cr::{CR0_CD, CR0_NW};
+use crate::vmx::dump::line;
 use core::fmt;
 use vmm_core::cpu::{CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME};
 use vmm_core::host::Host;
@@ -34,6 +35,9 @@ pub(super) fn inconsistency(s: &State, asid: u32) -> &'static str {
     }
 }
 
+const NAMES: &str = "intercepts cr,dr,exceptions,misc,,,asid,tlb,virq,shadow,inject,nested,ncr3,clean,\
+     cr0,cr2,cr3,cr4,efer,dr6,dr7,rip,rsp,rflags,rax,cpl";
+
 impl<H: Host> Vcpu<H> {
     /// Everything that can explain a refused VMRUN.
     #[cfg_attr(target_os = "none", optimize(size))]
@@ -48,38 +52,35 @@ impl<H: Host> Vcpu<H> {
             c.exit_info1,
             c.exit_info2
         )?;
-        writeln!(
-            f,
-            "intercepts cr {:#x} dr {:#x} exceptions {:#x} misc {:#x} {:#x} {:#x}",
-            c.intercept_cr,
-            c.intercept_dr,
-            c.intercept_exceptions,
-            c.intercept_misc1,
-            c.intercept_misc2,
-            c.intercept_misc3
-        )?;
-        writeln!(
-            f,
-            "asid {} tlb {} virq {:#x} shadow {} inject {:#x} nested {:#x} ncr3 {:#x} clean {:#x}",
-            c.asid,
-            c.tlb_control,
+        let values = [
+            c.intercept_cr.into(),
+            c.intercept_dr.into(),
+            c.intercept_exceptions.into(),
+            c.intercept_misc1.into(),
+            c.intercept_misc2.into(),
+            c.intercept_misc3.into(),
+            c.asid.into(),
+            c.tlb_control.into(),
             c.virtual_interrupt,
             c.interrupt_shadow,
             c.event_inj,
             c.nested_control,
             c.n_cr3,
-            c.clean
-        )?;
-        writeln!(
-            f,
-            "cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} dr6 {:#x} dr7 {:#x}",
-            s.cr0, s.cr2, s.cr3, s.cr4, s.efer, s.dr6, s.dr7
-        )?;
-        writeln!(
-            f,
-            "rip {:#x} rsp {:#x} rflags {:#x} rax {:#x} cpl {}",
-            s.rip, s.rsp, s.rflags, s.rax, s.cpl
-        )?;
+            c.clean.into(),
+            s.cr0,
+            s.cr2,
+            s.cr3,
+            s.cr4,
+            s.efer,
+            s.dr6,
+            s.dr7,
+            s.rip,
+            s.rsp,
+            s.rflags,
+            s.rax,
+            s.cpl.into(),
+        ];
+        line(f, NAMES, &|n| values.get(n).copied().unwrap_or(0))?;
         for (name, d) in [
             ("es", &s.es),
             ("cs", &s.cs),

@@ -3,7 +3,7 @@
 use super::fields::vmcs;
 use super::vcpu::Vcpu;
 use core::fmt;
-use vmm_core::cpu::{CpuState, EFER_LMA, Gpr, Reg, Seg};
+use vmm_core::cpu::{CpuState, Gpr, Reg, Seg};
 use vmm_core::host::Host;
 use vmm_core::text::parts;
 
@@ -68,66 +68,9 @@ fn segments() -> impl Iterator<Item = (&'static str, Seg)> {
     parts(SEG_NAMES, b',').zip(SEGS)
 }
 
-/// What is wrong with guest state, of the commonest causes of a failed entry
-/// (SDM Vol. 3C §26.3).
-#[cfg_attr(target_os = "none", optimize(size))]
-pub fn suspects(cpu: &dyn CpuState, out: &mut dyn fmt::Write) -> fmt::Result {
-    let cr0 = cpu.reg(Reg::Cr0);
-    let cr4 = cpu.reg(Reg::Cr4);
-    let efer = cpu.reg(Reg::Efer);
-    let rflags = cpu.reg(Reg::Rflags);
-    let long = efer & EFER_LMA != 0;
-    let cs = cpu.seg(Seg::Cs);
-    let tr = cpu.seg(Seg::Tr);
-    let rip = cpu.reg(Reg::Rip);
-    let mut say = |wrong: bool, what: &str| {
-        if wrong {
-            writeln!(out, "  suspect: {what}")
-        } else {
-            Ok(())
-        }
-    };
-    say(cr0 & 0x8000_0001 == 0x8000_0000, "CR0.PG without CR0.PE")?;
-    say(long && cr4 & 0x20 == 0, "long mode without CR4.PAE")?;
-    say(!long && cr4 & 1 << 17 != 0, "CR4.PCIDE outside long mode")?;
-    say(long && rflags & 1 << 17 != 0, "RFLAGS.VM in long mode")?;
-    say(cs.unusable(), "CS is unusable")?;
-    say(cs.long() && cs.default32() && long, "CS has both L and D")?;
-    say(
-        !(long && cs.long()) && rip >> 32 != 0,
-        "RIP above 4 GiB outside 64-bit code",
-    )?;
-    say(
-        !matches!(cs.access & 15, 3 | 9 | 11 | 13 | 15),
-        "CS is not an accessed code segment",
-    )?;
-    say(
-        tr.unusable() || !matches!(tr.access & 15, 3 | 11),
-        "TR is not a busy TSS",
-    )?;
-    say(
-        long && tr.access & 15 != 11,
-        "TR is not a 64-bit busy TSS in long mode",
-    )?;
-    say(cpu.selector(Seg::Tr) & 4 != 0, "TR selects from the LDT")?;
-    for (name, seg) in segments() {
-        let d = cpu.seg(seg);
-        let granular = d.access & 1 << 15 != 0;
-        let bad = !d.unusable()
-            && ((granular && d.limit & 0xfff != 0xfff) || (!granular && d.limit >> 20 != 0));
-        if bad {
-            writeln!(out, "  suspect: limit and G of {} do not fit", name)?;
-        }
-        if !d.unusable() && d.access & 0x80 == 0 {
-            writeln!(out, "  suspect: {} is not present", name)?;
-        }
-    }
-    Ok(())
-}
-
 /// Names and values, each behind the other.
 #[cfg_attr(target_os = "none", optimize(size))]
-fn line(out: &mut dyn fmt::Write, names: &str, values: &dyn Fn(usize) -> u64) -> fmt::Result {
+pub fn line(out: &mut dyn fmt::Write, names: &str, values: &dyn Fn(usize) -> u64) -> fmt::Result {
     for (n, name) in parts(names, b',').enumerate() {
         write!(out, "{name} {:x} ", values(n))?;
     }
@@ -231,7 +174,6 @@ impl<H: Host> Vcpu<H> {
             controls.get(n).map_or(0, |c| u64::from(*c))
         })?;
         self.fields(out, STATE_NAMES, &STATE)?;
-        self.fields(out, HOST_NAMES, &HOST)?;
-        suspects(self, out)
+        self.fields(out, HOST_NAMES, &HOST)
     }
 }
