@@ -64,6 +64,13 @@ vmm_host_kick_cpu(uint32_t cpu)
 	ipi_cpu(cpu, IPI_AST);
 }
 
+void
+vmm_host_notify_cpu(uint32_t cpu)
+{
+
+	ipi_cpu(cpu, vmm_posted_vector);
+}
+
 int
 vmm_host_guest_begin(void)
 {
@@ -108,10 +115,12 @@ vmm_host_guest_end(int fpu_live __unused)
 }
 
 int
-vmm_host_irq_window(void)
+vmm_host_irq_window(unsigned int vector)
 {
 	struct thread *td = curthread;
 
+	if (vector != 0)
+		vmm_rust_interrupt(vector);
 	enable_intr();
 	/* STI takes effect after the next instruction. */
 	__asm __volatile("nop");

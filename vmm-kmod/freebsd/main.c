@@ -20,8 +20,11 @@
 #include <machine/cpu.h>
 #include <machine/cpufunc.h>
 #include <machine/md_var.h>
+#include <machine/segments.h>
+#include <machine/smp.h>
 #include <machine/specialreg.h>
 #include <machine/vmparam.h>
+#include <x86/apicvar.h>
 
 #include "shim.h"
 
@@ -34,6 +37,11 @@ SYSCTL_NODE(_hw_vmm, OID_AUTO, vmx, CTLFLAG_RW, NULL, "Intel VT-x");
 static int use_apic_vid = 1;
 SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, use_apic_vid, CTLFLAG_RDTUN, &use_apic_vid,
     0, "use virtual-interrupt delivery where the CPU has it");
+
+static int use_apic_pir = 1;
+SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, use_apic_pir, CTLFLAG_RDTUN, &use_apic_pir,
+    0, "with use_apic_vid: post interrupts to running vCPUs without an exit");
+int vmm_posted_vector = -1;
 
 static int no_flush_rsb;
 SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, no_flush_rsb, CTLFLAG_RDTUN, &no_flush_rsb,
@@ -118,6 +126,14 @@ cpu_resume(void)
 	cpu_online(NULL);
 }
 
+static void
+free_posted_vector(void)
+{
+
+	if (vmm_posted_vector >= 0)
+		lapic_ipi_free(vmm_posted_vector);
+}
+
 static int
 vmm_load(void)
 {
@@ -142,9 +158,15 @@ vmm_load(void)
 	};
 	int error;
 
+	if (use_apic_pir != 0)
+		vmm_posted_vector = lapic_ipi_alloc(pti ?
+		    &IDTVEC(justreturn1_pti) : &IDTVEC(justreturn));
+	info.posted_vector = MAX(vmm_posted_vector, 0);
 	error = vmm_rust_init(&info);
-	if (error != 0)
+	if (error != 0) {
+		free_posted_vector();
 		return (error);
+	}
 	vmm_host_run_on_all(cpu_online, NULL);
 	error = atomic_load_int(&online_error);
 	if (error == 0)
@@ -152,6 +174,7 @@ vmm_load(void)
 	if (error != 0) {
 		vmm_host_run_on_all(cpu_offline, NULL);
 		vmm_rust_exit();
+		free_posted_vector();
 		return (error);
 	}
 	vmm_resume_p = cpu_resume;
@@ -197,6 +220,7 @@ vmm_unload(void)
 	vmm_device_exit();
 	vmm_host_run_on_all(cpu_offline, NULL);
 	vmm_rust_exit();
+	free_posted_vector();
 	return (0);
 }
 

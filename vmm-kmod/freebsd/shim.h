@@ -13,6 +13,8 @@ MALLOC_DECLARE(M_VMM);
 /* VMs, open files, mappings of vCPUs' pages: the module stays while there are any. */
 extern volatile u_int vmm_users;
 extern volatile u_int vmm_unloading;
+/* Of vmm_host_notify_cpu(). */
+extern int vmm_posted_vector;
 
 /* EPERM in a jail without allow.vmm. */
 int	vmm_check_jail(struct ucred *cred);

@@ -32,6 +32,7 @@ struct vmm_host_info {
 	uint32_t run_by_seek;     /* lseek() of a VM's node calls vmm_rust_vm_run() */
 	uint32_t no_halt_detection; /* all CPUs in HLT, interrupts off, is no end */
 	uint32_t halt_poll_us;    /* microseconds for which HLT is waited out awake */
+	uint32_t posted_vector;   /* of vmm_host_notify_cpu(); 0: there is none */
 };
 
 /* ---- memory --------------------------------------------------------- */
@@ -80,6 +81,8 @@ int vmm_host_run_on_cpu(uint32_t cpu, void (*fn)(void *), void *arg);
 void vmm_host_run_on_all(void (*fn)(void *), void *arg);
 /* Makes that CPU leave guest mode. Any context. */
 void vmm_host_kick_cpu(uint32_t cpu);
+/* Interrupts it by the vector of posted interrupts, whose handler does nothing. */
+void vmm_host_notify_cpu(uint32_t cpu);
 /* Sets or clears CR4.VMXE of this CPU, in the kernel's own books as well;
  * interrupts are off. */
 void vmm_host_set_vmxe(int on);
@@ -92,11 +95,12 @@ void vmm_host_irq_restore(unsigned long flags);
  * registers hold the calling thread's, and are to hold it again at guest_end, which
  * undoes guest_begin and is told what it said. irq_window: takes pending interrupts
  * between two VM entries, no preemption and no other use of the FPU; non-zero: the
- * host has more to do, after guest_end.
+ * host has more to do, after guest_end. With a vector it first calls
+ * vmm_rust_interrupt() for that.
  */
 int vmm_host_guest_begin(void);
 void vmm_host_guest_end(int fpu_live);
-int vmm_host_irq_window(void);
+int vmm_host_irq_window(unsigned int vector);
 
 /* ---- threads, time ---------------------------------------------------- */
 /* Flags of the calling thread, volatile; see vmm_host_info.thread_flags. */
@@ -168,6 +172,8 @@ void vmm_rust_exit(void);
 int vmm_rust_cpu_online(void);
 void vmm_rust_cpu_offline(void);
 void vmm_rust_timer(void *arg);
+/* Has the host's handler of an acknowledged interrupt run; interrupts off. */
+void vmm_rust_interrupt(unsigned int vector);
 /* A reference for an open file. */
 void vmm_rust_vm_get(void *vm);
 void vmm_rust_vm_put(void *vm);

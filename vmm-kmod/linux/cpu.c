@@ -6,6 +6,7 @@
 #include <linux/smp.h>
 #include <linux/sched.h>
 #include <linux/version.h>
+#include <asm/apic.h>
 #include <asm/desc.h>
 #include <asm/fpu/api.h>
 #include <asm/tlbflush.h>
@@ -35,6 +36,17 @@ void vmm_host_kick_cpu(uint32_t cpu)
 	arch_smp_send_reschedule(cpu);
 #else
 	smp_send_reschedule(cpu);
+#endif
+}
+
+void vmm_host_notify_cpu(uint32_t cpu)
+{
+#ifdef VMM_POSTED_VECTOR
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 6, 0)
+	apic->send_IPI_mask(cpumask_of(cpu), VMM_POSTED_VECTOR);
+#else
+	__apic_send_IPI_mask(cpumask_of(cpu), VMM_POSTED_VECTOR);
+#endif
 #endif
 }
 
@@ -115,12 +127,14 @@ void vmm_host_guest_end(int fpu_live)
 		run_softirqs();
 }
 
-int vmm_host_irq_window(void)
+int vmm_host_irq_window(unsigned int vector)
 {
 #if FPU_BY_CALLER
 	/* No preemption, and no softirqs, which may use the FPU. */
 	local_bh_disable();
 #endif
+	if (vector != 0)
+		vmm_rust_interrupt(vector);
 	local_irq_enable();
 	/* STI takes effect after the next instruction. */
 	asm volatile("nop");

@@ -37,6 +37,12 @@ module_param(use_apic_vid, bool, 0444);
 MODULE_PARM_DESC(use_apic_vid,
     "use virtual-interrupt delivery where the CPU has it (Bochs 2.7 interrupts guests with IF=0 when it is used)");
 
+/* FreeBSD: hw.vmm.vmx.use_apic_pir. */
+static bool use_apic_pir = true;
+module_param(use_apic_pir, bool, 0444);
+MODULE_PARM_DESC(use_apic_pir,
+    "post interrupts to running vCPUs, with use_apic_vid");
+
 static bool account;
 module_param(account, bool, 0444);
 MODULE_PARM_DESC(account,
@@ -93,6 +99,9 @@ static int __init vmm_init(void)
 		.account = account,
 		.use_apic_vid = use_apic_vid,
 		.halt_poll_us = halt_poll_us,
+#ifdef VMM_POSTED_VECTOR
+		.posted_vector = use_apic_pir ? VMM_POSTED_VECTOR : 0,
+#endif
 		.events = 1,
 		.run_by_seek = 1,
 		.fill_rsb = boot_cpu_has(X86_FEATURE_RSB_VMEXIT) ||

@@ -2,7 +2,16 @@
 #ifndef VMM_SHIM_H
 #define VMM_SHIM_H
 
+#include <linux/kconfig.h>
+#include <asm/irq_vectors.h>
+
 #include "host.h"
+
+/* Has a handler that does nothing where the kernel can have KVM. */
+#if defined(POSTED_INTR_VECTOR) && \
+    (defined(CONFIG_HAVE_KVM) || IS_ENABLED(CONFIG_KVM))
+#define VMM_POSTED_VECTOR POSTED_INTR_VECTOR
+#endif
 
 int vmm_device_init(void);
 void vmm_device_exit(void);

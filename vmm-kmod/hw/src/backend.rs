@@ -37,6 +37,9 @@ bitflags! {
         const INTERRUPTS = 8;
         /// The same for x2APIC MSRs.
         const X2APIC = 16;
+        /// Posted interrupts: the CPU takes them from [`Config::posted`] at a
+        /// notification, without an exit.
+        const POSTED = 32;
     }
 }
 
@@ -97,6 +100,10 @@ pub struct Config {
     /// maps at the guest's APIC base; without it accesses there are nested
     /// faults.
     pub apic_access: Option<Hpa>,
+    /// Physical address of the vCPU's posted-interrupt descriptor (64 bytes, so
+    /// aligned) and the notification vector, which is the host's for nothing
+    /// else; without it none are posted.
+    pub posted: Option<(Hpa, u8)>,
     /// Parts of APIC virtualization wanted; what the CPU lacks is left out.
     pub apic_virt: ApicVirt,
     /// TSC ticks after which a guest is left even if nothing else makes it
@@ -243,6 +250,12 @@ pub trait RunCpu: VirtualCpu + Sized {
     /// next stay before its first instruction.
     fn take_immediate_exit(&mut self) -> bool {
         false
+    }
+
+    /// The host's interrupt that ended the last stay, if the CPU has acknowledged
+    /// it: nobody else handles it.
+    fn acknowledged(&self) -> Option<u8> {
+        None
     }
 
     /// Asks for an L1 data-cache flush with the next entry, if the CPU needs

@@ -232,3 +232,45 @@ pub unsafe fn host_machine_check() {
     // SAFETY: vector 18 is the host's machine-check handler.
     unsafe { asm!("int 18") };
 }
+
+/// Hands an interrupt that a VM exit has acknowledged to the host's handler, as the CPU
+/// would have: by the gate in its IDT, with the frame of an interrupt at CPL 0 (SDM
+/// Vol. 3A §6.14.2). Gates of interrupts from outside have no stack of their own.
+///
+/// # Safety
+/// CPL 0 with interrupts off and the host's IDT loaded, through which it delivers
+/// interrupts (not by FRED); the interrupt is in service at this CPU's local APIC.
+pub unsafe fn host_interrupt(vector: u8) {
+    let gate = (sidt().base + u64::from(vector) * 16) as *const u64;
+    // SAFETY: the table has a gate of 16 bytes for every vector that is delivered.
+    let (low, high) = unsafe { (gate.read(), gate.add(1).read()) };
+    let handler = low & 0xffff | low >> 32 & 0xffff_0000 | high << 32;
+    // SAFETY: as the caller promises, the handler expects it. It returns by IRET, with the
+    // stack and all registers as they were. It is reached by a RET that is predicted to
+    // go nowhere: no indirect branch that could be trained, or wants an ENDBR.
+    unsafe {
+        asm!(
+            "mov {sp}, rsp",
+            "and rsp, -16",
+            "push {at}",
+            "push {sp}",
+            "pushfq",
+            "push {cs}",
+            "lea {at}, [rip + 4f]",
+            "push {at}",
+            "call 3f",
+            "2:",
+            "pause",
+            "lfence",
+            "jmp 2b",
+            "3:",
+            "mov [rsp], {handler}",
+            "ret",
+            "4:",
+            sp = out(reg) _,
+            at = inout(reg) u64::from(read_ss()) => _,
+            cs = in(reg) u64::from(read_cs()),
+            handler = in(reg) handler,
+        );
+    }
+}

@@ -38,7 +38,7 @@ pub fn tell(g: &Global) {
         secondary & proc2::INVPCID != 0,
         secondary & proc2::VIRTUAL_INTERRUPT_DELIVERY != 0
             && g.apic_virt.contains(ApicVirt::INTERRUPTS),
-        false,
+        g.posted_vector != 0,
     ];
     for (slot, value) in vmm_rust_capabilities.iter().zip(values) {
         slot.store(c_int::from(value), Ordering::Relaxed);

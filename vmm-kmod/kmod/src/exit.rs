@@ -3,6 +3,8 @@
 
 mod rare;
 
+use core::ffi::c_uint;
+
 use vmm_abi::exit::{Exit as UserExit, VmExit};
 use vmm_abi::raw_exit::VmExitRaw;
 use vmm_core::chipset::Chipset;
@@ -42,13 +44,13 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
             }
             Exit::HostInterrupt => {
                 self.vcpu.stats.inc(Stat::ExtIntr);
-                self.host_interrupts();
+                self.host_interrupts(self.inner.hw.acknowledged());
                 None
             }
             Exit::PreemptionTimer => {
                 self.vcpu.stats.inc(Stat::PreemptionTimer);
                 // See `Config::longest_stay`.
-                self.host_interrupts();
+                self.host_interrupts(None);
                 None
             }
             Exit::NestedFault {
@@ -365,12 +367,13 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
 }
 
 impl<C: VirtualCpu + ?Sized> Runner<'_, C> {
-    /// Lets the host's interrupts in.
+    /// Lets the host's interrupts in; first the one that the CPU has acknowledged.
     #[inline]
-    pub fn host_interrupts(&mut self) {
+    pub fn host_interrupts(&mut self, acknowledged: Option<u8>) {
+        let vector = acknowledged.map_or(0, c_uint::from);
         // SAFETY: the guest is not running; its state is in the VMCS, in the
         // FPU, which nobody uses meanwhile, and in our save area.
-        let more = unsafe { crate::ffi::vmm_host_irq_window() };
+        let more = unsafe { crate::ffi::vmm_host_irq_window(vector) };
         if more != 0 {
             self.inner.unfinished.host_work = true;
             self.inner.attention = true;

@@ -26,6 +26,7 @@ pub struct HostInfo {
     pub run_by_seek: u32,
     pub no_halt_detection: u32,
     pub halt_poll_us: u32,
+    pub posted_vector: u32,
 }
 
 macro_rules! opaque {
@@ -87,6 +88,7 @@ unsafe extern "C" {
     pub fn vmm_host_run_on_cpu(cpu: u32, f: extern "C" fn(*mut c_void), arg: *mut c_void) -> c_int;
     pub fn vmm_host_run_on_all(f: extern "C" fn(*mut c_void), arg: *mut c_void);
     pub fn vmm_host_kick_cpu(cpu: u32);
+    pub fn vmm_host_notify_cpu(cpu: u32);
     #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_set_vmxe(on: c_int);
     #[cfg(not(feature = "freebsd"))]
@@ -95,7 +97,7 @@ unsafe extern "C" {
     pub fn vmm_host_irq_restore(flags: c_ulong);
     pub fn vmm_host_guest_begin() -> c_int;
     pub fn vmm_host_guest_end(fpu_live: c_int);
-    pub fn vmm_host_irq_window() -> c_int;
+    pub fn vmm_host_irq_window(vector: c_uint) -> c_int;
 
     pub fn vmm_host_thread_flags() -> *const c_ulong;
     pub fn vmm_host_yield() -> c_int;

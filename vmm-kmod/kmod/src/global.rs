@@ -22,6 +22,9 @@ pub struct Global {
     pub cpuid_caps: CpuidCaps,
     /// Parts of APIC virtualization to use.
     pub apic_virt: ApicVirt,
+    /// The host's vector that notifies a CPU of posted interrupts; 0 where they
+    /// are not used.
+    pub posted_vector: u8,
     /// Whether vCPUs count the TSC ticks that they spend in the guest.
     pub account: bool,
     /// Whether VM exits fill the return-stack buffer.

@@ -41,7 +41,7 @@ mod vcpu;
 mod vm;
 mod vm_memory;
 
-use core::ffi::{c_int, c_void};
+use core::ffi::{c_int, c_uint, c_void};
 #[cfg(feature = "freebsd")]
 use core::slice;
 
@@ -102,6 +102,7 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         halt_detection: info.no_halt_detection == 0,
         halt_poll: halt_poll(info),
         xsave_forms: info.xsave_forms,
+        posted_vector: posted_vector(&backend, info),
         apic_virt: if info.use_apic_vid != 0 {
             vmm_hw::backend::ApicVirt::all()
         } else {
@@ -121,6 +122,33 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
 fn halt_poll(info: &ffi::HostInfo) -> u64 {
     let us = u64::from(info.halt_poll_us.min(10_000));
     (info.tsc_hz / 1_000_000).saturating_mul(us)
+}
+
+/// The vector of posted interrupts: where the CPU has them, virtual-interrupt
+/// delivery is in use, and the host's interrupts go through its IDT, which they do
+/// not with FRED (Intel, "Flexible Return and Event Delivery", §5).
+fn posted_vector(backend: &vmm_hw::backend::Backend<os::Os>, info: &ffi::HostInfo) -> u8 {
+    use vmm_hw::backend::ApicVirt;
+    const CR4_FRED: u64 = 1 << 32;
+    // SAFETY: CPL 0.
+    let fred = unsafe { vmm_hw::instr::read_cr4() } & CR4_FRED != 0;
+    if info.use_apic_vid == 0 || fred || !backend.apic_virt().contains(ApicVirt::POSTED) {
+        return 0;
+    }
+    u8::try_from(info.posted_vector).unwrap_or(0)
+}
+
+/// Has the host's handler of an interrupt run that the CPU has acknowledged.
+///
+/// # Safety
+/// Interrupts are off; the vector is that of an interrupt that a VM exit has
+/// just acknowledged on this CPU.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmm_rust_interrupt(vector: c_uint) {
+    if let Ok(vector) = u8::try_from(vector) {
+        // SAFETY: by the caller's word.
+        unsafe { vmm_hw::instr::host_interrupt(vector) };
+    }
 }
 
 /// Says which weaknesses of the CPU guests can use.

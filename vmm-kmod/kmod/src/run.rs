@@ -318,7 +318,7 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
             // preemption timer run out; the host's interrupts get their turn.
             stays = stays.wrapping_add(1);
             if stays & 0xff == 0 {
-                self.host_interrupts();
+                self.host_interrupts(None);
             }
             if let Some(event) = self.inner.hw.pending_vectoring() {
                 self.inner.vectoring = Some(event);

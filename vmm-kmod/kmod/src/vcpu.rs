@@ -211,6 +211,10 @@ impl Vcpu {
             generation: Arc::clone(&vm.generation),
             virtual_apic: Some(page_pa),
             apic_access: Some(vm.apic_access_pa()),
+            posted: (g.posted_vector != 0).then(|| {
+                let mailbox = ptr::from_ref::<Mailbox>(&mailbox) as usize;
+                (global::virt_to_phys(mailbox), g.posted_vector)
+            }),
             apic_virt: g.apic_virt,
             longest_stay: g.tsc_hz / LEAVES_PER_SECOND,
             fill_rsb: g.fill_rsb,
@@ -316,12 +320,27 @@ impl Vcpu {
                 // On the same CPU the guest is not running now, and the
                 // mailbox is looked at before it runs again.
                 if cpu != Os::cpu() {
-                    // SAFETY: works in any context.
-                    unsafe { ffi::vmm_host_kick_cpu(cpu) }
+                    self.interrupt(cpu);
                 }
             }
             ASLEEP => self.sleeper.wake(),
             _ => {}
+        }
+    }
+
+    /// Interrupts the CPU that runs it: what that can take without an exit comes by its
+    /// own vector, which does nothing where the guest is not in.
+    #[inline(never)]
+    #[optimize(speed)]
+    fn interrupt(&self, cpu: u32) {
+        let posted = global::get().posted_vector != 0 && !self.mailbox.signalled();
+        // SAFETY: both work in any context.
+        unsafe {
+            if posted {
+                ffi::vmm_host_notify_cpu(cpu);
+            } else {
+                ffi::vmm_host_kick_cpu(cpu);
+            }
         }
     }
 

@@ -34,6 +34,10 @@ bitflags::bitflags! {
         const EXTINT = 16;
         /// A message with a vector below 16 arrived.
         const ILLEGAL_VECTOR = 32;
+        /// Vectors beside the posted ones, see [`Mailbox`].
+        const VECTORS = 64;
+        /// Nothing of the APIC's: the thread is to look.
+        const POKE = 128;
         const LVT_MASK = 0x7f << Signals::LVT_SHIFT;
     }
 }
@@ -46,10 +50,13 @@ const ON: u32 = 1;
 
 /// The part of a vCPU's local APIC that others may touch, all of it atomic.
 ///
-/// The first 64 bytes have the layout of a posted-interrupt descriptor (SDM
-/// Vol. 3C §29.6): pending vectors, then the outstanding-notification bit;
-/// bytes 40 and up of it are free for software. Every `post_*` returns whether
-/// the vCPU has to be kicked, which is so if nothing was outstanding.
+/// The first 64 bytes are a posted-interrupt descriptor (SDM Vol. 3C §29.6):
+/// pending vectors, then the outstanding-notification bit; bytes 40 and up of
+/// it are free for software. Where the CPU processes it, it takes the vectors
+/// and clears that bit while the guest runs, and tells nobody. So what it knows
+/// nothing of stays out of the vectors and comes with a signal: level-triggered
+/// interrupts, and whatever is none. Every `post_*` returns whether the vCPU has
+/// to be kicked, which is so if nothing was outstanding.
 #[repr(C, align(64))]
 pub struct Mailbox {
     pir: [AtomicU32; 8],
@@ -63,6 +70,8 @@ pub struct Mailbox {
     priority: AtomicU32,
     id: u32,
     level: [AtomicU32; 8],
+    /// Pending as well; with `Signals::VECTORS`.
+    beside: [AtomicU32; 8],
 }
 
 impl Mailbox {
@@ -79,6 +88,7 @@ impl Mailbox {
             priority: AtomicU32::new(0),
             id,
             level: [const { AtomicU32::new(0) }; 8],
+            beside: [const { AtomicU32::new(0) }; 8],
         }
     }
 
@@ -110,19 +120,36 @@ impl Mailbox {
         }
         let word = usize::from(vector >> 5);
         let bit = 1 << (vector & 31);
-        if let (Some(pir), Some(trigger)) = (self.pir.get(word), self.level.get(word)) {
-            if level {
-                trigger.fetch_or(bit, Ordering::Relaxed);
-            } else if trigger.load(Ordering::Relaxed) & bit != 0 {
-                trigger.fetch_and(!bit, Ordering::Relaxed);
-            }
-            pir.fetch_or(bit, Ordering::Release);
+        let (Some(pir), Some(trigger)) = (self.pir.get(word), self.level.get(word)) else {
+            return false;
+        };
+        if level || trigger.load(Ordering::Relaxed) & bit != 0 {
+            return self.post_beside(word, bit, level);
         }
+        pir.fetch_or(bit, Ordering::Release);
         self.notify()
+    }
+
+    /// A level-triggered interrupt, or the first one of its vector that is not: TMR has to
+    /// follow.
+    #[cold]
+    #[inline(never)]
+    fn post_beside(&self, word: usize, bit: u32, level: bool) -> bool {
+        let (Some(beside), Some(trigger)) = (self.beside.get(word), self.level.get(word)) else {
+            return false;
+        };
+        if level {
+            trigger.fetch_or(bit, Ordering::Relaxed);
+        } else {
+            trigger.fetch_and(!bit, Ordering::Relaxed);
+        }
+        beside.fetch_or(bit, Ordering::Release);
+        self.signal(Signals::VECTORS)
     }
 
     /// An NMI. Two are remembered, as by a CPU that takes one and latches
     /// the other.
+    #[inline(never)]
     pub fn post_nmi(&self) -> bool {
         if self
             .signals
@@ -132,14 +159,24 @@ impl Mailbox {
         {
             return self.signal(Signals::NMI_AGAIN);
         }
-        self.notify()
+        self.notify();
+        true
     }
 
     /// INIT; forgets a SIPI that nobody waited for.
+    #[inline(never)]
     pub fn post_init(&self) -> bool {
-        self.signals
-            .fetch_and(!Signals::SIPI.bits(), Ordering::AcqRel);
-        self.signal(Signals::INIT)
+        let mut old = self.signals.load(Ordering::Relaxed);
+        // At once, so that whoever finds something has been kicked for it.
+        while let Err(now) = self.signals.compare_exchange_weak(
+            old,
+            old & !Signals::SIPI.bits() | Signals::INIT.bits(),
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        ) {
+            old = now;
+        }
+        self.notify() || old == 0
     }
 
     /// Start-up IPI; the first after an INIT counts.
@@ -159,19 +196,27 @@ impl Mailbox {
     /// The local interrupt of an LVT entry (`VM_LAPIC_LOCAL_IRQ`): LINT0 is
     /// the 8259's INTR, LINT1 is NMI.
     pub fn post_local(&self, lvt: Lvt) -> bool {
-        self.signals
-            .fetch_or(1 << (Signals::LVT_SHIFT + lvt as u32), Ordering::Release);
-        self.notify()
+        self.signal(Signals::from_bits_retain(
+            1 << (Signals::LVT_SHIFT + lvt as u32),
+        ))
     }
 
     /// Makes the vCPU's thread look, without telling it anything.
     pub fn poke(&self) -> bool {
-        self.notify()
+        self.signal(Signals::POKE)
     }
 
+    /// Whether something waits that a CPU does not process by itself.
+    #[inline]
+    pub fn signalled(&self) -> bool {
+        self.signals.load(Ordering::Relaxed) != 0
+    }
+
+    #[inline(never)]
     fn signal(&self, signals: Signals) -> bool {
-        self.signals.fetch_or(signals.bits(), Ordering::Release);
-        self.notify()
+        // A notification that is outstanding may be one that ends no stay.
+        let first = self.signals.fetch_or(signals.bits(), Ordering::AcqRel) == 0;
+        self.notify() || first
     }
 
     /// What the router needs to know of this APIC.
@@ -208,11 +253,24 @@ impl Mailbox {
         if self.signals.load(Ordering::Relaxed) == 0 {
             return Signals::empty();
         }
-        Signals::from_bits_truncate(self.signals.swap(0, Ordering::AcqRel))
+        let signals = Signals::from_bits_truncate(self.signals.swap(0, Ordering::AcqRel));
+        if signals.contains(Signals::VECTORS) {
+            self.unite();
+        }
+        signals
     }
 
     pub(super) fn sipi_vector(&self) -> u8 {
         self.sipi_vector.load(Ordering::Relaxed) as u8
+    }
+
+    /// Puts those beside to the posted vectors, which no CPU takes now.
+    #[cold]
+    #[inline(never)]
+    fn unite(&self) {
+        for (beside, pir) in self.beside.iter().zip(&self.pir) {
+            pir.fetch_or(beside.swap(0, Ordering::Acquire), Ordering::Relaxed);
+        }
     }
 
     /// Takes 32 pending vectors: (which, of these the level-triggered).
@@ -228,11 +286,21 @@ impl Mailbox {
         (pending, level.load(Ordering::Relaxed) & pending)
     }
 
+    /// What a CPU does at a notification (SDM Vol. 3C §29.6): these vectors are
+    /// requested now.
+    #[cfg(test)]
+    pub(super) fn process_posted(&self) -> [u32; 8] {
+        self.notification.fetch_and(!ON, Ordering::SeqCst);
+        self.pir
+            .each_ref()
+            .map(|word| word.swap(0, Ordering::SeqCst))
+    }
+
     /// Drops everything that is on its way (reset).
     pub(super) fn discard(&self) {
         self.notification.fetch_and(!ON, Ordering::SeqCst);
         self.signals.store(0, Ordering::Relaxed);
-        for word in &self.pir {
+        for word in self.pir.iter().chain(&self.beside) {
             word.store(0, Ordering::Relaxed);
         }
     }

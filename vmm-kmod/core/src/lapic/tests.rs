@@ -639,3 +639,116 @@ fn an_apic_write_exit_does_what_the_mmio_write_does() {
     let _ = write(&mut l, reg::ESR, 0xdead);
     assert_eq!(l.read(reg::ESR, 0), 0);
 }
+
+#[test]
+fn a_cpu_that_takes_posted_vectors_by_itself_hides_nothing_else() {
+    let m = Mailbox::new(0);
+    let mut l = one(&m);
+    assert_eq!(core::mem::align_of_val(&m), 64, "as a descriptor is");
+    // Each comes while a notification is outstanding that ends no stay.
+    type Post = fn(&Mailbox) -> bool;
+    type Seen = fn(&mut L<'_>) -> bool;
+    let others: [(Post, Seen); 6] = [
+        (|m| m.post(0x62, true), |l| l.page().bit(reg::IRR, 0x62)),
+        (Mailbox::post_nmi, |l| l.take_nmi(false)),
+        (Mailbox::post_init, |l| l.take_init()),
+        (|m| m.post_sipi(7), |l| l.take_sipi() == Some(7)),
+        (Mailbox::post_extint, |l| l.extint_pending()),
+        (Mailbox::poke, |_| true),
+    ];
+    for (post, seen) in others {
+        assert!(m.post(0x41, false));
+        assert!(post(&m), "the vCPU has to leave the guest");
+        assert!(m.signalled());
+        assert_eq!(m.process_posted(), [0, 0, 2, 0, 0, 0, 0, 0]);
+        assert!(m.pending(), "still there");
+        assert!(l.sync());
+        assert!(seen(&mut l));
+        assert!(!m.pending() && !m.signalled());
+    }
+    assert!(m.post(0x41, false));
+    assert!(!m.post(0x43, false), "the notification is on its way");
+    assert!(!m.signalled());
+    assert_eq!(m.process_posted()[2], 0b1010);
+    assert!(!m.pending());
+}
+
+#[test]
+fn a_vector_that_is_no_longer_level_triggered_is_posted_after_tmr_has_followed() {
+    let m = Mailbox::new(0);
+    let mut l = one(&m);
+    m.post(0x62, true);
+    l.sync();
+    assert!(l.page().bit(reg::TMR, 0x62));
+    m.post(0x62, false);
+    assert_eq!(m.process_posted(), [0; 8], "a CPU would leave TMR as it is");
+    l.sync();
+    assert!(l.page().bit(reg::IRR, 0x62) && !l.page().bit(reg::TMR, 0x62));
+    m.post(0x62, false);
+    assert_eq!(m.process_posted()[3], 1 << 2);
+}
+
+#[test]
+fn nothing_is_left_behind_when_posters_race_with_a_cpu_that_takes_vectors_by_itself() {
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+    use std::thread;
+
+    for round in 0..50 {
+        let m = Mailbox::new(0);
+        let (notified, kicked, posters) = (
+            AtomicBool::new(false),
+            AtomicBool::new(false),
+            AtomicU32::new(3),
+        );
+        // As a vCPU's kick does it.
+        let deliver = |first: bool| {
+            if first && m.signalled() {
+                kicked.store(true, SeqCst);
+            } else if first {
+                notified.store(true, SeqCst);
+            }
+        };
+        let (m, posters, deliver) = (&m, &posters, &deliver);
+        // Before the posters: a reset drops what is on its way.
+        let mut l = one(m);
+        thread::scope(|scope| {
+            for poster in 0..3u8 {
+                scope.spawn(move || {
+                    for n in 0..60 {
+                        let vector = 32 + n * 3 + poster;
+                        deliver(m.post(vector, poster == 2));
+                        if n % 16 == round % 16 {
+                            deliver(m.poke());
+                        }
+                    }
+                    posters.fetch_sub(1, SeqCst);
+                });
+            }
+            let mut seen = [0u32; 8];
+            loop {
+                let last = posters.load(SeqCst) == 0;
+                let mut idle = true;
+                if notified.swap(false, SeqCst) {
+                    idle = false;
+                    for (to, word) in seen.iter_mut().zip(m.process_posted()) {
+                        *to |= word;
+                    }
+                }
+                if kicked.swap(false, SeqCst) {
+                    idle = false;
+                    l.sync();
+                }
+                if last && idle {
+                    break;
+                }
+                thread::yield_now();
+            }
+            assert!(!m.pending() && !m.signalled(), "round {round}");
+            for vector in 32..212u16 {
+                let (word, bit) = (vector / 32, 1 << (vector % 32));
+                let all = seen[usize::from(word)] | l.page().get(reg::IRR + word * 16);
+                assert!(all & bit != 0, "vector {vector} in round {round}");
+            }
+        });
+    }
+}

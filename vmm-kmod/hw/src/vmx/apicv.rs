@@ -2,7 +2,7 @@
 //! the controls that each APIC mode takes.
 
 use super::caps::{Capabilities, Features};
-use super::fields::{proc1, proc2, vmcs};
+use super::fields::{pin, proc1, proc2, vmcs};
 use super::instr::vmwrite;
 use super::vcpu::Vcpu;
 pub use crate::backend::{ApicMode, ApicVirt};
@@ -28,6 +28,10 @@ pub fn supported(caps: &Capabilities) -> ApicVirt {
         caps.features.contains(Features::VIRTUAL_INTERRUPTS),
     );
     v.set(ApicVirt::X2APIC, caps.features.contains(Features::X2APIC));
+    v.set(
+        ApicVirt::POSTED,
+        caps.features.contains(Features::POSTED_INTERRUPTS),
+    );
     v.closed()
 }
 
@@ -37,6 +41,9 @@ impl ApicVirt {
     pub fn closed(mut self) -> Self {
         if !self.contains(ApicVirt::TPR_SHADOW) {
             self &= ApicVirt::ACCESS_PAGE;
+        }
+        if !self.contains(ApicVirt::INTERRUPTS) {
+            self.remove(ApicVirt::POSTED);
         }
         self
     }
@@ -97,6 +104,13 @@ impl<H: Host> Vcpu<H> {
         self.set_proc1(p1);
         let p2 = self.proc2 & !SECONDARY | secondary;
         self.set_proc2(p2);
+        // Goes with virtual-interrupt delivery (SDM Vol. 3C §26.2.1.1); without it a
+        // notification is an interrupt of the host's as any.
+        let posted = self.apic_virt.contains(ApicVirt::POSTED)
+            && secondary & proc2::VIRTUAL_INTERRUPT_DELIVERY != 0;
+        self.set_pin(
+            self.pin & !pin::POSTED_INTERRUPTS | if posted { pin::POSTED_INTERRUPTS } else { 0 },
+        );
         let x2 = secondary & proc2::X2APIC != 0;
         let registers = x2 && secondary & proc2::APIC_REGISTER != 0;
         let interrupts = x2 && secondary & proc2::VIRTUAL_INTERRUPT_DELIVERY != 0;
@@ -173,8 +187,9 @@ mod tests {
 
     #[test]
     fn controls_obey_the_entry_checks_in_every_combination() {
-        for bits in 0..32 {
+        for bits in 0..64 {
             let v = ApicVirt::from_bits_truncate(bits).closed();
+            assert!(!v.contains(ApicVirt::POSTED) || v.contains(ApicVirt::INTERRUPTS));
             for mode in [ApicMode::Disabled, ApicMode::XApic, ApicMode::X2Apic] {
                 let (p1, p2) = v.controls(mode);
                 // SDM Vol. 3C §26.2.1.1.

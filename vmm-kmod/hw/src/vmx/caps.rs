@@ -419,7 +419,7 @@ impl Capabilities {
         );
         have(tpr && proc2_c.can_set(proc2::X2APIC), Features::X2APIC);
         have(
-            pin_c.can_set(pin::POSTED_INTERRUPTS),
+            pin_c.can_set(pin::POSTED_INTERRUPTS) && exit_c.can_set(exit_ctl::ACK_INTERRUPT),
             Features::POSTED_INTERRUPTS,
         );
         have(

@@ -1,5 +1,6 @@
 //! What ended the guest's run (SDM Vol. 3C chapter 27 and appendix C).
 
+use super::apicv::ApicVirt;
 use super::caps::Features;
 use super::fields::{interruptibility, intr_info, reason, vmcs};
 use super::inject;
@@ -108,6 +109,16 @@ pub(super) fn apic_access(q: u64) -> Exit {
 const QUALIFICATION_NMI_UNBLOCKING: u64 = 1 << 12;
 
 impl<H: Host> Vcpu<H> {
+    /// The interrupt that the last exit has acknowledged, after one by an external
+    /// interrupt (SDM Vol. 3C §27.2.2).
+    pub fn acknowledged(&self) -> Option<u8> {
+        if !self.apic_virt.contains(ApicVirt::POSTED) {
+            return None;
+        }
+        let info = self.vmread(vmcs::EXIT_INTERRUPTION_INFO) as u32;
+        (info & intr_info::VALID != 0).then_some(info as u8)
+    }
+
     fn read_inst_len(&mut self) {
         self.inst_len = self.vmread(vmcs::EXIT_INST_LEN) as u8;
     }

@@ -6,6 +6,7 @@
 /// VMCS field encodings.
 pub mod vmcs {
     pub const VPID: u32 = 0x0000;
+    pub const POSTED_VECTOR: u32 = 0x0002;
     pub const GUEST_ES_SEL: u32 = 0x0800;
     pub const GUEST_CS_SEL: u32 = 0x0802;
     pub const GUEST_SS_SEL: u32 = 0x0804;
@@ -28,6 +29,7 @@ pub mod vmcs {
     pub const TSC_OFFSET: u32 = 0x2010;
     pub const VIRTUAL_APIC: u32 = 0x2012;
     pub const APIC_ACCESS: u32 = 0x2014;
+    pub const POSTED_DESCRIPTOR: u32 = 0x2016;
     pub const EPTP: u32 = 0x201a;
     pub const EOI_EXIT0: u32 = 0x201c;
     pub const EOI_EXIT1: u32 = 0x201e;

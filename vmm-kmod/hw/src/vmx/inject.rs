@@ -173,6 +173,14 @@ impl<H: Host> Vcpu<H> {
         }
     }
 
+    pub(super) fn set_pin(&mut self, value: u32) {
+        if value != self.pin {
+            self.pin = value;
+            // SAFETY: as in `set_proc1`.
+            unsafe { vmwrite(vmcs::PIN_CONTROLS, u64::from(value)) };
+        }
+    }
+
     pub(super) fn set_proc2(&mut self, value: u32) {
         if value != self.proc2 {
             self.proc2 = value;

@@ -1,6 +1,6 @@
 //! A new VMCS, and the guest's state after power-on, INIT and SIPI.
 
-use super::apicv::ApicMode;
+use super::apicv::{ApicMode, ApicVirt};
 use super::caps::Features;
 use super::cr::{CR0_GUEST_OWNED, CR4_GUEST_OWNED};
 use super::entry::exit_from_guest;
@@ -37,7 +37,12 @@ impl<H: Host> Vcpu<H> {
                 | exit_ctl::SAVE_PAT
                 | exit_ctl::LOAD_PAT
                 | exit_ctl::SAVE_EFER
-                | exit_ctl::LOAD_EFER,
+                | exit_ctl::LOAD_EFER
+                | if self.apic_virt.contains(ApicVirt::POSTED) {
+                    exit_ctl::ACK_INTERRUPT
+                } else {
+                    0
+                },
         );
         self.msrs.set_present(
             caps.features.contains(Features::RDTSCP),
@@ -111,6 +116,11 @@ impl<H: Host> Vcpu<H> {
             }
             if self.apic_access != 0 && caps.features.contains(Features::APIC_ACCESSES) {
                 vmwrite(vmcs::APIC_ACCESS, self.apic_access);
+            }
+            if self.apic_virt.contains(ApicVirt::POSTED) {
+                let (descriptor, vector) = self.posted;
+                vmwrite(vmcs::POSTED_DESCRIPTOR, descriptor);
+                vmwrite(vmcs::POSTED_VECTOR, u64::from(vector));
             }
             if caps.features.contains(Features::VIRTUAL_INTERRUPTS) {
                 vmwrite(vmcs::GUEST_INTERRUPT_STATUS, 0);

@@ -81,6 +81,7 @@ pub struct Vcpu<H: Host> {
     pub(super) apic_virt: ApicVirt,
     pub(super) virtual_apic: Hpa,
     pub(super) apic_access: Hpa,
+    pub(super) posted: (Hpa, u8),
     pub(super) msr_bitmap: MsrBitmap<H>,
     pub(super) fpu: Fpu<H>,
 }
@@ -111,6 +112,9 @@ impl<H: Host> Vcpu<H> {
         }
         if config.apic_access.is_none() {
             apic_virt.remove(ApicVirt::ACCESS_PAGE);
+        }
+        if config.posted.is_none() {
+            apic_virt.remove(ApicVirt::POSTED);
         }
         let node = VmcsNode::new(caps.revision)?;
         let msr_bitmap = MsrBitmap::new()?;
@@ -167,6 +171,7 @@ impl<H: Host> Vcpu<H> {
             apic_virt: apic_virt.closed(),
             virtual_apic: config.virtual_apic.unwrap_or(0),
             apic_access: config.apic_access.unwrap_or(0),
+            posted: config.posted.unwrap_or((0, 0)),
             msr_bitmap,
             fpu,
         };

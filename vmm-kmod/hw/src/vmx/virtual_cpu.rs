@@ -123,6 +123,10 @@ impl<H: Host> RunCpu for Vcpu<H> {
         Vcpu::request_l1d_flush(self);
     }
     #[inline]
+    fn acknowledged(&self) -> Option<u8> {
+        Vcpu::acknowledged(self)
+    }
+
     fn set_preemption_timer(&mut self, delta: Option<u64>) {
         Vcpu::set_preemption_timer(self, delta);
     }
