@@ -156,8 +156,12 @@ vmm_load(void)
 		/* The only form that this kernel uses, and trusts. */
 		.xsave_forms = CPUID_EXTSTATE_XSAVEOPT,
 	};
+	int allow_2m_x_ept = -1;
 	int error;
 
+	/* The kernel's own tunable, where it has it too. */
+	TUNABLE_INT_FETCH("vm.pmap.allow_2m_x_ept", &allow_2m_x_ept);
+	info.nx_huge_pages = allow_2m_x_ept < 0 ? 2 : allow_2m_x_ept == 0;
 	if (use_apic_pir != 0)
 		vmm_posted_vector = lapic_ipi_alloc(pti ?
 		    &IDTVEC(justreturn1_pti) : &IDTVEC(justreturn));

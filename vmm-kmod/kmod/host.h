@@ -33,6 +33,7 @@ struct vmm_host_info {
 	uint32_t no_halt_detection; /* all CPUs in HLT, interrupts off, is no end */
 	uint32_t halt_poll_us;    /* microseconds for which HLT is waited out awake */
 	uint32_t posted_vector;   /* of vmm_host_notify_cpu(); 0: there is none */
+	uint32_t nx_huge_pages;   /* large EPT pages not executable: 0, 1, or 2: as the CPU needs */
 };
 
 /* ---- memory --------------------------------------------------------- */

@@ -43,6 +43,12 @@ module_param(use_apic_pir, bool, 0444);
 MODULE_PARM_DESC(use_apic_pir,
     "post interrupts to running vCPUs, with use_apic_vid");
 
+/* KVM's name. FreeBSD: vm.pmap.allow_2m_x_ept=0. */
+static int nx_huge_pages = -1;
+module_param(nx_huge_pages, int, 0444);
+MODULE_PARM_DESC(nx_huge_pages,
+    "no executable large EPT pages: 1, 0; -1: where the CPU has the iTLB multihit erratum");
+
 static bool account;
 module_param(account, bool, 0444);
 MODULE_PARM_DESC(account,
@@ -102,6 +108,8 @@ static int __init vmm_init(void)
 #ifdef VMM_POSTED_VECTOR
 		.posted_vector = use_apic_pir ? VMM_POSTED_VECTOR : 0,
 #endif
+		.nx_huge_pages = nx_huge_pages >= 0 ? nx_huge_pages != 0 :
+		    cpu_mitigations_off() ? 0 : 2,
 		.events = 1,
 		.run_by_seek = 1,
 		.fill_rsb = boot_cpu_has(X86_FEATURE_RSB_VMEXIT) ||

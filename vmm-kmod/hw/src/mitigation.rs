@@ -71,8 +71,9 @@ pub struct Mitigations {
 
 impl Mitigations {
     /// Decides from CPUID.07H.0:EDX and IA32_ARCH_CAPABILITIES (0 where the
-    /// MSR does not exist). `rtm` says whether the CPU has TSX.
-    pub const fn new(cpuid7_edx: u32, arch_capabilities: u64, rtm: bool) -> Self {
+    /// MSR does not exist). `rtm` says whether the CPU has TSX; `signature` is
+    /// CPUID.01H:EAX.
+    pub const fn new(cpuid7_edx: u32, arch_capabilities: u64, rtm: bool, signature: u32) -> Self {
         let arch = if cpuid7_edx & CPUID7_EDX_ARCH_CAPABILITIES != 0 {
             arch_capabilities
         } else {
@@ -91,9 +92,34 @@ impl Mitigations {
             mds_without_clear: mds && !can_clear,
             ibpb: spec,
             spec_ctrl: spec,
-            itlb_multihit: arch & ARCH_CAP_IF_PSCHANGE_MC_NO == 0,
+            itlb_multihit: arch & ARCH_CAP_IF_PSCHANGE_MC_NO == 0 && !without_multihit(signature),
         }
     }
+}
+
+/// Atom and Xeon Phi, which have no iTLB multihit and may have no MSR to say so (Intel,
+/// "Deep Dive: Machine Check Error Avoidance on Page Size Change"): family 6, by model.
+const fn without_multihit(signature: u32) -> bool {
+    let model = signature >> 4 & 15 | signature >> 12 & 0xf0;
+    signature >> 8 & 15 == 6
+        && matches!(
+            model,
+            0x1c | 0x26 | 0x27 | 0x35
+                ..=0x37
+                    | 0x4a
+                    | 0x4c
+                    | 0x4d
+                    | 0x57
+                    | 0x5a
+                    | 0x5c
+                    | 0x5d
+                    | 0x5f
+                    | 0x6e
+                    | 0x75
+                    | 0x7a
+                    | 0x85
+                    | 0x86
+        )
 }
 
 impl Mitigations {
@@ -121,17 +147,19 @@ mod tests {
         | CPUID7_EDX_IBRS_IBPB
         | CPUID7_EDX_L1D_FLUSH
         | CPUID7_EDX_ARCH_CAPABILITIES;
+    /// Xeon, model 55H.
+    const SKYLAKE: u32 = 0x50654;
 
     #[test]
     fn an_old_cpu_with_new_microcode_pays_for_everything() {
-        let m = Mitigations::new(ALL & !CPUID7_EDX_ARCH_CAPABILITIES, u64::MAX, true);
+        let m = Mitigations::new(ALL & !CPUID7_EDX_ARCH_CAPABILITIES, u64::MAX, true, SKYLAKE);
         assert!(m.flush_l1d && m.verw && m.ibpb && m.itlb_multihit);
         assert!(!m.l1tf_without_flush && !m.mds_without_clear);
     }
 
     #[test]
     fn a_cpu_without_any_new_microcode_is_named_but_not_slowed() {
-        let m = Mitigations::new(0, 0, false);
+        let m = Mitigations::new(0, 0, false, SKYLAKE);
         assert!(!m.flush_l1d && !m.verw && !m.ibpb && !m.spec_ctrl);
         assert!(m.l1tf_without_flush && m.mds_without_clear);
     }
@@ -139,7 +167,7 @@ mod tests {
     #[test]
     fn a_fixed_cpu_pays_nothing_but_ibpb() {
         let arch = ARCH_CAP_RDCL_NO | ARCH_CAP_MDS_NO | ARCH_CAP_IF_PSCHANGE_MC_NO;
-        let m = Mitigations::new(ALL, arch, false);
+        let m = Mitigations::new(ALL, arch, false, SKYLAKE);
         assert_eq!(
             m,
             Mitigations {
@@ -149,14 +177,22 @@ mod tests {
             }
         );
         assert!(
-            Mitigations::new(ALL, arch, true).verw,
+            Mitigations::new(ALL, arch, true, SKYLAKE).verw,
             "TAA without TAA_NO needs VERW"
         );
     }
 
     #[test]
     fn below_another_hypervisor_the_flush_is_its_business() {
-        let m = Mitigations::new(ALL, ARCH_CAP_SKIP_L1DFL_VMENTRY, false);
+        let m = Mitigations::new(ALL, ARCH_CAP_SKIP_L1DFL_VMENTRY, false, SKYLAKE);
         assert!(!m.flush_l1d && !m.l1tf_without_flush);
+    }
+
+    #[test]
+    fn an_atom_without_the_msr_has_no_multihit() {
+        // Goldmont (5CH) and Saltwell (26H); Westmere (2CH) has it.
+        for (signature, open) in [(0x506c9, false), (0x20661, false), (0x206c2, true)] {
+            assert_eq!(Mitigations::new(0, 0, false, signature).itlb_multihit, open);
+        }
     }
 }

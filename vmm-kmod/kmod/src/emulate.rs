@@ -358,7 +358,7 @@ impl Runner<'_, dyn VirtualCpu> {
         match mem.map.backing(f.gpa)? {
             Some(b) if memory::allows(b.prot, f.access) => {
                 self.vcpu.stats.inc(Stat::NestedFault);
-                mem.enter(f.gpa, &b)?;
+                mem.enter(f.gpa, &b, f.access.contains(Access::EXEC))?;
                 Ok(false)
             }
             Some(_) => {

@@ -27,6 +27,7 @@ pub struct HostInfo {
     pub no_halt_detection: u32,
     pub halt_poll_us: u32,
     pub posted_vector: u32,
+    pub nx_huge_pages: u32,
 }
 
 macro_rules! opaque {

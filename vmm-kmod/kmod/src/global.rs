@@ -25,6 +25,8 @@ pub struct Global {
     /// The host's vector that notifies a CPU of posted interrupts; 0 where they
     /// are not used.
     pub posted_vector: u8,
+    /// Whether large EPT pages are not executable.
+    pub split_executable: bool,
     /// Whether vCPUs count the TSC ticks that they spend in the guest.
     pub account: bool,
     /// Whether VM exits fill the return-stack buffer.

@@ -85,7 +85,11 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
             return errno::ENXIO;
         }
     };
-    warn_of_holes(backend.mitigations());
+    let split_executable = match info.nx_huge_pages {
+        2 => backend.mitigations().itlb_multihit,
+        wanted => wanted != 0,
+    };
+    warn_of_holes(backend.mitigations(), split_executable);
     let g = global::Global {
         cpuid_caps: global::caps(&backend, info),
         // SAFETY: CPL 0; the MSRs are those of every CPU with VT-x or AMD-V, or
@@ -103,6 +107,7 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         halt_poll: halt_poll(info),
         xsave_forms: info.xsave_forms,
         posted_vector: posted_vector(&backend, info),
+        split_executable,
         apic_virt: if info.use_apic_vid != 0 {
             vmm_hw::backend::ApicVirt::all()
         } else {
@@ -152,7 +157,7 @@ pub unsafe extern "C" fn vmm_rust_interrupt(vector: c_uint) {
 }
 
 /// Says which weaknesses of the CPU guests can use.
-fn warn_of_holes(m: &vmm_hw::mitigation::Mitigations) {
+fn warn_of_holes(m: &vmm_hw::mitigation::Mitigations, split_executable: bool) {
     for (open, text) in [
         (
             m.l1tf_without_flush,
@@ -163,7 +168,7 @@ fn warn_of_holes(m: &vmm_hw::mitigation::Mitigations) {
             "MDS: this CPU's microcode lacks MD_CLEAR; guests may read host data",
         ),
         (
-            m.itlb_multihit,
+            m.itlb_multihit && !split_executable,
             "iTLB multihit (CVE-2018-12207): a malicious guest can bring this CPU down",
         ),
     ] {

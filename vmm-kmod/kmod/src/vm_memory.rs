@@ -11,6 +11,7 @@ use vmm_hw::nested::NestedTables;
 
 use crate::errno;
 use crate::ffi;
+use crate::global;
 use crate::iommu::Domain;
 use crate::memory::{self, CHUNK, MemMap, SEG_NAME_MAX};
 use crate::os::Os;
@@ -27,19 +28,31 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Puts backing memory into the nested page tables.
-    pub fn enter(&mut self, gpa: u64, b: &crate::memory::Backing) -> Result<(), i32> {
-        let mask = b.size - 1;
-        self.nested
-            .map(
-                gpa & !mask,
-                b.hpa & !mask,
-                b.size,
-                crate::memory::ept_prot(b.prot),
-                MemType::WriteBack,
-            )
-            .map(|_| ())
-            .map_err(|_| errno::ENOMEM)
+    /// Puts backing memory into the nested page tables, because the guest fetched an
+    /// instruction there or for another reason. Where large pages are not to be executable,
+    /// the 2 MiB around a fetch become small ones that are, and stay so.
+    pub fn enter(&mut self, gpa: u64, b: &memory::Backing, fetch: bool) -> Result<(), i32> {
+        let (mut size, mut step) = (b.size, b.size);
+        let mut prot = memory::ept_prot(b.prot);
+        if size > 4096 && global::get().split_executable {
+            if fetch {
+                (size, step) = (2 << 20, 4096);
+            } else {
+                prot.remove(Prot::EXEC);
+            }
+        }
+        let start = gpa & !(size - 1);
+        let offset = (b.hpa & !(size - 1)).wrapping_sub(start);
+        let mut at = start;
+        while at - start < size {
+            // Rights that grow leave nothing wrong in a CPU's caches.
+            let _ = self
+                .nested
+                .map(at, at.wrapping_add(offset), step, prot, MemType::WriteBack)
+                .map_err(|_| errno::ENOMEM)?;
+            at += step;
+        }
+        Ok(())
     }
 
     /// Whether PCI functions may access the guest's memory now, so that none
@@ -174,7 +187,7 @@ impl Vm {
                 let Some(b) = mem.map.backing(gpa)? else {
                     break;
                 };
-                mem.enter(gpa, &b)?;
+                mem.enter(gpa, &b, false)?;
                 at += b.size - (gpa & (b.size - 1));
             }
         }

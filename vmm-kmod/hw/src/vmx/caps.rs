@@ -293,7 +293,7 @@ impl Capabilities {
     /// Reads and judges. `host_xcr0` is XCR0 where the host has set
     /// CR4.OSXSAVE, else 0.
     pub fn probe(cpu: &impl CpuInfo, host_xcr0: u64) -> Result<Capabilities, Missing> {
-        let [_, _, ecx, edx] = cpu.cpuid(1, 0);
+        let [signature, _, ecx, edx] = cpu.cpuid(1, 0);
         if ecx & (1 << 5) == 0 {
             return Err(Missing::VMX);
         }
@@ -465,7 +465,7 @@ impl Capabilities {
             cr4_fixed1: cpu.rdmsr(msr::VMX_CR4_FIXED1),
             features,
             preemption_rate: (misc & 31) as u8,
-            mitigations: Mitigations::new(edx7, arch, ebx7 & (1 << 11) != 0),
+            mitigations: Mitigations::new(edx7, arch, ebx7 & (1 << 11) != 0, signature),
             xcr0: if host_xcr0 & 3 == 3 {
                 host_xcr0 & GUEST_XCR0
             } else {
