@@ -71,6 +71,8 @@ void vmm_host_pages_free(struct vmm_pages *pages);
 
 /* Linux: maps a page for userland, where fault (struct vm_fault) says. */
 int vmm_host_map_page(void *fault, uint64_t pa);
+/* Linux: takes a range of the VM's memory out of every process that has it mapped. */
+void vmm_host_unmap(void *vm, int64_t from, int64_t len);
 
 int vmm_host_copyin(uint64_t user, void *kernel, size_t len);
 int vmm_host_copyout(const void *kernel, uint64_t user, size_t len);
@@ -183,7 +185,7 @@ void vmm_rust_vm_put(void *vm);
 int vmm_rust_ctl_ioctl(uint32_t cmd, void *data, size_t len);
 int vmm_rust_vm_ioctl(void *vm, uint32_t cmd, void *data, size_t len);
 /* Linux: both, vm NULL for the first; the structure is at user. */
-int vmm_rust_ioctl(void *vm, uint32_t cmd, uint64_t user, void *mapping);
+int vmm_rust_ioctl(void *vm, uint32_t cmd, uint64_t user);
 /* The request that has to be fast, as a call of its own: runs a vCPU. Its
  * argument is passed by value; vmm_rust_vm_ioctl() takes it as well. */
 #define VMM_REQ_RUN 0x200476c3u

@@ -3,6 +3,7 @@
 #include <linux/fs.h>
 #include <linux/idr.h>
 #include <linux/kernel.h>
+#include <linux/list.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -21,6 +22,9 @@ struct vmm_node {
 };
 
 struct open_vm {
+	struct list_head entry;
+	/* A node of the same number elsewhere (mknod, a container's /dev) has its own. */
+	struct address_space *mapping;
 	void *vm;
 	int segid;
 };
@@ -28,6 +32,8 @@ struct open_vm {
 static struct class *vmm_class;
 static int vmm_major;
 static DEFINE_IDR(nodes);
+static LIST_HEAD(opened);
+/* Both of them. */
 static DEFINE_MUTEX(nodes_lock);
 
 static int vmmdev_open(struct inode *inode, struct file *file)
@@ -42,6 +48,8 @@ static int vmmdev_open(struct inode *inode, struct file *file)
 	if (node != NULL) {
 		open->vm = node->vm;
 		open->segid = node->segid;
+		open->mapping = file->f_mapping;
+		list_add(&open->entry, &opened);
 		vmm_rust_vm_get(node->vm);
 	}
 	mutex_unlock(&nodes_lock);
@@ -57,9 +65,28 @@ static int vmmdev_release(struct inode *inode, struct file *file)
 {
 	struct open_vm *open = file->private_data;
 
+	mutex_lock(&nodes_lock);
+	list_del(&open->entry);
+	mutex_unlock(&nodes_lock);
 	vmm_rust_vm_put(open->vm);
 	kfree(open);
 	return 0;
+}
+
+void vmm_host_unmap(void *vm, int64_t from, int64_t len)
+{
+	struct address_space *last = NULL;
+	struct open_vm *open;
+
+	/* A mapping keeps its file open. */
+	mutex_lock(&nodes_lock);
+	list_for_each_entry(open, &opened, entry) {
+		if (open->vm != vm || open->segid >= 0 || open->mapping == last)
+			continue;
+		last = open->mapping;
+		unmap_mapping_range(last, from, len, 1);
+	}
+	mutex_unlock(&nodes_lock);
 }
 
 static long vmmdev_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
@@ -70,7 +97,7 @@ static long vmmdev_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return -ENOTTY;
 	if (cmd == VMM_REQ_RUN)
 		return -vmm_rust_vm_run(open->vm, arg);
-	return -vmm_rust_ioctl(open->vm, cmd, arg, file->f_mapping);
+	return -vmm_rust_ioctl(open->vm, cmd, arg);
 }
 
 /*
@@ -139,7 +166,7 @@ static const struct file_operations vmmdev_fops = {
 
 static long ctl_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
-	return -vmm_rust_ioctl(NULL, cmd, arg, NULL);
+	return -vmm_rust_ioctl(NULL, cmd, arg);
 }
 
 static const struct file_operations ctl_fops = {

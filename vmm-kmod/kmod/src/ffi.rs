@@ -83,7 +83,7 @@ unsafe extern "C" {
     #[cfg(not(feature = "freebsd"))]
     pub fn vmm_host_map_page(fault: *mut c_void, pa: u64) -> c_int;
     #[cfg(not(feature = "freebsd"))]
-    pub fn unmap_mapping_range(mapping: *mut c_void, from: i64, len: i64, even_private: c_int);
+    pub fn vmm_host_unmap(vm: *mut c_void, from: i64, len: i64);
 
     pub fn vmm_host_cpu() -> u32;
     pub fn vmm_host_run_on_cpu(cpu: u32, f: extern "C" fn(*mut c_void), arg: *mut c_void) -> c_int;

@@ -282,24 +282,19 @@ pub unsafe extern "C" fn vmm_rust_vm_put(vm: *mut c_void) {
 }
 
 /// A request on /dev/vmm/NAME, or on /dev/vmmctl (`vm` is NULL), whose structure
-/// is at `user`; `mapping` is what the file's mappings are known by.
+/// is at `user`.
 ///
 /// # Safety
-/// `vm` is alive, if any; `mapping` is the host's own.
+/// `vm` is alive, if any.
 #[cfg(not(feature = "freebsd"))]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn vmm_rust_ioctl(
-    vm: *mut c_void,
-    cmd: u32,
-    user: u64,
-    mapping: *mut c_void,
-) -> c_int {
-    // SAFETY: by the caller's word.
-    let vm = unsafe { vm.cast::<Vm>().as_ref() };
+pub unsafe extern "C" fn vmm_rust_ioctl(vm: *mut c_void, cmd: u32, user: u64) -> c_int {
     let unmap = |from, len| {
         // SAFETY: by the caller's word; whatever it unmaps comes back as needed.
-        unsafe { ffi::unmap_mapping_range(mapping, from, len, 1) }
+        unsafe { ffi::vmm_host_unmap(vm, from, len) }
     };
+    // SAFETY: by the caller's word.
+    let vm = unsafe { vm.cast::<Vm>().as_ref() };
     copied::ioctl(vm, cmd, user, unmap).err().unwrap_or(0)
 }
 

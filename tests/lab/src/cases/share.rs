@@ -91,6 +91,8 @@ pub fn group(lab: &Lab) -> Result<Group> {
     files.push(("sock".to_owned(), sock.clone()));
     let initrd = host::guest_initrd_with(&lab.dirs, name, &files)?;
     config.file("sock", &sock);
+    let hold = c_program(&lab.dirs, "hold", include_str!("../../host/hold.c"))?;
+    config.file("hold", &hold);
     config.file("guest/linux", &image);
     config.file("guest/initrd", &initrd);
     Ok(Group {
