@@ -2,19 +2,20 @@
 //! guest has no memory.
 //!
 //! Prints `edu: interrupt MINIMUM MEAN`, ticks of the TSC from the register that asks
-//! for it to the handler. With `guest.wait=1` it goes on with DMA until it is killed;
-//! with `guest.reset=1` it resets the machine while the device is at it.
+//! for it to the handler. With `guest.wait=1` it goes on with DMA until it is killed,
+//! with `guest.poll=1` likewise, whether interrupts come or not; with `guest.reset=1` it resets the machine while the device is at it.
 #![no_std]
 #![no_main]
 
 use core::sync::atomic::{AtomicU64, Ordering};
-use guests::apic::Apic;
+use guests::apic::{self, Apic, register};
 use guests::memory::{mmio_read, mmio_write, physical};
 use guests::report::Report;
 use guests::trap::{self, Frame};
 use guests::{cpu, memory, preload, println};
 
 const VECTOR: u8 = 0x50;
+const TIMER: u8 = 0x51;
 /// Vendor and device.
 const EDU: u32 = 0x11e8_1234;
 
@@ -225,6 +226,22 @@ extern "C" fn guest_main() -> ! {
         println!("edu: busy");
         loop {
             dma(BUFFER, here, TO_MEMORY);
+        }
+    }
+    if preload::variable("guest.poll").is_some() {
+        let here = physical(&raw const MEMORY);
+        println!("edu: busy");
+        // Every 100 ms of the APIC's 128 MHz.
+        trap::handle(TIMER, |_| Apic::current().eoi());
+        apic.write(register::DIVIDE, 0xb);
+        apic.write(register::LVT_TIMER, apic::PERIODIC | u32::from(TIMER));
+        apic.write(register::INITIAL_COUNT, 12_800_000);
+        loop {
+            begin(BUFFER, here, TO_MEMORY);
+            while read(DMA_COMMAND) & START != 0 {
+                cpu::enable_and_halt();
+                cpu::disable_interrupts();
+            }
         }
     }
     if preload::variable("guest.reset").is_some() {

@@ -4,6 +4,7 @@
 
 mod bridges;
 mod freebsd;
+mod left;
 mod linux;
 
 use crate::cases::guests;
@@ -12,6 +13,7 @@ use crate::host::{Config, Host, SHORT};
 use crate::machine::{Engine, Iommu};
 use crate::runner::{Case, Group, Lab};
 use anyhow::{Context, Result, ensure};
+use left::{Driver, Holder};
 use std::time::Duration;
 
 /// From bhyve's start to the guest's shell.
@@ -21,6 +23,8 @@ const RUN: Duration = Duration::from_secs(300);
 const EDU: &str = "0000:00:05.0";
 const NIC: &str = "0000:00:06.0";
 const NVME: &str = "0000:00:07.0";
+/// Instructions from what asks edu for an interrupt to the guest's handler, at most.
+const INTERRUPT: u64 = 3000;
 /// MiB that a guest writes to the disk and the host reads.
 const MIB: u32 = 4;
 /// Set to a number, it is how often a guest with a device is killed.
@@ -43,7 +47,7 @@ pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
         cases: vec![
             Case::new("passthru-words", words),
             Case::new("passthru-edu", edu),
-            Case::new("passthru-cycles", cycles),
+            Case::new("passthru-cycles", |_, host| cycles(Driver::Hosts, host)),
             Case::new("passthru-reset", reset),
         ],
     };
@@ -57,7 +61,8 @@ pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
             own(
                 host,
                 Some("vmm: ppt 0/5/0: DMA write to 0xa000000 is not allowed"),
-            )
+            )?;
+            cycles(Driver::Own, host)
         })],
     };
     vtd.config.pci.arguments.extend(bridges::pair());
@@ -69,6 +74,7 @@ pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
             // It remaps the interrupts of one function, so that nothing has to be
             // allowed. QEMU's unit says nothing of an entry that is not present.
             own(host, None)?;
+            cycles(Driver::Own, host)?;
             remapped(host)
         })],
     };
@@ -92,7 +98,7 @@ fn config(lab: &Lab, name: &str, guest_mib: u32, iommu: Iommu) -> Result<Config>
     let drive = format!("file={},if=none,id=disk,format=raw", disk.display());
     for word in [
         "-device",
-        "edu,addr=5.0",
+        "edu,addr=5.0,dma_mask=0xffffffffff",
         "-netdev",
         "user,id=net,restrict=on,guestfwd=tcp:10.0.2.100:7-cmd:cat",
         "-device",
@@ -104,6 +110,7 @@ fn config(lab: &Lab, name: &str, guest_mib: u32, iommu: Iommu) -> Result<Config>
     ] {
         config.pci.arguments.push(word.to_owned());
     }
+    left::program(&lab.dirs, &mut config, name)?;
     Ok(config)
 }
 
@@ -204,6 +211,11 @@ fn edu(_: &Lab, host: &mut Host) -> Result<()> {
         .find_map(|l| l.strip_prefix("edu: interrupt "))
         .context("it has not counted interrupts")?;
     println!("passthru-edu: an interrupt takes (least, mean) {cost} instructions");
+    let least: u64 = cost.split(' ').next().unwrap_or_default().trim().parse()?;
+    ensure!(
+        least <= INTERRUPT,
+        "an interrupt takes {least} instructions, more than {INTERRUPT}"
+    );
     let log = host.must("dmesg", SHORT)?;
     ensure!(
         log.contains("DMAR") && log.contains("00:05.0"),
@@ -241,16 +253,16 @@ fn own(host: &mut Host, fault: Option<&str>) -> Result<()> {
     for line in ["vmm: the IOMMU at "].into_iter().chain(fault) {
         ensure!(log.contains(line), "no {line:?} in the log:\n{log}");
     }
-    to_host(host, EDU)?;
-    cycle(host, 1)
+    to_host(host, EDU)
 }
 
 /// edu's interrupts go through a table in which it has its own entry alone: when it
-/// sends another message, nothing arrives. Here the host makes it do so.
+/// sends another message, nothing arrives, and it all comes back with its own. Here the
+/// host changes the message; the guest goes on whether interrupts come or not.
 fn remapped(host: &mut Host) -> Result<()> {
     to_ppt(host, EDU)?;
     let mut guest = small("-s 5,passthru,0/5/0");
-    guest.environment.push("guest.wait=1".to_owned());
+    guest.environment.push("guest.poll=1".to_owned());
     guest.start(host)?;
     host.guest()
         .expect("edu: busy", RUN)
@@ -266,11 +278,20 @@ fn remapped(host: &mut Host) -> Result<()> {
     let data = format!("/sys/bus/pci/devices/{EDU}/config bs=1 count=2 2>/dev/null");
     let read = host.must(&format!("dd if={data} skip=76 | od -An -tx2"), SHORT)?;
     ensure!(read.trim() == "0000", "it sends {read}");
+    let send = |bytes: &str| format!("printf '{bytes}' | dd of={data} seek=76 conv=notrunc");
     let wrong = format!(
-        "printf '\\101\\0' | dd of={data} seek=76 conv=notrunc; sleep 1; {count}; m=$n; sleep 2; {count}; \
-         echo \"$m\" \"$n\"; [ -n \"$n\" ] && [ \"$n\" = \"$m\" ]"
+        "{}; sleep 1; {count}; m=$n; sleep 2; {count}; \
+         echo \"$m\" \"$n\"; [ -n \"$n\" ] && [ \"$n\" = \"$m\" ]",
+        send("\\101\\0")
     );
     host.must(&wrong, SHORT)?;
+    let log = host.must("dmesg", SHORT)?;
+    ensure!(
+        !log.contains("No irq handler for vector"),
+        "the host got an interrupt that is nobody's:\n{log}"
+    );
+    host.must(&send("\\0\\0"), SHORT)?;
+    host.must(&more, RUN)?;
     host.must("kill -9 $(pidof bhyve)", SHORT)?;
     guest.expect_exit(host, 128 + 9, SHORT)?;
     guest.destroy(host)?;
@@ -329,20 +350,21 @@ fn host_reads(host: &mut Host, sum: &str) -> Result<()> {
     Ok(())
 }
 
-/// bhyve killed while the device does DMA, again and again; the host can use the
-/// device each time.
-fn cycles(_: &Lab, host: &mut Host) -> Result<()> {
+/// bhyve killed while the device does DMA, again and again; each time the host can use
+/// the device, which reaches nothing of the guest's.
+fn cycles(driver: Driver, host: &mut Host) -> Result<()> {
     let count = match std::env::var(CYCLES) {
         Ok(n) => n.parse().with_context(|| format!("{CYCLES}={n}"))?,
         Err(_) => FEW,
     };
     for n in 1..=count {
-        cycle(host, n).with_context(|| format!("round {n} of {count}"))?;
+        cycle(driver, host, n, n == 1 || n == count)
+            .with_context(|| format!("round {n} of {count}"))?;
     }
     Ok(())
 }
 
-fn cycle(host: &mut Host, n: u32) -> Result<()> {
+fn cycle(driver: Driver, host: &mut Host, n: u32, thorough: bool) -> Result<()> {
     to_ppt(host, EDU)?;
     to_ppt(host, NVME)?;
     let mut guest = small("-s 5,passthru,0/5/0 -s 7,passthru,0/7/0");
@@ -356,8 +378,10 @@ fn cycle(host: &mut Host, n: u32) -> Result<()> {
     // A device that goes on would be seen here.
     quiet(host, EDU)?;
     guest.destroy(host)?;
+    left::check(host, driver, Holder::Ppt, false)?;
     to_host(host, EDU)?;
     to_host(host, NVME)?;
+    left::check(host, driver, Holder::Host, thorough)?;
     // The host's own driver reads and writes the disk.
     let line = format!(
         "i=0; while [ ! -b /dev/nvme0n1 ] && [ $i -lt 100 ]; do i=$((i+1)); sleep 0.1; done; \
