@@ -43,6 +43,12 @@ SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, use_apic_pir, CTLFLAG_RDTUN, &use_apic_pir,
     0, "with use_apic_vid: post interrupts to running vCPUs without an exit");
 int vmm_posted_vector = -1;
 
+SYSCTL_NODE(_hw_vmm, OID_AUTO, svm, CTLFLAG_RW, NULL, "AMD-V");
+
+static int use_avic = -1;
+SYSCTL_INT(_hw_vmm_svm, OID_AUTO, use_avic, CTLFLAG_RDTUN, &use_avic, 0,
+    "use AVIC where the CPU has it: 0, 1, or -1 for Zen 4 and later");
+
 static int no_flush_rsb;
 SYSCTL_INT(_hw_vmm_vmx, OID_AUTO, no_flush_rsb, CTLFLAG_RDTUN, &no_flush_rsb,
     0, "do not fill the return-stack buffer after VM exits");
@@ -147,6 +153,7 @@ vmm_load(void)
 		.tsc_invariant = tsc_is_invariant,
 		.account = account != 0,
 		.use_apic_vid = use_apic_vid != 0,
+		.use_avic = use_avic < 0 ? 2 : use_avic != 0,
 		.fill_rsb = no_flush_rsb == 0,
 		.no_halt_detection = halt_detection == 0,
 		.halt_poll_us = halt_poll_us,

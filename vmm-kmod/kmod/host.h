@@ -34,6 +34,7 @@ struct vmm_host_info {
 	uint32_t halt_poll_us;    /* microseconds for which HLT is waited out awake */
 	uint32_t posted_vector;   /* of vmm_host_notify_cpu(); 0: there is none */
 	uint32_t nx_huge_pages;   /* large EPT pages not executable: 0, 1, or 2: as the CPU needs */
+	uint32_t use_avic;        /* AMD's AVIC, where the CPU has it: 0, 1, 2 = as the CPU is */
 };
 
 /* ---- memory --------------------------------------------------------- */

@@ -49,6 +49,12 @@ module_param(nx_huge_pages, int, 0444);
 MODULE_PARM_DESC(nx_huge_pages,
     "no executable large EPT pages: 1, 0; -1: where the CPU has the iTLB multihit erratum");
 
+/* As KVM's avic: -1 is on from Zen 4 on. */
+static int use_avic = -1;
+module_param(use_avic, int, 0444);
+MODULE_PARM_DESC(use_avic,
+    "use AMD's AVIC where the CPU has it: 0, 1, or -1 for Zen 4 and later");
+
 static bool account;
 module_param(account, bool, 0444);
 MODULE_PARM_DESC(account,
@@ -104,6 +110,7 @@ static int __init vmm_init(void)
 		    boot_cpu_has(X86_FEATURE_NONSTOP_TSC),
 		.account = account,
 		.use_apic_vid = use_apic_vid,
+		.use_avic = use_avic < 0 ? 2 : use_avic != 0,
 		.halt_poll_us = halt_poll_us,
 #ifdef VMM_POSTED_VECTOR
 		.posted_vector = use_apic_pir ? VMM_POSTED_VECTOR : 0,

@@ -232,6 +232,19 @@ where
 }
 
 #[cfg_attr(target_os = "none", optimize(speed))]
+/// Calls `each` with the index of every vCPU that a destination addresses and
+/// that accepts fixed interrupts.
+#[inline(never)]
+pub fn addressed<M: AsRef<Mailbox>>(boxes: &[M], dest: Destination, each: &mut dyn FnMut(usize)) {
+    for (index, mailbox) in boxes.iter().enumerate() {
+        let mailbox = mailbox.as_ref();
+        let mode = mailbox.mode();
+        if mode.contains(Mode::ENABLED) && accepts(mailbox, mode, dest) {
+            each(index);
+        }
+    }
+}
+
 fn deliver_one<K: FnMut(usize)>(
     index: usize,
     mailbox: &Mailbox,

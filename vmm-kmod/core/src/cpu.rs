@@ -376,6 +376,10 @@ pub enum Exit {
         /// Offset within the page.
         offset: u16,
     },
+    /// An IPI that the CPU has put into the register pages of all targets, of
+    /// which one does not run and is to be woken (AVIC incomplete IPI,
+    /// APM Vol. 2 §15.29.9.1).
+    IpiToWaiting,
     /// EOI of a vector in the EOI-exit bitmap.
     VirtualEoi {
         /// The vector that ended.

@@ -144,6 +144,7 @@ pub struct Lapic<M: Deref<Target = Mailbox>> {
     /// The CPU sets IRR bits by itself (virtualized self-IPIs).
     virtual_delivery: bool,
     changes: Changes,
+    routes_changed: bool,
     nmis: u8,
     init: bool,
     sipi: Option<u8>,
@@ -167,6 +168,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
             irr_hint: false,
             virtual_delivery: false,
             changes: Changes::all(),
+            routes_changed: true,
             nmis: 0,
             init: false,
             sipi: None,
@@ -230,16 +232,22 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
         self.publish();
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         let mut mode = Mode::empty();
         mode.set(Mode::PRESENT, self.present());
         mode.set(Mode::ENABLED, self.present() && self.enabled);
         mode.set(Mode::X2APIC, self.x2apic());
+        self.routes_changed = true;
         let model = self.page.get(reg::DFR) >> 28;
         mode.set(Mode::FLAT, model == 0xf);
         mode.set(Mode::CLUSTER, model == 0);
         self.mailbox.publish(mode, self.page.get(reg::LDR));
         self.mailbox.publish_priority(self.page.get(reg::TPR));
+    }
+
+    /// The APIC id.
+    pub fn id(&self) -> u32 {
+        self.mailbox.id()
     }
 
     /// The mailbox.
@@ -282,10 +290,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
                 self.page.set(reg::TMR + offset, new_tmr);
                 self.changes |= Changes::TMR;
             }
-            self.page.set(
-                reg::IRR + offset,
-                self.page.get(reg::IRR + offset) | pending,
-            );
+            self.page.or(reg::IRR + offset, pending);
             self.irr_hint = true;
             self.changes |= Changes::IRR;
         }
@@ -310,7 +315,9 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
         if signals.contains(Signals::NMI_AGAIN) {
             self.queue_nmi();
         }
-        self.extint |= signals.contains(Signals::EXTINT);
+        if signals.contains(Signals::EXTINT) {
+            self.raise_extint();
+        }
         if signals.contains(Signals::ILLEGAL_VECTOR) {
             self.error(ESR_RECEIVE_ILLEGAL_VECTOR);
         }
@@ -333,7 +340,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
             return;
         }
         match lvt {
-            Lvt::Lint0 => self.extint = true,
+            Lvt::Lint0 => self.raise_extint(),
             Lvt::Lint1 => self.queue_nmi(),
             _ => {}
         }
@@ -360,9 +367,14 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
                 }
             }
             4 => self.queue_nmi(),
-            7 => self.extint = true,
+            7 => self.raise_extint(),
             _ => {}
         }
+    }
+
+    fn raise_extint(&mut self) {
+        self.extint = true;
+        self.routes_changed = true;
     }
 
     /// An edge-triggered interrupt from inside.
@@ -371,7 +383,8 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
             self.page.set_bit(reg::TMR, vector, false);
             self.changes |= Changes::TMR;
         }
-        self.page.set_bit(reg::IRR, vector, true);
+        self.page
+            .or(reg::IRR + u16::from(vector >> 5) * 16, 1 << (vector & 31));
         self.irr_hint = true;
         self.changes |= Changes::IRR;
     }
@@ -472,7 +485,8 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
 
     /// The vector is being injected: IRR to ISR.
     pub fn accept(&mut self, vector: u8) {
-        self.page.set_bit(reg::IRR, vector, false);
+        self.page
+            .and_not(reg::IRR + u16::from(vector >> 5) * 16, 1 << (vector & 31));
         self.page.set_bit(reg::ISR, vector, true);
         self.changes |= Changes::IRR | Changes::ISR;
         self.update_ppr();
@@ -561,6 +575,20 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
         } else {
             Effect::None
         }
+    }
+
+    /// Whether the 8259's interrupts may come to this APIC, which AVIC has no
+    /// way to tell the guest: one is there, LINT0 passes them on, or it is the
+    /// bootstrap processor's and off.
+    pub fn virtual_wire(&self) -> bool {
+        self.extint || self.lint0_extint || self.config.bsp && !(self.present() && self.enabled)
+    }
+
+    /// Whether since the last call something has changed that decides whether
+    /// AVIC can be used, or by which other APICs' messages find this one.
+    #[inline]
+    pub fn take_routes_changed(&mut self) -> bool {
+        core::mem::take(&mut self.routes_changed)
     }
 
     /// What has changed since the last call.

@@ -21,7 +21,7 @@ use vmm_core::host::{Host, Hpa};
 
 bitflags! {
     /// Parts of APIC virtualization that the local APIC's owner wants
-    /// (SDM Vol. 3C chapter 29). AMD-V offers none of them.
+    /// (SDM Vol. 3C chapter 29). AMD-V's AVIC is the first four at once.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct ApicVirt: u8 {
         /// TPR shadow: CR8 (and offset 80H of the APIC page) without exits
@@ -104,6 +104,8 @@ pub struct Config {
     /// aligned) and the notification vector, which is the host's for nothing
     /// else; without it none are posted.
     pub posted: Option<(Hpa, u8)>,
+    /// AVIC is to be used, with these tables.
+    pub avic: Option<svm::avic::Place>,
     /// Parts of APIC virtualization wanted; what the CPU lacks is left out.
     pub apic_virt: ApicVirt,
     /// TSC ticks after which a guest is left even if nothing else makes it
@@ -209,6 +211,9 @@ pub trait RunCpu: VirtualCpu + Sized {
     /// The CPU says of every exit which instruction caused it and how long it
     /// is. Otherwise [`RunCpu::wants_instruction`] is to be asked.
     const DESCRIBES_EXITS: bool;
+    /// The CPU has to be told RVI, SVI, the EOI-exit bitmap and the TPR threshold;
+    /// otherwise it knows all of the local APIC from its page.
+    const TAKES_APIC_STATE: bool;
 
     /// Makes this vCPU's state the CPU's, and says which that is. With `fpu_live` the FPU's registers hold
     /// the calling thread's state, which `unload` puts back.
@@ -432,7 +437,15 @@ impl<H: Host> Backend<H> {
         }
     }
 
-    /// Parts of APIC virtualization that the CPU has.
+    /// Whether AVIC is to be used: as said, or as the CPU is.
+    pub fn use_avic(&self, wanted: Option<bool>) -> bool {
+        match self {
+            Backend::Vmx(_) => false,
+            Backend::Svm(b) => b.caps.use_avic(wanted),
+        }
+    }
+
+    /// Parts of VT-x's APIC virtualization that the CPU has.
     pub fn apic_virt(&self) -> ApicVirt {
         match self {
             Backend::Vmx(b) => vmx::apicv::supported(&b.caps),

@@ -1,6 +1,7 @@
 //! AMD's AMD-V with nested paging (APM Vol. 2 chapter 15).
 
 pub mod asid;
+pub mod avic;
 pub mod caps;
 pub mod dump;
 pub mod enable;

@@ -28,6 +28,7 @@ pub struct HostInfo {
     pub halt_poll_us: u32,
     pub posted_vector: u32,
     pub nx_huge_pages: u32,
+    pub use_avic: u32,
 }
 
 macro_rules! opaque {

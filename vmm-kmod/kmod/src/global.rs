@@ -27,6 +27,8 @@ pub struct Global {
     pub posted_vector: u8,
     /// Whether large EPT pages are not executable.
     pub split_executable: bool,
+    /// AVIC is used.
+    pub avic: bool,
     /// Whether vCPUs count the TSC ticks that they spend in the guest.
     pub account: bool,
     /// Whether VM exits fill the return-stack buffer.

@@ -11,6 +11,7 @@
 
 extern crate alloc;
 
+mod avic;
 #[cfg(feature = "freebsd")]
 mod capabilities;
 #[cfg(not(feature = "freebsd"))]
@@ -113,6 +114,11 @@ pub unsafe extern "C" fn vmm_rust_init(info: *const ffi::HostInfo) -> c_int {
         } else {
             vmm_hw::backend::ApicVirt::all().difference(vmm_hw::backend::ApicVirt::INTERRUPTS)
         },
+        avic: backend.use_avic(match info.use_avic {
+            0 => Some(false),
+            1 => Some(true),
+            _ => None,
+        }),
         backend,
     };
     #[cfg(feature = "freebsd")]

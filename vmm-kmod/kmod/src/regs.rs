@@ -148,6 +148,7 @@ pub fn set(inner: &mut Inner, regnum: i32, value: u64) -> Result<(), i32> {
     match name(regnum)? {
         RegName::Tpr => {
             inner.lapic.set_cr8(value & 15);
+            inner.attention = true;
             return Ok(());
         }
         RegName::Rip => inner.next_rip = None,

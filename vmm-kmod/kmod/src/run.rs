@@ -412,11 +412,23 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
                 inner.vectoring = None;
                 inner.exception = None;
                 inner.wait = Wait::Sipi;
-                return Some(Todo::Yield);
+                let later = if C::DESCRIBES_EXITS {
+                    None
+                } else {
+                    self.cold().routes_changed()
+                };
+                return Some(later.unwrap_or(Todo::Yield));
             }
         }
         // A start-up IPI to a CPU that runs is ignored (SDM Vol. 3A §8.4.3).
         let _ = inner.lapic.take_sipi();
+        // Of AVIC, which only AMD-V has.
+        if !C::DESCRIBES_EXITS
+            && inner.lapic.take_routes_changed()
+            && let Some(todo) = self.cold().routes_changed()
+        {
+            return Some(todo);
+        }
         self.inject();
         None
     }
@@ -474,7 +486,11 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
         }
         let virt = inner.hw.apic_virt();
         if virt.contains(ApicVirt::INTERRUPTS) {
-            let changes = inner.lapic.take_changes();
+            let changes = if C::TAKES_APIC_STATE {
+                inner.lapic.take_changes()
+            } else {
+                Changes::empty()
+            };
             if changes.contains(Changes::IRR) {
                 inner.hw.set_rvi(inner.lapic.rvi());
             }
@@ -495,7 +511,9 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
             }
         }
         let inner = &mut *self.inner;
-        if virt & (ApicVirt::TPR_SHADOW | ApicVirt::INTERRUPTS) == ApicVirt::TPR_SHADOW {
+        if C::TAKES_APIC_STATE
+            && virt & (ApicVirt::TPR_SHADOW | ApicVirt::INTERRUPTS) == ApicVirt::TPR_SHADOW
+        {
             inner
                 .hw
                 .set_tpr_threshold(inner.lapic.tpr_threshold() as u8);

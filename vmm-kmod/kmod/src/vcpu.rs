@@ -18,6 +18,7 @@ use vmm_core::msr::{MsrConfig, MsrState};
 use vmm_core::stats::Stats;
 use vmm_core::time::Ratio;
 use vmm_hw::backend::{ApicMode, ApicVirt, Backend, Config, Reset, VirtualCpu};
+use vmm_hw::svm::avic::MAX_ID;
 use vmm_hw::{svm, vmx};
 
 use crate::ffi;
@@ -215,6 +216,7 @@ impl Vcpu {
                 let mailbox = ptr::from_ref::<Mailbox>(&mailbox) as usize;
                 (global::virt_to_phys(mailbox), g.posted_vector)
             }),
+            avic: vm.avic_place(id),
             apic_virt: g.apic_virt,
             longest_stay: g.tsc_hz / LEAVES_PER_SECOND,
             fill_rsb: g.fill_rsb,
@@ -313,13 +315,20 @@ impl Vcpu {
     /// After something was put into the mailbox: makes the vCPU look.
     #[inline]
     pub fn kick(&self) {
+        self.kick_unless(|| false);
+    }
+
+    /// The same; where the vCPU is in the guest on another CPU, `told` may have
+    /// told it already.
+    #[inline]
+    pub fn kick_unless(&self, told: impl FnOnce() -> bool) {
         fence(Ordering::SeqCst);
         match self.mode.load(Ordering::SeqCst) {
             GUEST => {
                 let cpu = self.cpu.load(Ordering::Relaxed);
                 // On the same CPU the guest is not running now, and the
                 // mailbox is looked at before it runs again.
-                if cpu != Os::cpu() {
+                if cpu != Os::cpu() && !told() {
                     self.interrupt(cpu);
                 }
             }
@@ -423,7 +432,9 @@ impl<C: VirtualCpu> Inner<C> {
     #[inline(never)]
     #[optimize(speed)]
     fn new(hw: C, mut lapic: Lapic<MailboxRef>, cpuid: Box<CpuidTable>) -> Self {
-        lapic.use_virtual_delivery(hw.apic_virt().contains(ApicVirt::INTERRUPTS));
+        // With AVIC other CPUs set IRR whether it is on here or not.
+        let delivers = hw.apic_virt().contains(ApicVirt::INTERRUPTS) || global::get().avic;
+        lapic.use_virtual_delivery(delivers);
         Inner {
             lapic,
             pv: Pv::default(),
@@ -473,16 +484,9 @@ impl<C: VirtualCpu + ?Sized> Inner<C> {
     }
 
     /// How the CPU is to virtualize the local APIC in its present mode.
+    #[inline]
     pub fn lapic_mode(&self) -> ApicMode {
-        if self.lapic.x2apic() {
-            ApicMode::X2Apic
-        } else if self.lapic.mmio() && self.lapic.base_gpa() == DEFAULT_BASE {
-            ApicMode::XApic
-        } else {
-            // Off, or at an address where the APIC-access page is not
-            // mapped: nested faults reach it.
-            ApicMode::Disabled
-        }
+        lapic_mode(&self.lapic)
     }
 
     /// Brings the vCPU back to power-on state (VM_REINIT).
@@ -507,6 +511,22 @@ impl<C: VirtualCpu + ?Sized> Inner<C> {
     pub fn apply_tsc(&mut self, vm: &Vm) {
         let offset = self.tsc_adjust.wrapping_sub(vm.tsc_base);
         self.hw.set_tsc_offset(offset as i64);
+    }
+}
+
+#[inline(never)]
+fn lapic_mode(lapic: &Lapic<MailboxRef>) -> ApicMode {
+    if global::get().avic && (lapic.virtual_wire() || lapic.id() > u32::from(MAX_ID)) {
+        return ApicMode::Disabled;
+    }
+    if lapic.x2apic() {
+        ApicMode::X2Apic
+    } else if lapic.mmio() && lapic.base_gpa() == DEFAULT_BASE {
+        ApicMode::XApic
+    } else {
+        // Off, or at an address where the APIC-access page is not
+        // mapped: nested faults reach it.
+        ApicMode::Disabled
     }
 }
 

@@ -16,7 +16,9 @@ use vmm_core::time::Clock;
 use vmm_hw::backend::ApicVirt;
 use vmm_hw::ept::{Generation, Invalidation, Prot};
 use vmm_hw::page::Pages;
+use vmm_hw::svm::avic;
 
+use crate::avic::ring;
 use crate::cpuset::{CpuSet, MAX_VCPUS};
 use crate::doorbells::Doorbells;
 use crate::errno;
@@ -107,6 +109,9 @@ pub struct Vm {
     /// contents are never used.
     pub(crate) apic_access: Pages<Os>,
     pub(crate) apic_page_used: bool,
+    /// AVIC's tables, where it is used, and whether `apic_access` is mapped for it.
+    pub(crate) avic: Option<avic::Tables<Os>>,
+    pub(crate) avic_mapped: AtomicBool,
     /// vCPUs whose local APIC is not reached through that page.
     pub(crate) no_apic_page: CpuSet,
     /// Number that tells VMs apart for the CPU backend.
@@ -218,7 +223,11 @@ impl Vm {
         let nested_root = nested.root();
         let generation = nested.generation();
         let apic_access = Pages::new(0).map_err(|_| NoMemory)?;
-        let apic_page_used = g.backend.apic_virt().contains(ApicVirt::ACCESS_PAGE);
+        let avic = match g.avic {
+            true => Some(avic::Tables::new().map_err(|_| NoMemory)?),
+            false => None,
+        };
+        let apic_page_used = g.avic || g.backend.apic_virt().contains(ApicVirt::ACCESS_PAGE);
         let mut stored = [0; NAME_MAX + 1];
         for (to, from) in stored.iter_mut().zip(name) {
             *to = *from;
@@ -260,6 +269,8 @@ impl Vm {
             turn: AtomicU32::new(0),
             apic_access,
             apic_page_used,
+            avic,
+            avic_mapped: AtomicBool::new(false),
             no_apic_page: CpuSet::new(),
             hw_id: g.backend.new_vm_id(),
             stop: AtomicU32::new(0),
@@ -274,7 +285,7 @@ impl Vm {
             spinups: unsafe { sync::try_slice_zeroed::<AtomicU32>(MAX_SPINUPS)? },
             spinup_count: AtomicU32::new(0),
         })?;
-        {
+        if vm.avic.is_none() {
             let mut mem = vm.mem.lock();
             vm.map_apic_page(&mut mem.nested, Prot::READ | Prot::WRITE)
                 .map_err(|_| NoMemory)?;
@@ -449,7 +460,7 @@ impl Vm {
     #[inline]
     pub fn kick(&self, id: usize) {
         if let Some(v) = self.vcpu(id) {
-            v.kick();
+            v.kick_unless(|| self.avic.as_ref().is_some_and(|tables| ring(tables, v)));
         }
     }
 

@@ -304,6 +304,9 @@ impl Vm {
         } else {
             !self.no_apic_page.set(vcpu)
         };
+        if let Some(tables) = &self.avic {
+            return self.update_avic(tables);
+        }
         if !changed {
             return Ok(());
         }

@@ -2,7 +2,7 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use super::Lvt;
+use super::{LapicPage, Lvt, reg};
 
 bitflags::bitflags! {
     /// What is published of a local APIC's state for those who route to it.
@@ -245,6 +245,32 @@ impl Mailbox {
     #[inline]
     pub(super) fn publish_priority(&self, priority: u32) {
         self.priority.store(priority, Ordering::Relaxed);
+    }
+
+    /// Moves what was posted into IRR of the APIC's page, for a CPU that finds
+    /// it there by itself (AVIC): edge-triggered interrupts where the page knows
+    /// of no level-triggered one. False: something is left, and the vCPU's
+    /// thread has to look after the next `poke`.
+    pub fn hand_over(&self, page: &LapicPage) -> bool {
+        // Whoever posts after this kicks again; what came before is seen.
+        self.notification.fetch_and(!ON, Ordering::SeqCst);
+        let mut all = true;
+        for word in 0..8u16 {
+            let (pending, level) = self.take(usize::from(word));
+            if pending == 0 {
+                continue;
+            }
+            let offset = word * 16;
+            let left = level | pending & page.get(reg::TMR + offset);
+            page.or(reg::IRR + offset, pending & !left);
+            if left != 0
+                && let Some(pir) = self.pir.get(usize::from(word))
+            {
+                pir.fetch_or(left, Ordering::Release);
+                all = false;
+            }
+        }
+        all && self.signals.load(Ordering::SeqCst) == 0
     }
 
     /// Starts taking over: from here on posters kick again.

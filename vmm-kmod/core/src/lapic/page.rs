@@ -38,7 +38,8 @@ pub mod reg {
 /// The 4 KiB page that holds every register at its xAPIC offset. Under APIC
 /// virtualization it is the virtual-APIC page (SDM Vol. 3C §29.1), which the
 /// CPU reads and writes while the guest runs; hence the atomics. Outside the
-/// guest only the vCPU's own thread touches it.
+/// guest only the vCPU's own thread touches it, but for IRR, in which under
+/// AVIC other vCPUs' CPUs set bits at any time.
 #[repr(C, align(4096))]
 pub struct LapicPage([AtomicU32; 1024]);
 
@@ -80,6 +81,19 @@ impl LapicPage {
         let mask = 1 << (vector & 31);
         let old = self.get(offset);
         self.set(offset, if on { old | mask } else { old & !mask });
+    }
+
+    /// Sets bits of the register at a byte offset that other CPUs may be
+    /// setting bits in (IRR under AVIC).
+    #[inline(always)]
+    pub fn or(&self, offset: u16, bits: u32) {
+        self.cell(offset).fetch_or(bits, Ordering::Relaxed);
+    }
+
+    /// Clears bits likewise.
+    #[inline(always)]
+    pub fn and_not(&self, offset: u16, bits: u32) {
+        self.cell(offset).fetch_and(!bits, Ordering::Relaxed);
     }
 
     /// The highest vector whose bit is set in a 256-bit register.

@@ -198,6 +198,7 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
             Lvt::Lint0 => {
                 let was = self.lint0_extint;
                 self.lint0_extint = entry & (LVT_MASKED | 0x700) == 0x700;
+                self.routes_changed |= self.lint0_extint != was;
                 if self.lint0_extint && !was {
                     Effect::ExtintUnmasked
                 } else {
@@ -232,6 +233,14 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
             }
             Some(message) => Effect::Ipi(message),
             None => Effect::None,
+        }
+    }
+
+    /// The IPI that the guest has written into ICR and the CPU has sent.
+    pub fn ipi_sent(&mut self) -> Option<ApicMessage> {
+        match self.apic_write_done(reg::ICR_LOW, 0) {
+            Effect::Ipi(message) => Some(message),
+            _ => None,
         }
     }
 

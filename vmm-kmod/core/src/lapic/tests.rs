@@ -752,3 +752,96 @@ fn nothing_is_left_behind_when_posters_race_with_a_cpu_that_takes_vectors_by_its
         });
     }
 }
+
+#[test]
+fn avic_hears_of_what_decides_whether_it_can_be_used() {
+    let boxes = boxes(2);
+    let mut bsp = Lapic::new(Box::default(), &boxes[0], config(true));
+    let mut ap = Lapic::new(Box::default(), &boxes[1], config(false));
+    assert!(bsp.take_routes_changed() && !bsp.take_routes_changed());
+    // The 8259 reaches a bootstrap processor whose APIC is off; nobody else's.
+    assert!(bsp.virtual_wire() && !ap.virtual_wire());
+    let changes = |l: &mut L<'_>, offset, value| {
+        let _ = l.write(offset, value, 0);
+        l.take_routes_changed()
+    };
+    assert!(changes(&mut bsp, reg::SVR, 0x1ff));
+    assert!(!bsp.virtual_wire());
+    assert!(changes(&mut bsp, reg::LDR, 1 << 24));
+    assert!(changes(&mut bsp, reg::DFR, 0x0fff_ffff));
+    assert!(!changes(&mut bsp, reg::LVT_LINT1, 0x400));
+    assert!(!changes(&mut bsp, reg::TPR, 0x20));
+    assert!(changes(&mut bsp, reg::LVT_LINT0, 0x700));
+    assert!(bsp.virtual_wire());
+    assert!(changes(&mut bsp, reg::LVT_LINT0, 0x1_0700));
+    assert!(!bsp.virtual_wire());
+    // An ExtINT by a message is one, too, until it is acknowledged.
+    let _ = ap.take_routes_changed();
+    boxes[1].post_extint();
+    ap.sync();
+    assert!(ap.take_routes_changed() && ap.virtual_wire());
+    ap.extint_done(false);
+    assert!(!ap.virtual_wire());
+}
+
+#[test]
+fn an_ipi_that_the_cpu_has_sent_wakes_whom_it_addresses() {
+    let boxes = boxes(4);
+    let mut l = lapics(&boxes);
+    for (i, l) in l.iter_mut().enumerate() {
+        let _ = l.write(reg::LDR, 1 << (24 + i), 0);
+    }
+    let _ = l[3].write(reg::SVR, 0xff, 0);
+    let mut addressed = |low: u32, high: u32| {
+        let page = l[0].page();
+        page.set(reg::ICR_HIGH, high << 24);
+        // With the delivery status as CPUs may leave it.
+        page.set(reg::ICR_LOW, low | 1 << 12);
+        let message = l[0].ipi_sent()?;
+        assert_eq!(l[0].read(reg::ICR_LOW, 0), low);
+        let mut found = Vec::new();
+        crate::apicbus::addressed(&boxes, message.dest, &mut |i| found.push(i));
+        Some(found)
+    };
+    assert_eq!(addressed(0x4040, 1), Some([1].into()));
+    assert_eq!(addressed(0x4840, 0b0110), Some([1, 2].into()));
+    // All, and all but the sender; but one that is off takes none.
+    assert_eq!(addressed(0x8_4040, 0), Some([0, 1, 2].into()));
+    assert_eq!(addressed(0xc_4040, 0), Some([1, 2].into()));
+    assert_eq!(addressed(0x4040, 3), Some([].into()));
+    // Nothing was posted: the CPU has done that.
+    assert!(l.iter().all(|l| !l.mailbox().pending()));
+}
+
+#[test]
+fn only_edge_triggered_interrupts_are_handed_to_a_cpu_with_avic() {
+    let m = Mailbox::new(0);
+    let mut l = one(&m);
+    m.post(0x41, false);
+    m.post(0xf0, false);
+    assert!(m.hand_over(l.page()));
+    assert!(!m.pending());
+    assert_eq!(l.rvi(), 0xf0);
+    assert!(l.page().bit(reg::IRR, 0x41) && !l.page().bit(reg::IRR, 0x42));
+    // The next one is told of again.
+    assert!(m.post(0x42, false));
+    // A level-triggered one changes TMR, which is the thread's.
+    m.post(0x51, true);
+    assert!(!m.hand_over(l.page()));
+    assert!(l.page().bit(reg::IRR, 0x42) && !l.page().bit(reg::IRR, 0x51));
+    assert!(m.poke());
+    assert!(l.sync());
+    assert!(l.page().bit(reg::IRR, 0x51) && l.page().bit(reg::TMR, 0x51));
+    // So does an edge on a vector that was level-triggered.
+    m.post(0x51, false);
+    assert!(!m.hand_over(l.page()));
+    assert!(m.poke() && l.sync());
+    assert!(!l.page().bit(reg::TMR, 0x51));
+    // Everything else is left to the thread, a mere request to look included.
+    m.post_nmi();
+    assert!(!m.hand_over(l.page()));
+    assert!(l.sync() && l.nmi_pending());
+    m.poke();
+    assert!(!m.hand_over(l.page()));
+    assert!(l.sync() && !l.sync());
+}

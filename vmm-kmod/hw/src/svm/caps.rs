@@ -1,7 +1,7 @@
 //! What the CPU's AMD-V can do (APM Vol. 3 §E.4.9, CPUID 8000_000AH).
 
 use super::vmcb::{VM_CR_SVMDIS, msr};
-use crate::backend::Offer;
+use crate::backend::{ApicVirt, Offer};
 use crate::cr::{CR4_LA57, CR4_OSXSAVE};
 use crate::ept::Options;
 use crate::instr;
@@ -29,6 +29,10 @@ bitflags! {
         const PAUSE_FILTER = 1 << 10;
         /// Its threshold: only loops of PAUSEs count.
         const PAUSE_THRESHOLD = 1 << 12;
+        /// AVIC.
+        const AVIC = 1 << 13;
+        /// AVIC for x2APIC mode, too; of the CPUs with AVIC those that came later.
+        const X2AVIC = 1 << 18;
         /// RDTSCP.
         const RDTSCP = 1 << 32;
         /// INVPCID, and its intercept.
@@ -41,8 +45,16 @@ bitflags! {
         const XSAVE = 1 << 36;
         /// XSAVES.
         const XSAVES = 1 << 37;
+        /// AVIC's IPIs can be relied on: not a CPU with erratum 1235 (Zen, Zen 2).
+        const AVIC_IPI = 1 << 38;
     }
 }
+
+/// What AVIC does of what VT-x calls APIC virtualization.
+pub(super) const AVIC: ApicVirt = ApicVirt::TPR_SHADOW
+    .union(ApicVirt::ACCESS_PAGE)
+    .union(ApicVirt::REGISTERS)
+    .union(ApicVirt::INTERRUPTS);
 
 /// Why AMD-V is of no use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,7 +119,9 @@ impl Capabilities {
             return Err(Missing::NestedPaging);
         }
         let [basic, ..] = leaf(0, 0);
-        let c = leaf(1, 0)[2];
+        let [signature, _, c, _] = leaf(1, 0);
+        // Base family 15 and extended family.
+        let family = (signature >> 8 & 15) + (signature >> 20 & 0xff);
         let b7 = if basic >= 7 { leaf(7, 0)[1] } else { 0 };
         let b8 = leaf(0x8000_0008, 0)[1];
         let xsave = c & (1 << 26) != 0 && cr4 & CR4_OSXSAVE != 0;
@@ -116,6 +130,7 @@ impl Capabilities {
             (Features::INVPCID, b7 & (1 << 10) != 0),
             (Features::PCID, c & (1 << 17) != 0),
             (Features::RDPRU, b8 & (1 << 4) != 0),
+            (Features::AVIC_IPI, family != 0x17),
             (Features::XSAVE, xsave),
             (
                 Features::XSAVES,
@@ -160,6 +175,13 @@ impl Capabilities {
             pages_1g: self.pages_1g,
             accessed_dirty: true,
         }
+    }
+
+    /// Whether AVIC is to be used: as said, and if nothing is said on CPUs that
+    /// have it for x2APIC mode as well (Zen 4 and later).
+    pub fn use_avic(&self, wanted: Option<bool>) -> bool {
+        let f = self.features;
+        f.contains(Features::AVIC) && wanted.unwrap_or(f.contains(Features::X2AVIC))
     }
 
     /// What guests can be offered.
@@ -208,6 +230,30 @@ mod tests {
         assert_eq!(e(1, VM_CR_SVMDIS), Missing::Firmware);
         let none = |_: u32, _: u32| [0; 4];
         assert_eq!(Capabilities::new(none, 0, 0, 0), Err(Missing::Svm));
+    }
+
+    #[test]
+    fn avic_is_used_where_it_is_asked_for_or_new_enough() {
+        let of = |edx| Capabilities::new(epyc(edx), 0, 0, 0).unwrap();
+        let (none, old, new) = (of(1), of(1 | 1 << 13), of(1 | 1 << 13 | 1 << 18));
+        assert!(!none.use_avic(None) && !none.use_avic(Some(true)));
+        assert!(!old.use_avic(None) && old.use_avic(Some(true)));
+        assert!(new.use_avic(None) && !new.use_avic(Some(false)));
+    }
+
+    #[test]
+    fn erratum_1235_is_of_family_17h() {
+        let family = |eax| {
+            let leaf = move |leaf, sub| match leaf {
+                1 => [eax, 0, 1 << 26, 0],
+                _ => epyc(1 | 1 << 13)(leaf, sub),
+            };
+            let caps = Capabilities::new(leaf, 0, 0, 0).unwrap();
+            caps.features.contains(Features::AVIC_IPI)
+        };
+        // Zen and Zen 2, then Zen 3, Zen 4, Zen 5.
+        assert!(!family(0x0080_0f12) && !family(0x0083_0f10));
+        assert!(family(0x00a0_0f11) && family(0x00a1_0f11) && family(0x00b0_0f21));
     }
 
     #[test]

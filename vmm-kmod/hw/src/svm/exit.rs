@@ -1,5 +1,6 @@
 //! What ended the guest's run (APM Vol. 2 §15.6 to §15.14, appendix C).
 
+use super::avic;
 use super::caps::Features;
 use super::vcpu::{NmiState, Vcpu, Wanted};
 use super::vmcb::{clean, code, event, misc1, virq};
@@ -226,6 +227,8 @@ impl<H: Host> Vcpu<H> {
                 qualification: 0,
             },
             code::SHUTDOWN => Exit::TripleFault,
+            code::AVIC_INCOMPLETE_IPI => avic::incomplete_ipi(self.vmcb().control.exit_info2),
+            code::AVIC_NOACCEL => avic::not_accelerated(info1),
             code::INVALID => Exit::InvalidGuestState {
                 reason: why as u32,
                 qualification: info1,

@@ -81,6 +81,9 @@ impl<H: Host> Vcpu<H> {
         }
         self.loaded = true;
         self.drs_loaded = false;
+        if !self.apic_virt.is_empty() {
+            self.avic_running(true);
+        }
         self.load_debug_registers();
         Ok(cpu)
     }
@@ -108,6 +111,9 @@ impl<H: Host> Vcpu<H> {
             if self.has(Features::RDTSCP) && self.host_tsc_aux != self.tsc_aux {
                 wrmsr(msr::TSC_AUX, self.host_tsc_aux);
             }
+        }
+        if !self.apic_virt.is_empty() {
+            self.avic_running(false);
         }
         self.drs_loaded = false;
         self.loaded = false;

@@ -1,12 +1,13 @@
 //! One virtual CPU: its VMCB, what the VMCB does not hold, and its life.
 
 use super::asid::Asid;
+use super::avic;
 use super::caps::Features;
 use super::enable::Backend;
 use super::entry::Regs;
 use super::permission::MsrPermissions;
 use super::vmcb::{Vmcb, clean, misc1};
-use crate::backend::{Config, PauseExiting};
+use crate::backend::{ApicVirt, Config, PauseExiting};
 use crate::ept::Generation;
 use crate::error::Error;
 use crate::fpu::Fpu;
@@ -67,6 +68,8 @@ pub struct Vcpu<H: Host> {
     pub(super) leave_at_once: bool,
     pub(super) loaded: bool,
     pub(super) drs_loaded: bool,
+    /// What is in use of AVIC now.
+    pub(super) apic_virt: ApicVirt,
     /// CPU of the last `load`.
     pub(super) cpu: u32,
     pub(super) asid: Asid,
@@ -88,6 +91,12 @@ pub struct Vcpu<H: Host> {
     pub(super) tsc_offset: i64,
     pub(super) n_cr3: Hpa,
     pub(super) vm: u64,
+    /// None: AVIC is not to be used.
+    pub(super) avic: Option<avic::Place>,
+    pub(super) backing_page: Option<Hpa>,
+    /// The CPU whose APIC id `host_id` is.
+    pub(super) avic_cpu: u32,
+    pub(super) host_id: u64,
     pub(super) msr_permissions: MsrPermissions<H>,
     pub(super) fpu: Fpu<H>,
 }
@@ -119,6 +128,7 @@ impl<H: Host> Vcpu<H> {
             leave_at_once: false,
             loaded: false,
             drs_loaded: false,
+            apic_virt: ApicVirt::empty(),
             cpu: u32::MAX,
             asid: Asid::default(),
             injected: 0,
@@ -135,11 +145,16 @@ impl<H: Host> Vcpu<H> {
             tsc_offset: 0,
             n_cr3: config.nested_root,
             vm: config.vm,
+            avic: config.avic,
+            backing_page: config.virtual_apic,
+            avic_cpu: u32::MAX,
+            host_id: 0,
             msr_permissions: MsrPermissions::new()?,
             fpu: Fpu::new(backend.caps.xcr0)?,
             backend,
         };
         vcpu.init_vmcb();
+        vcpu.init_avic();
         Ok(vcpu)
     }
 

@@ -35,6 +35,8 @@ impl<H: Host> VirtualCpu for Vcpu<H> {
         Vcpu::nmi_interruptible(self)
     }
     fn set_interrupt_window(&mut self, on: bool) {
+        // The one thing that AVIC does not take from the page.
+        self.avic_tpr();
         Vcpu::set_interrupt_window(self, on);
     }
     fn set_nmi_window(&mut self, on: bool) {
@@ -59,9 +61,11 @@ impl<H: Host> VirtualCpu for Vcpu<H> {
         self.backend().caps.features.contains(Features::RDTSCP)
     }
     fn apic_virt(&self) -> ApicVirt {
-        ApicVirt::empty()
+        self.apic_virt
     }
-    fn set_apic_mode(&mut self, _: ApicMode) {}
+    fn set_apic_mode(&mut self, mode: ApicMode) {
+        self.avic_mode(mode);
+    }
     fn controls(&self) -> Controls {
         Vcpu::controls(self)
     }
@@ -100,6 +104,7 @@ impl<H: Host> VirtualCpu for Vcpu<H> {
 impl<H: Host> RunCpu for Vcpu<H> {
     /// Not even CPUs with NRIP save and decode assists tell everything.
     const DESCRIBES_EXITS: bool = false;
+    const TAKES_APIC_STATE: bool = false;
 
     unsafe fn load(&mut self, fpu_live: bool) -> Result<u32, Error> {
         // SAFETY: by the caller's promise, here and below.
@@ -132,7 +137,7 @@ impl<H: Host> RunCpu for Vcpu<H> {
 
     // No AMD CPU has L1TF.
     fn request_l1d_flush(&mut self) {}
-    // Without a preemption timer and virtualized APIC there is nothing to set.
+    // There is no preemption timer, and AVIC knows the APIC from its page.
     fn set_preemption_timer(&mut self, _: Option<u64>) {}
     fn set_rvi(&mut self, _: u8) {}
     fn set_svi(&mut self, _: u8) {}

@@ -59,7 +59,12 @@ pub struct Control {
     pub next_rip: u64,
     pub fetched_len: u8,
     pub fetched: [u8; 15],
-    reserved_0e0: [u8; 0x320],
+    pub avic_backing_page: u64,
+    reserved_0e8: u64,
+    pub avic_logical_table: u64,
+    /// Its highest index in bits 7:0.
+    pub avic_physical_table: u64,
+    reserved_100: [u8; 0x300],
 }
 
 /// Offset 400H, table B-2.
@@ -123,8 +128,12 @@ const _: () = {
     assert!(offset_of!(Control, asid) == 0x58);
     assert!(offset_of!(Control, exit_code) == 0x70);
     assert!(offset_of!(Control, event_inj) == 0xa8);
+    assert!(offset_of!(Control, avic_apic_bar) == 0x98);
     assert!(offset_of!(Control, clean) == 0xc0);
     assert!(offset_of!(Control, fetched) == 0xd1);
+    assert!(offset_of!(Control, avic_backing_page) == 0xe0);
+    assert!(offset_of!(Control, avic_logical_table) == 0xf0);
+    assert!(offset_of!(Control, avic_physical_table) == 0xf8);
     assert!(offset_of!(Vmcb, state) == 0x400);
     assert!(offset_of!(State, cpl) == 0xcb);
     assert!(offset_of!(State, efer) == 0xd0);
@@ -193,10 +202,13 @@ pub mod tlb {
 
 /// Offset 060H.
 pub mod virq {
+    /// CR8.
+    pub const TPR: u64 = 15;
     pub const PENDING: u64 = 1 << 8;
     pub const PRIORITY_HIGHEST: u64 = 15 << 16;
     pub const IGNORE_TPR: u64 = 1 << 20;
     pub const MASKING: u64 = 1 << 24;
+    pub const AVIC: u64 = 1 << 31;
 }
 
 /// Offset 0C0H: what the CPU may keep from the last VMRUN of this VMCB
@@ -215,8 +227,10 @@ pub mod clean {
     /// ES, CS, SS, DS, CPL.
     pub const SEG: u32 = 1 << 8;
     pub const CR2: u32 = 1 << 9;
+    /// APIC_BAR and the pages of AVIC.
+    pub const AVIC: u32 = 1 << 11;
     /// All that are in use here.
-    pub const ALL: u32 = 0x3ff;
+    pub const ALL: u32 = 0x3ff | AVIC;
 }
 
 /// EVENTINJ and EXITINTINFO (APM Vol. 2 §15.20, §15.7.2).
@@ -269,6 +283,8 @@ pub mod code {
     pub const RDPRU: u64 = 0x8e;
     pub const INVPCID: u64 = 0xa2;
     pub const NPF: u64 = 0x400;
+    pub const AVIC_INCOMPLETE_IPI: u64 = 0x401;
+    pub const AVIC_NOACCEL: u64 = 0x402;
     /// The state in the VMCB is not one that VMRUN takes.
     pub const INVALID: u64 = u64::MAX;
 }
@@ -282,6 +298,7 @@ pub mod msr {
     pub const TSC_RATIO: u32 = 0xc000_0104;
     pub const VM_CR: u32 = 0xc001_0114;
     pub const VM_HSAVE_PA: u32 = 0xc001_0117;
+    pub const AVIC_DOORBELL: u32 = 0xc001_011b;
 }
 
 /// EFER.SVME.

@@ -103,6 +103,7 @@ impl<H: Host> VirtualCpu for Vcpu<H> {
 
 impl<H: Host> RunCpu for Vcpu<H> {
     const DESCRIBES_EXITS: bool = true;
+    const TAKES_APIC_STATE: bool = true;
 
     #[inline]
     unsafe fn load(&mut self, fpu_live: bool) -> Result<u32, Error> {

@@ -22,6 +22,10 @@ impl Runner<'_, dyn VirtualCpu> {
                 self.inner.attention = true;
                 None
             }
+            Exit::IpiToWaiting => {
+                self.wake_targets();
+                None
+            }
             Exit::Cr(access) => self.cr(access),
             Exit::Dr(access) => self.dr(access),
             Exit::Pause => {
