@@ -45,7 +45,7 @@ int vmm_posted_vector = -1;
 
 SYSCTL_NODE(_hw_vmm, OID_AUTO, svm, CTLFLAG_RW, NULL, "AMD-V");
 
-static int use_avic = -1;
+static int use_avic;
 SYSCTL_INT(_hw_vmm_svm, OID_AUTO, use_avic, CTLFLAG_RDTUN, &use_avic, 0,
     "use AVIC where the CPU has it: 0, 1, or -1 for Zen 4 and later");
 

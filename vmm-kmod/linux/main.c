@@ -50,7 +50,7 @@ MODULE_PARM_DESC(nx_huge_pages,
     "no executable large EPT pages: 1, 0; -1: where the CPU has the iTLB multihit erratum");
 
 /* As KVM's avic: -1 is on from Zen 4 on. */
-static int use_avic = -1;
+static int use_avic;
 module_param(use_avic, int, 0444);
 MODULE_PARM_DESC(use_avic,
     "use AMD's AVIC where the CPU has it: 0, 1, or -1 for Zen 4 and later");

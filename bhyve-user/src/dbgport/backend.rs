@@ -50,6 +50,8 @@ impl fmt::Display for Address {
 /// is told to.
 pub struct Line {
     listener: TcpListener,
+    /// Of the listener, which cannot be asked in capsicum(4)'s mode.
+    address: Address,
     debugger: Option<TcpStream>,
     input: VecDeque<u8>,
     output: VecDeque<u8>,
@@ -65,9 +67,11 @@ impl Line {
     pub fn open(Address(address): Address) -> io::Result<Line> {
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
+        let address = Address(listener.local_addr()?);
         limit(&listener, Purpose::Listener)?;
         Ok(Line {
             listener,
+            address,
             debugger: None,
             input: VecDeque::new(),
             output: VecDeque::new(),
@@ -98,7 +102,7 @@ impl Line {
     /// Who listens, for tests.
     #[cfg(test)]
     pub fn address(&self) -> SocketAddr {
-        self.listener.local_addr().unwrap()
+        self.address.0
     }
 
     /// Takes a call, if there is one.
@@ -111,8 +115,7 @@ impl Line {
                 self.said = false;
             }
             Err(_) if !self.said => {
-                let at = self.listener.local_addr().map(Address);
-                let at = at.map_or_else(|e| e.to_string(), |a| a.to_string());
+                let at = self.address;
                 eprintln!("bhyve: the guest's kernel waits for a debugger on {at}\r");
                 self.said = true;
             }

@@ -231,7 +231,6 @@ where
     receivers
 }
 
-#[cfg_attr(target_os = "none", optimize(speed))]
 /// Calls `each` with the index of every vCPU that a destination addresses and
 /// that accepts fixed interrupts.
 #[inline(never)]
@@ -245,6 +244,7 @@ pub fn addressed<M: AsRef<Mailbox>>(boxes: &[M], dest: Destination, each: &mut d
     }
 }
 
+#[cfg_attr(target_os = "none", optimize(speed))]
 fn deliver_one<K: FnMut(usize)>(
     index: usize,
     mailbox: &Mailbox,

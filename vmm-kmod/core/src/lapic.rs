@@ -446,6 +446,8 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
     /// The 8259 has been acknowledged, or had nothing; `again` if it has more.
     pub fn extint_done(&mut self, again: bool) {
         self.extint = again;
+        // While there is one, the CPU does not deliver by itself.
+        self.routes_changed = true;
     }
 
     // ---- delivery by software ----

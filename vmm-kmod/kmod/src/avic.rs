@@ -72,12 +72,12 @@ pub fn ring(tables: &Tables<Os>, vcpu: &Vcpu) -> bool {
     else {
         return false;
     };
-    let rung = vcpu.mailbox.hand_over(page) && tables.ring(id);
-    if !rung {
-        // Of what is in the page it is to know, too.
-        vcpu.mailbox.poke();
+    if !(vcpu.mailbox.hand_over(page) && tables.ring(id)) {
+        // Of what is in the page it is to know, too; and since the caller looked where it
+        // is, it may have gone to sleep, with nothing in its mailbox, or to another CPU.
+        vcpu.poke();
     }
-    rung
+    true
 }
 
 impl Runner<'_, dyn VirtualCpu> {

@@ -364,7 +364,7 @@ impl Vcpu {
     #[inline]
     pub fn enter_guest_mode(&self, cpu: u32) {
         self.cpu.store(cpu, Ordering::Relaxed);
-        self.mode.store(GUEST, Ordering::Relaxed);
+        self.mode.store(GUEST, Ordering::Release);
         // Before the first look into the mailbox.
         fence(Ordering::SeqCst);
     }

@@ -30,7 +30,9 @@ pub struct Memory {
 impl Memory {
     /// Puts backing memory into the nested page tables, because the guest fetched an
     /// instruction there or for another reason. Where large pages are not to be executable,
-    /// the 2 MiB around a fetch become small ones that are, and stay so.
+    /// the 2 MiB around a fetch become small ones that are. Another access, by a CPU that
+    /// waited meanwhile or elsewhere in a page of 1 GiB, puts the large one back, which is
+    /// safe, and the next fetch splits it again.
     pub fn enter(&mut self, gpa: u64, b: &memory::Backing, fetch: bool) -> Result<(), i32> {
         let (mut size, mut step) = (b.size, b.size);
         let mut prot = memory::ept_prot(b.prot);

@@ -39,7 +39,7 @@ const START: u32 = 1;
 const TO_MEMORY: u32 = 2;
 const AND_INTERRUPT: u32 = 4;
 
-/// Beyond the guest's 128 MiB, within what the device can name (28 bits).
+/// Beyond the guest's 128 MiB, within what the device can name.
 const NOWHERE: u64 = 0x0a00_0000;
 
 static FIRED: AtomicU64 = AtomicU64::new(0);

@@ -39,7 +39,7 @@ pub mod reg {
 /// virtualization it is the virtual-APIC page (SDM Vol. 3C §29.1), which the
 /// CPU reads and writes while the guest runs; hence the atomics. Outside the
 /// guest only the vCPU's own thread touches it, but for IRR, in which under
-/// AVIC other vCPUs' CPUs set bits at any time.
+/// AVIC other vCPUs' CPUs and whoever hands over a mailbox set bits at any time.
 #[repr(C, align(4096))]
 pub struct LapicPage([AtomicU32; 1024]);
 

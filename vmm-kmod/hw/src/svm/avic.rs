@@ -81,8 +81,8 @@ impl<H: Host> Tables<H> {
             return None;
         }
         let page = H::phys_to_virt(entry & PAGE) as *const LapicPage;
-        // SAFETY: the vCPU's page, of atomics alone, which it keeps as long as
-        // its VM, and so these tables, live.
+        // SAFETY: a page of atomics alone, of a vCPU that exists, as others never become
+        // VALID; it keeps the page as long as its VM, and so these tables, live.
         Some(unsafe { &*page })
     }
 
@@ -207,7 +207,9 @@ impl<H: Host> Vcpu<H> {
         } else {
             ApicVirt::empty()
         };
-        let control = &mut self.touch(clean::TPR | clean::INTERCEPTS).control;
+        let control = &mut self
+            .touch(clean::TPR | clean::INTERCEPTS | clean::AVIC)
+            .control;
         control.virtual_interrupt ^= virq::AVIC;
         control.intercept_cr ^= CR8;
         self.avic_tpr();

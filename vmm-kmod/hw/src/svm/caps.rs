@@ -130,7 +130,7 @@ impl Capabilities {
             (Features::INVPCID, b7 & (1 << 10) != 0),
             (Features::PCID, c & (1 << 17) != 0),
             (Features::RDPRU, b8 & (1 << 4) != 0),
-            (Features::AVIC_IPI, family != 0x17),
+            (Features::AVIC_IPI, !matches!(family, 0x17 | 0x18)),
             (Features::XSAVE, xsave),
             (
                 Features::XSAVES,
@@ -177,7 +177,7 @@ impl Capabilities {
         }
     }
 
-    /// Whether AVIC is to be used: as said, and if nothing is said on CPUs that
+    /// Whether AVIC is to be used: as said, and if that is left to the CPU on those that
     /// have it for x2APIC mode as well (Zen 4 and later).
     pub fn use_avic(&self, wanted: Option<bool>) -> bool {
         let f = self.features;

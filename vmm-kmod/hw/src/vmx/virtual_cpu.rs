@@ -127,7 +127,7 @@ impl<H: Host> RunCpu for Vcpu<H> {
     fn acknowledged(&self) -> Option<u8> {
         Vcpu::acknowledged(self)
     }
-
+    #[inline]
     fn set_preemption_timer(&mut self, delta: Option<u64>) {
         Vcpu::set_preemption_timer(self, delta);
     }
