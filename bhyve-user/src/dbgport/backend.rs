@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -46,13 +46,55 @@ impl fmt::Display for Address {
     }
 }
 
-/// A line to a debugger, who comes and goes. Nothing here waits for longer than it
-/// is told to.
-pub struct Line {
+/// Where debuggers come from; its descriptor is readable when one is there.
+pub trait Calls: AsFd {
+    /// A connection.
+    type Debugger: AsFd;
+
+    /// The next debugger, without waiting.
+    ///
+    /// # Errors
+    /// Nobody is there, or the host says no.
+    fn take(&self) -> io::Result<Self::Debugger>;
+
+    /// The guest's kernel has something to say to a debugger, and there is none.
+    fn missed(&self);
+}
+
+/// A TCP port.
+pub struct Port {
     listener: TcpListener,
     /// Of the listener, which cannot be asked in capsicum(4)'s mode.
     address: Address,
-    debugger: Option<TcpStream>,
+}
+
+impl AsFd for Port {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Calls for Port {
+    type Debugger = TcpStream;
+
+    fn take(&self) -> io::Result<TcpStream> {
+        let (stream, _) = self.listener.accept()?;
+        // Bytes come one by one; one that is late costs speed alone.
+        let _ = stream.set_nodelay(true);
+        Ok(stream)
+    }
+
+    fn missed(&self) {
+        let at = self.address;
+        eprintln!("bhyve: the guest's kernel waits for a debugger on {at}\r");
+    }
+}
+
+/// A line to a debugger, who comes and goes. Nothing here waits for longer than it
+/// is told to.
+pub struct Line<C: Calls = Port> {
+    calls: C,
+    debugger: Option<C::Debugger>,
     input: VecDeque<u8>,
     output: VecDeque<u8>,
     /// It has been said that nobody is there.
@@ -69,14 +111,26 @@ impl Line {
         listener.set_nonblocking(true)?;
         let address = Address(listener.local_addr()?);
         limit(&listener, Purpose::Listener)?;
-        Ok(Line {
-            listener,
-            address,
+        Ok(Line::new(Port { listener, address }))
+    }
+
+    /// Who listens, for tests.
+    #[cfg(test)]
+    pub fn address(&self) -> SocketAddr {
+        self.calls.address.0
+    }
+}
+
+impl<C: Calls> Line<C> {
+    /// A line that nobody has called yet.
+    pub fn new(calls: C) -> Line<C> {
+        Line {
+            calls,
             debugger: None,
             input: VecDeque::new(),
             output: VecDeque::new(),
             said: false,
-        })
+        }
     }
 
     /// Sends a byte, now or, up to 4 KiB of them, when there is somebody. A
@@ -99,24 +153,15 @@ impl Line {
         self.input.pop_front()
     }
 
-    /// Who listens, for tests.
-    #[cfg(test)]
-    pub fn address(&self) -> SocketAddr {
-        self.address.0
-    }
-
     /// Takes a call, if there is one.
     fn answer(&mut self) {
-        match self.listener.accept() {
-            Ok((stream, _)) => {
-                // Bytes come one by one; one that is late costs speed alone.
-                let _ = stream.set_nodelay(true);
-                self.debugger = Some(stream);
+        match self.calls.take() {
+            Ok(debugger) => {
+                self.debugger = Some(debugger);
                 self.said = false;
             }
             Err(_) if !self.said => {
-                let at = self.address;
-                eprintln!("bhyve: the guest's kernel waits for a debugger on {at}\r");
+                self.calls.missed();
                 self.said = true;
             }
             Err(_) => {}
@@ -141,7 +186,7 @@ impl Line {
             };
             let (bytes, _) = self.output.as_slices();
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            match send(debugger.as_raw_fd(), bytes, flags) {
+            match send(debugger.as_fd().as_raw_fd(), bytes, flags) {
                 Ok(n) => drop(self.output.drain(..n)),
                 Err(Errno::EAGAIN | Errno::EINTR) => return,
                 Err(_) => self.hang_up(),
@@ -153,7 +198,7 @@ impl Line {
     fn wait(&self, patience: Duration) {
         let fd = match &self.debugger {
             Some(debugger) => debugger.as_fd(),
-            None => self.listener.as_fd(),
+            None => self.calls.as_fd(),
         };
         let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
         let patience = PollTimeout::try_from(patience).unwrap_or(PollTimeout::ZERO);
@@ -170,7 +215,11 @@ impl Line {
             return;
         };
         let mut bytes = [0; 512];
-        match recv(debugger.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+        match recv(
+            debugger.as_fd().as_raw_fd(),
+            &mut bytes,
+            MsgFlags::MSG_DONTWAIT,
+        ) {
             Ok(n) if n > 0 => self.input.extend(bytes.iter().take(n)),
             Err(Errno::EAGAIN | Errno::EINTR) => {}
             _ => self.hang_up(),

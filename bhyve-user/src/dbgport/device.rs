@@ -4,7 +4,7 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
-use super::backend::Line;
+use super::backend::{Calls, Line, Port};
 use crate::bus::PortDevice;
 use crate::lock;
 
@@ -19,20 +19,40 @@ const NOTHING: u32 = u32::MAX;
 const PATIENCE: Duration = Duration::from_millis(10);
 
 /// The debug port, 0x224.
-pub struct DebugPort(Mutex<Line>);
+pub struct DebugPort<C: Calls = Port> {
+    line: Mutex<Line<C>>,
+    patience: Duration,
+}
 
 impl DebugPort {
     /// With a line to debuggers.
     pub fn new(line: Line) -> DebugPort {
-        DebugPort(Mutex::new(line))
+        DebugPort::patient(line, PATIENCE)
     }
 }
 
-impl PortDevice for DebugPort {
+impl<C: Calls> DebugPort<C> {
+    /// The same, where an IN waits for a byte for so long at most.
+    pub fn patient(line: Line<C>, patience: Duration) -> DebugPort<C> {
+        DebugPort {
+            line: Mutex::new(line),
+            patience,
+        }
+    }
+}
+
+impl<C: Calls + Send> PortDevice for DebugPort<C>
+where
+    C::Debugger: Send,
+{
     fn port_read(&self, _port: u16, size: u8) -> Option<u32> {
         match size {
             2 => Some(SIGNATURE),
-            4 => Some(lock(&self.0).receive(PATIENCE).map_or(NOTHING, u32::from)),
+            4 => Some(
+                lock(&self.line)
+                    .receive(self.patience)
+                    .map_or(NOTHING, u32::from),
+            ),
             _ => None,
         }
     }
@@ -41,7 +61,7 @@ impl PortDevice for DebugPort {
         if size != 4 {
             return false;
         }
-        lock(&self.0).send(value as u8);
+        lock(&self.line).send(value as u8);
         true
     }
 }

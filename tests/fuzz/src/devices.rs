@@ -19,7 +19,7 @@ use crate::machine::Silent;
 const STEPS: usize = 256;
 
 /// Steps of type `T` until the input ends.
-fn steps<T: for<'a> Arbitrary<'a>>(data: &[u8], mut each: impl FnMut(T)) {
+pub fn steps<T: for<'a> Arbitrary<'a>>(data: &[u8], mut each: impl FnMut(T)) {
     let mut input = Unstructured::new(data);
     for _ in 0..STEPS {
         if input.is_empty() {

@@ -6,6 +6,7 @@
 //! replays every committed input, and cheap mutations of them.
 #![forbid(unsafe_code)]
 
+mod dbgport;
 mod devices;
 mod disks;
 mod files;
@@ -48,6 +49,10 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "config_variables",
         run: files::config_variables,
+    },
+    Target {
+        name: "debug_port",
+        run: dbgport::debug_port,
     },
     Target {
         name: "elf_kernel",

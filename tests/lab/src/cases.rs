@@ -1,6 +1,7 @@
 //! The lab tests: what a user or a guest sees of vmm.ko, bhyveload and bhyve.
 
 mod config;
+mod debug_port;
 mod disk;
 mod firmware;
 mod freebsd;

@@ -1,6 +1,6 @@
 //! FreeBSD 12.1, unpatched, from a memory-disk root to power-off.
 
-use super::{disk, guest_drivers};
+use super::{debug_port, disk, guest_drivers};
 use crate::guest::{Guest, Load};
 use crate::host::{Config, Host};
 use crate::images;
@@ -28,12 +28,14 @@ pub fn group(lab: &Lab) -> Group {
             }
             let root = image.mfsroot.is_some();
             let drivers = root.then(|| guest_drivers::case(lab, &mut config));
+            let debugged = root.then(|| debug_port::case(lab, &mut config));
             names
                 .map(|(vcpus, name)| {
                     Case::new(name, move |lab, host| to_power_off(lab, host, vcpus, root))
                 })
                 .into_iter()
                 .chain(drivers)
+                .chain(debugged)
                 .collect()
         }
     };
