@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 fn script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("buildworld/buildworld")
@@ -41,16 +42,27 @@ fn line(table: &str, mode: &str) -> Vec<String> {
         .collect()
 }
 
-fn table(results: &str) -> Output {
-    let file = std::env::temp_dir().join(format!(
-        "buildworld-{}-{:?}",
-        std::process::id(),
-        std::thread::current().id()
-    ));
-    std::fs::write(&file, results).unwrap();
-    let out = run(&["stats", file.to_str().unwrap()]);
-    std::fs::remove_file(&file).unwrap();
+/// What a command says of files with these contents.
+fn of_files(command: &str, contents: &[&str]) -> Output {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let call = NEXT.fetch_add(1, Ordering::Relaxed);
+    let files: Vec<PathBuf> = (0..contents.len())
+        .map(|i| std::env::temp_dir().join(format!("buildworld-{}-{call}-{i}", std::process::id())))
+        .collect();
+    let mut args = vec![command];
+    for (file, text) in files.iter().zip(contents) {
+        std::fs::write(file, text).unwrap();
+        args.push(file.to_str().unwrap());
+    }
+    let out = run(&args);
+    for file in &files {
+        std::fs::remove_file(file).unwrap();
+    }
     out
+}
+
+fn table(results: &str) -> Output {
+    of_files("stats", &[results])
 }
 
 #[test]
@@ -74,6 +86,34 @@ fn statistics() {
     assert_eq!(ours[2], "103.50");
     // 4000 exits in 207 seconds; 103.5 ÷ 102; 103 ÷ 108 to 104 ÷ 100.
     assert_eq!(ours[8..], ["19.3", "1.0147", "(0.9537", "to", "1.0400)"]);
+}
+
+#[test]
+fn results_of_several_boots_are_one_table() {
+    let out = of_files(
+        "stats",
+        &[
+            "native 1 100 190 5 0\n",
+            "ours 1 104 191 6 1000\nours 2 102 191 6 0\n",
+        ],
+    );
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert_eq!(line(&text, "ours")[9], "1.0300");
+}
+
+#[test]
+fn only_exits_of_the_job_count() {
+    let out = of_files(
+        "between",
+        &[
+            "100 total number of vm exits\n7 vm exits due to apic write\n4096 Resident memory\n",
+            "150 total number of vm exits\n7 vm exits due to apic write\n8192 Resident memory\n",
+        ],
+    );
+    assert_eq!(
+        String::from_utf8(out.stdout).unwrap(),
+        "50 total number of vm exits\n0 vm exits due to apic write\n"
+    );
 }
 
 #[test]
