@@ -13,6 +13,29 @@
 
 #include "shim.h"
 
+/*
+ * The thunks through which the Rust half returns and calls by pointer, if it was built
+ * for kernels that have them, on one that does not. Such a kernel's own code is no better.
+ */
+#if !defined(CONFIG_RETHUNK) && !defined(CONFIG_MITIGATION_RETHUNK)
+asm(".pushsection .text\n"
+    ".globl __x86_return_thunk\n"
+    ".type __x86_return_thunk, @function\n"
+    "__x86_return_thunk: ret\n"
+    "int3\n"
+    ".size __x86_return_thunk, . - __x86_return_thunk\n"
+    ".popsection");
+#endif
+#if !defined(CONFIG_RETPOLINE) && !defined(CONFIG_MITIGATION_RETPOLINE)
+asm(".pushsection .text\n"
+    ".globl __x86_indirect_thunk_r11\n"
+    ".type __x86_indirect_thunk_r11, @function\n"
+    "__x86_indirect_thunk_r11: jmp *%r11\n"
+    "int3\n"
+    ".size __x86_indirect_thunk_r11, . - __x86_indirect_thunk_r11\n"
+    ".popsection");
+#endif
+
 uint32_t vmm_host_cpu(void)
 {
 	return raw_smp_processor_id();

@@ -20,9 +20,11 @@
  * this is one, for a function that nobody calls.
  */
 asm(".pushsection .text\n"
+    ".type vmm_nobody, @function\n"
     "vmm_nobody:\n"
     "\tendbr64\n"
-    "\tint3\n"
+    "1:\tjmp 1b\n"
+    ".size vmm_nobody, . - vmm_nobody\n"
     ".popsection\n"
     ".pushsection .ibt_endbr_seal, \"a\"\n"
     "\t.long vmm_nobody - .\n"

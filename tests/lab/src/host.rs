@@ -365,7 +365,16 @@ impl Host {
                 .must(&format!("{line}kldload /lab/vmm.ko"), SHORT)
                 .map(drop);
         }
-        self.must(&format!("insmod /vmm.ko {engine} {options}"), SHORT)
+        self.load_vmm_from("/vmm.ko", options)
+    }
+
+    /// The same, of a module elsewhere in a Linux host.
+    ///
+    /// # Errors
+    /// It refuses.
+    pub fn load_vmm_from(&mut self, module: &str, options: &str) -> Result<()> {
+        let engine = self.engine.vmm_options();
+        self.must(&format!("insmod {module} {engine} {options}"), SHORT)
             .map(drop)
     }
 

@@ -5,7 +5,7 @@ use crate::command::output;
 use crate::core_src::{self, CoreSource, KERNEL_CARGO_ARGS, kernel_cargo_env};
 use crate::dirs::Dirs;
 use crate::one_section;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -34,26 +34,11 @@ pub fn build(dirs: &Dirs, headers: &Path) -> Result<PathBuf> {
         static_library(dirs, &source, into, &[], branches)
     })?;
     crate::progress::step("vmm.ko: Kbuild", || {
-        let build = dirs.target.join("vmm-linux");
-        let shim = build.join("linux");
-        // Stale shim sources must go, Kbuild's own products may stay.
-        mirror(&dirs.root.join("vmm-kmod/linux"), &shim)?;
-        mirror(&krate, &build.join("kmod"))?;
-        let object = shim.join("vmm_rust.o_shipped");
+        let shim = shim(dirs, "vmm-linux")?;
         let exports = krate.join("exports.txt");
+        let object = shim.join(SHIPPED);
         link(&archive, &exports, "linux", branches, &object)?;
-        // Kbuild wants to know the command that made an object.
-        fs::write(shim.join(".vmm_rust.o.cmd"), "")?;
-        output(
-            Command::new("make")
-                .arg("-C")
-                .arg(headers)
-                .arg(format!("M={}", shim.display()))
-                .arg("modules")
-                .env_remove("MAKEFLAGS")
-                .env_remove("MAKELEVEL"),
-        )?;
-        let made = shim.join("vmm.ko");
+        let (made, _) = kbuild(headers, &shim)?;
         let module = dirs.target.join("vmm.ko");
         match branches {
             Branches::Unchecked => shrink(&made, &module)?,
@@ -65,6 +50,56 @@ pub fn build(dirs: &Dirs, headers: &Path) -> Result<PathBuf> {
         output(Command::new("strip").arg("--strip-debug").arg(&module))?;
         Ok(module)
     })
+}
+
+/// The module of the Debian package `bhyve-dkms`, whose Rust half is one for all kernels, as it
+/// is made for the kernel with these headers.
+///
+/// # Errors
+/// The compiler, the linker or Kbuild fails, or objtool has found code that it does not like.
+pub fn dkms(dirs: &Dirs, headers: &Path) -> Result<PathBuf> {
+    let shim = shim(dirs, "vmm-dkms")?;
+    let object_file = shim.join(SHIPPED);
+    object(dirs, "kmod-ibt", &[], Branches::Checked, &object_file)?;
+    let (made, said) = kbuild(headers, &shim)?;
+    let complaints: Vec<&str> = said.lines().filter(|l| l.contains("objtool:")).collect();
+    ensure!(complaints.is_empty(), "{}", complaints.join("\n"));
+    let module = dirs.target.join("vmm-dkms.ko");
+    output(
+        Command::new("strip")
+            .args(["--strip-debug", "-o"])
+            .arg(&module)
+            .arg(&made),
+    )?;
+    Ok(module)
+}
+
+/// The Rust half, as Kbuild finds it.
+const SHIPPED: &str = "vmm_rust.o_shipped";
+
+/// A copy of the shim's sources in the target directory's folder `into`.
+fn shim(dirs: &Dirs, into: &str) -> Result<PathBuf> {
+    let build = dirs.target.join(into);
+    let shim = build.join("linux");
+    // Stale shim sources must go, Kbuild's own products may stay.
+    mirror(&dirs.root.join("vmm-kmod/linux"), &shim)?;
+    mirror(&dirs.root.join("vmm-kmod/kmod"), &build.join("kmod"))?;
+    Ok(shim)
+}
+
+/// Has Kbuild join the halves in `shim`; the module, and what was said.
+fn kbuild(headers: &Path, shim: &Path) -> Result<(PathBuf, String)> {
+    // Kbuild wants to know the command that made an object.
+    fs::write(shim.join(".vmm_rust.o.cmd"), "")?;
+    let said = output(
+        Command::new("sh")
+            .args(["-c", "exec make -C \"$0\" M=\"$1\" modules 2>&1"])
+            .arg(headers)
+            .arg(shim)
+            .env_remove("MAKEFLAGS")
+            .env_remove("MAKELEVEL"),
+    )?;
+    Ok((shim.join("vmm.ko"), said))
 }
 
 /// Leaves out of a module what nobody needs: nobody else calls what is in it, and the C
@@ -92,11 +127,17 @@ pub enum Branches {
     Unchecked,
     /// The CPU checks that each leads to an ENDBR. objtool, which looks at all code of
     /// such a kernel's modules and completes it, takes constants among code for code.
+    /// Returns and indirect calls go through the kernel's thunks, or the shim's.
     Checked,
 }
 
-/// The compiler's flags for the second kind. Jump tables are ways without a mark.
-const MARKED: &str = "-Z cf-protection=branch -C jump-tables=no";
+/// The compiler's flags for the second kind, which are those of the C side: gcc's
+/// -fcf-protection=branch -fno-jump-tables -mfunction-return=thunk-extern
+/// -mindirect-branch=thunk-extern -mindirect-branch-cs-prefix -mharden-sls=all. Jump tables
+/// are ways without a mark. `thunks` is for assembly.
+const MARKED: &str = "-Z cf-protection=branch -C jump-tables=no \
+     -Z function-return=thunk-extern -Z retpoline-external-thunk=yes -Z indirect-branch-cs-prefix=yes \
+     -C target-feature=+harden-sls-ret,+harden-sls-ijmp --cfg thunks";
 
 /// That of the kernel with these headers.
 fn branches(headers: &Path) -> Branches {
@@ -234,6 +275,8 @@ const SECTIONS: &str = "\
 const OBJTOOL: &str = "\
     .discard.intra_function_calls 0 : { KEEP(*(.discard.intra_function_calls)) }
     .discard.annotate_insn 0 : { KEEP(*(.discard.annotate_insn)) }
+    .discard.noendbr 0 : { KEEP(*(.discard.noendbr)) }
+    .discard.func_stack_frame_non_standard 0 : { KEEP(*(.discard.func_stack_frame_non_standard)) }
 ";
 
 /// One relocatable object with what the C side calls on `host`, and what that

@@ -1,7 +1,8 @@
 //! Privileged instructions that VT-x and AMD-V backends share, one function
 //! each. All need CPL 0.
 
-use core::arch::asm;
+use crate::mitigation::ret;
+use core::arch::{asm, naked_asm};
 
 /// RDMSR.
 ///
@@ -245,39 +246,62 @@ pub unsafe fn host_interrupt(vector: u8) {
     // SAFETY: the table has a gate of 16 bytes for every vector that is delivered.
     let (low, high) = unsafe { (gate.read(), gate.add(1).read()) };
     let handler = low & 0xffff | low >> 32 & 0xffff_0000 | high << 32;
-    // SAFETY: as the caller promises, the handler expects it. It returns by IRET, with the
-    // stack and all registers as they were. It is reached by a RET that is predicted to
-    // go nowhere: no indirect branch that could be trained, or wants an ENDBR.
-    unsafe {
-        asm!(
-            "mov {sp}, rsp",
-            "and rsp, -16",
-            "push {at}",
-            "push {sp}",
-            "pushfq",
-            "push {cs}",
-            "lea {at}, [rip + 4f]",
-            "push {at}",
-            // As in `fill_rsb`: objtool is to know of it.
-            "7: call 3f",
-            ".pushsection .discard.intra_function_calls",
-            ".long 7b",
-            ".popsection",
-            ".pushsection .discard.annotate_insn, \"M\", @progbits, 8",
-            ".long 7b - ., 7",
-            ".popsection",
-            "2:",
-            "pause",
-            "lfence",
-            "jmp 2b",
-            "3:",
-            "mov [rsp], {handler}",
-            "ret",
-            "4:",
-            sp = out(reg) _,
-            at = inout(reg) u64::from(read_ss()) => _,
-            cs = in(reg) u64::from(read_cs()),
-            handler = in(reg) handler,
-        );
-    }
+    // SAFETY: as the caller promises, the handler expects it. It returns by IRET, with all
+    // registers as they were.
+    unsafe { call_handler(handler) }
 }
+
+/// The frame of an interrupt, and a jump to its handler.
+///
+/// # Safety
+/// As [`host_interrupt`].
+#[unsafe(naked)]
+unsafe extern "sysv64" fn call_handler(handler: u64) {
+    naked_asm!(
+        "push rbp",
+        "mov rbp, rsp",
+        "and rsp, -16",
+        "mov eax, ss",
+        "push rax",
+        "push rbp",
+        "pushfq",
+        "mov eax, cs",
+        "push rax",
+        call_with_frame!(),
+        // Where IRET has put RSP already, of which objtool does not know.
+        "mov rsp, rbp",
+        "pop rbp",
+        ret!(),
+    )
+}
+
+/// Assembly: a CALL of what RDI points to, which pops the address behind it. The kernel's
+/// thunk makes of it what the CPU needs. The handler begins with an ENDBR where the CPU looks
+/// for one, as it is reached through a gate as well. The prefix makes room for all that the
+/// kernel may put in the CALL's place.
+#[cfg(thunks)]
+macro_rules! call_with_frame {
+    () => {
+        "mov r11, rdi
+         .byte 0x2e
+         call __x86_indirect_thunk_r11"
+    };
+}
+/// By a RET that is predicted to go nowhere: no indirect branch that could be trained.
+#[cfg(not(thunks))]
+macro_rules! call_with_frame {
+    () => {
+        "lea rax, [rip + 4f]
+         push rax
+         call 3f
+         2:
+         pause
+         lfence
+         jmp 2b
+         3:
+         mov [rsp], rdi
+         ret
+         4:"
+    };
+}
+use call_with_frame;

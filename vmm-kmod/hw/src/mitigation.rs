@@ -26,6 +26,51 @@ macro_rules! fill_rsb {
 }
 pub(crate) use fill_rsb;
 
+/// Assembly: RET. In a module for kernels whose own returns are jumps to a thunk, which does
+/// what the CPU needs (Retbleed, SRSO, ITS), one such; the kernel puts a RET there at load
+/// where it needs nothing. Straight-line speculation ends at the INT3 behind.
+#[cfg(thunks)]
+macro_rules! ret {
+    () => {
+        "jmp __x86_return_thunk
+         int3"
+    };
+}
+#[cfg(not(thunks))]
+macro_rules! ret {
+    () => {
+        "ret"
+    };
+}
+pub(crate) use ret;
+
+/// Assembly: what objtool is to know of a function in which the CPU arrives by itself, its
+/// frame made by another: no CALL leads there, nor an indirect branch that wants an ENDBR.
+/// Its name is the operand `this`. None of these sections is loaded; as in [`fill_rsb`]
+/// the second is for Linux before 6.14, the third from then on.
+#[cfg(thunks)]
+macro_rules! arrival {
+    () => {
+        "7:
+         .pushsection .discard.func_stack_frame_non_standard
+         .quad {this}
+         .popsection
+         .pushsection .discard.noendbr
+         .long 7b
+         .popsection
+         .pushsection .discard.annotate_insn, \"M\", @progbits, 8
+         .long 7b - ., 1
+         .popsection"
+    };
+}
+#[cfg(not(thunks))]
+macro_rules! arrival {
+    () => {
+        "/* {this} */"
+    };
+}
+pub(crate) use arrival;
+
 /// CPUID.07H.0:EDX bit 10: VERW overwrites the buffers that MDS leaks.
 pub const CPUID7_EDX_MD_CLEAR: u32 = 1 << 10;
 /// CPUID.07H.0:EDX bit 26: IBRS and IBPB (SPEC_CTRL and PRED_CMD exist).

@@ -5,7 +5,7 @@ use crate::host::{Config, Host, SHORT};
 use crate::machine::Engine;
 use crate::progress::step;
 use crate::runner::{Case, Group, Lab};
-use crate::{baseline, exitcost, first_exit, size};
+use crate::{baseline, exitcost, first_exit, kmod, size};
 use anyhow::{Context, Result, ensure};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -18,6 +18,8 @@ const TRIPLE_FAULT: i32 = 3;
 const RUN: Duration = Duration::from_secs(120);
 /// Where the program that times a VM's first exit is in the host.
 const FIRST_EXIT: &str = "tools/first-exit";
+/// Where the module of the Debian package is in the host.
+const DKMS: &str = "dkms/vmm.ko";
 /// Host instructions that a CPUID exit may cost with VT-x, and with AMD-V on a CPU
 /// that does not tell the instruction's length.
 const CPUID_COST: u64 = 300;
@@ -85,6 +87,11 @@ pub fn group(lab: &Lab, engine: Engine) -> Result<Group> {
         config.file(FIRST_EXIT, &program);
         cases.push(Case::new("vm-first-exit", vm_first_exit));
         cases.push(Case::new("size", sizes));
+        let module = step("vmm.ko for DKMS", || {
+            kmod::dkms(&lab.dirs, &lab.kit.kernel.headers)
+        })?;
+        config.file(DKMS, &module);
+        cases.push(Case::new("dkms-module", dkms_module));
     }
     Ok(Group {
         name: format!("{prefix}guests"),
@@ -183,6 +190,11 @@ fn exit_cost(lab: &Lab, engine: Engine, host: &mut Host) -> Result<()> {
             .collect();
         baseline::check(&lab.dirs.root, "exits", &counts)?;
     }
+    cpuid_cost(engine, &text)
+}
+
+/// What a CPUID exit costs by what `exitcost` has said.
+fn cpuid_cost(engine: Engine, text: &str) -> Result<()> {
     let minimum = text
         .lines()
         .find_map(|l| l.strip_prefix("exitcost CPUID ")?.split_whitespace().next())
@@ -214,6 +226,23 @@ fn vm_first_exit(lab: &Lab, host: &mut Host) -> Result<()> {
     let line = format!("chmod +x /{FIRST_EXIT} && /{FIRST_EXIT} vmm");
     let count = first_exit::instructions(&host.must(&line, SHORT)?)?;
     baseline::check(&lab.dirs.root, "first-exit", &[("first_exit", count)])
+}
+
+/// The module of the Debian package, with the kernel's thunks for its returns and indirect
+/// calls, runs guests as the other does.
+fn dkms_module(lab: &Lab, host: &mut Host) -> Result<()> {
+    let engine = lab.engine;
+    host.unload_vmm()?;
+    host.load_vmm_from(&format!("/{DKMS}"), "")?;
+    let ran = passes(host, &small("exceptions"))
+        .and_then(|_| passes(host, &small("exitcost")))
+        .and_then(|text| cpuid_cost(engine, &text));
+    host.unload_vmm()?;
+    host.load_vmm("")?;
+    ran?;
+    let complaints = host.run("dmesg | grep -i \"unpatched\\|thunk in use\\|BUG:\"", SHORT)?;
+    ensure!(complaints.status == 1, "the kernel: {}", complaints.text);
+    Ok(())
 }
 
 /// Names of the guests' programs.

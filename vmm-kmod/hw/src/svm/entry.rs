@@ -3,7 +3,7 @@
 use super::vcpu::{Vcpu, Wanted, work};
 use super::vmcb::{clean, msr, tlb};
 use crate::instr;
-use crate::mitigation::fill_rsb;
+use crate::mitigation::{fill_rsb, ret};
 use core::arch::{asm, naked_asm};
 use core::mem::{offset_of, replace};
 use vmm_core::cpu::{Exit, Gpr};
@@ -105,7 +105,7 @@ unsafe extern "sysv64" fn run_guest() {
         "pop rdi",
         "pop rbx",
         "pop rbp",
-        "ret",
+        ret!(),
         vmcb = const offset_of!(Regs, vmcb_pa),
         host_vmcb = const offset_of!(Regs, host_vmcb_pa),
         fill_rsb = const offset_of!(Regs, fill_rsb),

@@ -5,7 +5,7 @@ use super::exit::raw;
 use super::fields::{msr, reason, vmcs};
 use super::instr::{self, vmwrite};
 use super::vcpu::{Vcpu, work};
-use crate::mitigation::fill_rsb;
+use crate::mitigation::{arrival, fill_rsb, ret};
 use core::arch::{asm, naked_asm};
 use core::mem::offset_of;
 use core::sync::atomic::Ordering;
@@ -88,7 +88,7 @@ unsafe extern "sysv64" fn enter_guest() {
         "pop rdi",
         "pop rbx",
         "pop rbp",
-        "ret",
+        ret!(),
         host_rsp = const offset_of!(Regs, host_rsp),
         cr2 = const offset_of!(Regs, cr2),
         verw = const offset_of!(Regs, verw),
@@ -105,6 +105,7 @@ unsafe extern "sysv64" fn enter_guest() {
 #[unsafe(naked)]
 pub(super) unsafe extern "sysv64" fn exit_from_guest() {
     naked_asm!(
+        arrival!(),
         "push rdi",
         "mov rdi, [rsp + 8]",
         "mov [rdi], rax",
@@ -150,7 +151,8 @@ pub(super) unsafe extern "sysv64" fn exit_from_guest() {
         "pop rdi",
         "pop rbx",
         "pop rbp",
-        "ret",
+        ret!(),
+        this = sym exit_from_guest,
         cr2 = const offset_of!(Regs, cr2),
         fill_rsb = const offset_of!(Regs, fill_rsb),
     )
