@@ -99,6 +99,17 @@ fn results_of_several_boots_are_one_table() {
     );
     let text = String::from_utf8(out.stdout).unwrap();
     assert_eq!(line(&text, "ours")[9], "1.0300");
+    assert!(!text.contains("ours to stock"));
+}
+
+#[test]
+fn ours_and_stock_are_compared() {
+    let out = table("ours 1 90 1 1 0\nours 2 110 1 1 0\nours 3 99 1 1 0\nstock 1 120 1 1 0\n");
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(
+        text.ends_with("ours to stock:   0.8250 (0.7500 to 0.9167)\n"),
+        "{text}"
+    );
 }
 
 #[test]
