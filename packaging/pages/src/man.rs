@@ -222,7 +222,9 @@ fn devices(out: &mut String, name: &str, help: &str) {
             Some(_) => ("Ns", conf.to_owned()),
             None => ("Ns", format!(",{conf}")),
         };
-        let _ = write!(out, " {ns} Ar {}", argument(&conf));
+        // A line can end before an option.
+        let conf = argument(&conf).replace("[,", "\\:[,");
+        let _ = write!(out, " {ns} Ar {conf}");
     }
     let _ = writeln!(out, "\n{}", prose(&sentence(what)));
 }
