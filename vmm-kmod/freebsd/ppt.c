@@ -81,6 +81,7 @@ static device_method_t ppt_methods[] = {
 	DEVMETHOD(device_probe,		ppt_probe),
 	DEVMETHOD(device_attach,	ppt_attach),
 	DEVMETHOD(device_detach,	ppt_detach),
+	DEVMETHOD(device_resume,	vmm_rust_ppt_resume),
 	DEVMETHOD_END
 };
 

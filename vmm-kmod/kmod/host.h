@@ -207,6 +207,9 @@ void vmm_rust_ppt_remove(void *device);
 /* Whether a tunable names the function, and whether a VM has it. */
 int vmm_rust_ppt_wanted(unsigned int rid);
 int vmm_rust_ppt_busy(void *device);
+/* The host has slept; the function and the ports above have their configuration
+ * again, as far as the host knows it. 0. */
+int vmm_rust_ppt_resume(void *device);
 /* FreeBSD: what VT-x has, 0 or 1, as src/capabilities.rs numbers it. */
 extern int vmm_rust_capabilities[8];
 

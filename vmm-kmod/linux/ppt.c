@@ -26,10 +26,20 @@ static int ppt_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	    sizeof(*pdev->resource), pci_dev_id(pdev));
 }
 
+/* What sleeps loses its state: the guest's driver will begin anew. */
+static int ppt_suspend(struct pci_dev *pdev, pm_message_t message)
+{
+	pci_clear_master(pdev);
+	return 0;
+}
+
 struct pci_driver vmm_ppt_driver = {
 	.name = "ppt",
 	.probe = ppt_probe,
 	.remove = (void (*)(struct pci_dev *))vmm_rust_ppt_remove,
+	/* Each alone is smaller than a dev_pm_ops. Guests do not run yet. */
+	.suspend = ppt_suspend,
+	.resume = (int (*)(struct pci_dev *))vmm_rust_ppt_resume,
 	.driver_managed_dma = true,
 };
 

@@ -2,7 +2,8 @@
  * edu-dma DEVICE ADDRESS: has QEMU's edu, driven from here, write to that address.
  * edu-dma DEVICE: has it read and write a page of ours by its physical address. Says
  * "reaches" if the page has what it should then, "blocked" if it is as it was.
- * DEVICE is its folder in sysfs.
+ * DEVICE is its folder in sysfs, or, of one that the kernel has been told to forget
+ * and that was made bus master before, the physical address of its registers.
  */
 #include <fcntl.h>
 #include <stdint.h>
@@ -86,21 +87,34 @@ static int all(const uint8_t *page, int value)
 	return 1;
 }
 
+static void set_command(int config, uint16_t value)
+{
+	if (config >= 0 && pwrite(config, &value, 2, COMMAND) != 2)
+		fail("config");
+}
+
 int main(int argc, char **argv)
 {
-	uint16_t was, on;
-	uint64_t here;
+	uint16_t was = 0;
+	uint64_t at, here;
 	uint8_t *page;
-	int config;
+	char *end;
+	int config = -1, memory;
 
 	if (argc != 2 && argc != 3)
 		return 2;
-	config = opened(argv[1], "config");
-	if (pread(config, &was, 2, COMMAND) != 2)
-		fail("config");
-	on = was | ON;
+	at = strtoull(argv[1], &end, 0);
+	if (*end == '\0') {
+		memory = opened("/dev", "mem");
+	} else {
+		at = 0;
+		memory = opened(argv[1], "resource0");
+		config = opened(argv[1], "config");
+		if (pread(config, &was, 2, COMMAND) != 2)
+			fail("config");
+	}
 	registers = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
-	    opened(argv[1], "resource0"), 0);
+	    memory, at);
 	page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE,
 	    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE | MAP_LOCKED, -1, 0);
 	if (registers == MAP_FAILED || page == MAP_FAILED)
@@ -108,13 +122,9 @@ int main(int argc, char **argv)
 	memset(page, 0x5a, PAGE);
 	here = physical(page);
 	/* Decoding first: what a guest began has to end without being let through. */
-	on &= ~4;
-	if (pwrite(config, &on, 2, COMMAND) != 2)
-		fail("config");
+	set_command(config, (was | ON) & ~4);
 	finish();
-	on |= 4;
-	if (pwrite(config, &on, 2, COMMAND) != 2)
-		fail("config");
+	set_command(config, was | ON);
 	if (argc == 3) {
 		transfer(BUFFER, strtoull(argv[2], NULL, 0), TO_MEMORY);
 	} else {
@@ -122,8 +132,7 @@ int main(int argc, char **argv)
 		memset(page, 0xa5, PAGE);
 		transfer(BUFFER, here, TO_MEMORY);
 	}
-	if (pwrite(config, &was, 2, COMMAND) != 2)
-		fail("config");
+	set_command(config, was);
 	if (argc == 3)
 		return 0;
 	if (all(page, 0x5a))

@@ -262,9 +262,23 @@ impl<H: Host, R: Registers> Unit<H, R> {
         self.set(rid, &BLOCKED)
     }
 
-    /// Lets a function's DMA and interrupts pass.
-    pub fn pass_on(&self, rid: u16) -> Result<(), Refusal> {
-        self.set(rid, &PASS)
+    /// Lets the DMA and the interrupts of a requester ID that is under no domain
+    /// pass, or blocks them. After one or more of these comes
+    /// [`Unit::forget_passed`].
+    pub fn let_pass(&mut self, rid: u16, pass: bool) -> Result<(), Refusal> {
+        let entry = if pass { &PASS } else { &BLOCKED };
+        let at = usize::from(rid) * ENTRY;
+        if shared(&self.devices, at).load(Ordering::Relaxed) == entry.translation {
+            return Ok(());
+        }
+        self.put(rid, entry);
+        self.command(INVALIDATE_ENTRY | u64::from(rid), 0);
+        self.invalidate_interrupts(rid)
+    }
+
+    /// Has the unit forget what passed.
+    pub fn forget_passed(&self) -> Result<(), Refusal> {
+        self.invalidate(PASS_DOMAIN)
     }
 
     /// Calls `f` with each fault that has been recorded, and clears them. Whether there

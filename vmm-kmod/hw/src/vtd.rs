@@ -200,7 +200,13 @@ pub struct Unit<H: Host, R: Registers> {
 ///
 /// `va` is the address of 4 KiB that are mapped.
 fn write_back(va: *const u8) {
-    for line in (0..4096).step_by(64) {
+    write_back_some(va, 4096);
+}
+
+/// The same of the first `len` bytes.
+#[inline(never)]
+fn write_back_some(va: *const u8, len: usize) {
+    for line in (0..len).step_by(64) {
         // SAFETY: within the page; CLFLUSH changes nothing.
         unsafe { core::arch::x86_64::_mm_clflush(va.wrapping_add(line)) };
     }
@@ -322,12 +328,15 @@ impl<H: Host, R: Registers> Unit<H, R> {
         if let Some(page) = page {
             let at = usize::from(rid & 0xff) * 16;
             if let Some(entry) = page.bytes_mut().get_mut(at..at + 16) {
+                if entry == [low.to_le_bytes(), high.to_le_bytes()].as_flattened() {
+                    return;
+                }
                 // Not present while it is neither the one nor the other.
                 put(entry, 0, 0);
                 core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
                 put(entry, low, high);
+                write_back_some(entry.as_ptr(), 16);
             }
-            write_back(page.as_ptr());
         }
     }
 
@@ -343,10 +352,17 @@ impl<H: Host, R: Registers> Unit<H, R> {
         self.set(rid, (0, 0))
     }
 
-    /// Lets a function's DMA pass.
-    pub fn pass_on(&mut self, rid: u16) -> Result<(), Refusal> {
-        let pass = self.pass();
-        self.set(rid, pass)
+    /// Lets the DMA of a requester ID that is under no domain pass, or blocks it.
+    /// After one or more of these comes [`Unit::forget_passed`].
+    pub fn let_pass(&mut self, rid: u16, pass: bool) -> Result<(), Refusal> {
+        let value = if pass { self.pass() } else { (0, 0) };
+        self.put(rid, value);
+        Ok(())
+    }
+
+    /// Has the unit forget what passed.
+    pub fn forget_passed(&self) -> Result<(), Refusal> {
+        self.invalidate()
     }
 
     /// Writes a domain's table back to memory, where that is needed.

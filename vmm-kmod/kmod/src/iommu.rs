@@ -9,6 +9,7 @@ use core::mem::ManuallyDrop;
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use vmm_core::iommu::acs::Ids;
 use vmm_hw::ept::{AmdviFormat, Ept, MemType, Options, Prot, VtdFormat};
 use vmm_hw::vtd::{Fault, Refusal, Registers};
 use vmm_hw::{amdvi, vtd};
@@ -138,8 +139,12 @@ impl Unit {
         each!(self, u => u.block(rid.0))
     }
 
-    fn pass_on(&mut self, rid: Rid) -> Result<(), Refusal> {
-        each!(self, u => u.pass_on(rid.0))
+    fn let_pass(&mut self, rid: u16, pass: bool) -> Result<(), Refusal> {
+        each!(self, u => u.let_pass(rid, pass))
+    }
+
+    fn forget_passed(&self) -> Result<(), Refusal> {
+        each!(self, u => u.forget_passed())
     }
 
     fn resume(&self) -> Result<(), Refusal> {
@@ -308,17 +313,28 @@ pub fn group_again(device: &Device, rid: Rid) -> Group {
     device.group().map_or(Group::Own(rid), Group::Host)
 }
 
-/// A function goes back to the host: its DMA passes as it is.
-pub fn release(device: &Device, rid: Rid) {
-    if device.group().is_some() || UNITS.lock().list.is_empty() {
-        return;
-    }
-    if let Ok((base, _)) = unit_of(rid)
-        && let Some(unit) = UNITS.lock().of(base)
-        && let Err(e) = unit.pass_on(rid)
-    {
-        klog!(Error, "ppt {rid}: the IOMMU: {e}");
-    }
+/// Whether a unit of ours is on that may serve a function.
+pub fn is_ours(device: &Device) -> bool {
+    device.group().is_none() && !UNITS.lock().list.is_empty()
+}
+
+/// Lets the DMA of requester IDs of a function's device, none of which is under a
+/// domain, pass as it is, or blocks it. EIO, ENXIO.
+#[inline(never)]
+pub fn let_pass(rid: Rid, ids: &Ids, pass: bool) -> Result<(), i32> {
+    let (base, _) = unit_of(rid)?;
+    let mut units = UNITS.lock();
+    let unit = units.of(base).ok_or(errno::ENXIO)?;
+    let done = ids.each(|id| unit.let_pass(id, pass));
+    done.and_then(|()| unit.forget_passed())
+        .map_err(|e| said(rid, e))
+}
+
+#[cold]
+#[inline(never)]
+fn said(rid: Rid, why: Refusal) -> i32 {
+    klog!(Error, "ppt {rid}: the IOMMU: {why}");
+    errno::EIO
 }
 
 /// Looks for faults (interrupt context).
@@ -463,9 +479,8 @@ impl Own {
     }
 
     fn stick(&self, rid: Rid, why: Refusal) -> i32 {
-        klog!(Error, "ppt {rid}: the IOMMU: {why}");
         self.stuck.store(true, Ordering::Relaxed);
-        errno::EIO
+        said(rid, why)
     }
 }
 

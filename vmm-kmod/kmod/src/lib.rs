@@ -468,6 +468,13 @@ pub extern "C" fn vmm_rust_ppt_busy(device: *mut c_void) -> c_int {
     c_int::from(ppt::busy(device))
 }
 
+/// The host has slept, and ppt's function with it.
+#[unsafe(no_mangle)]
+pub extern "C" fn vmm_rust_ppt_resume(device: *mut c_void) -> c_int {
+    ppt::resume(device);
+    0
+}
+
 /// ppt loses a PCI function.
 ///
 /// # Safety

@@ -20,7 +20,7 @@ use core::mem;
 use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
-use vmm_core::iommu::acs;
+use vmm_core::iommu::acs::{self, Ids};
 use vmm_core::iommu::pci::{Bridges, Config};
 use vmm_hw::ept::MemType;
 
@@ -144,8 +144,8 @@ impl Functions {
 
     /// Whether all functions that this one can reach without asking the IOMMU
     /// are the VM's, or nobody's. EBUSY.
-    fn alone(&self, vm: &Vm, rid: Rid) -> Result<(), i32> {
-        for mate in acs::members(&Bridges::new(Pci), rid.0) {
+    fn alone(&self, pci: &impl Config, vm: &Vm, rid: Rid) -> Result<(), i32> {
+        for mate in acs::members(pci, rid.0) {
             if mate == rid.0 || Pci.buses(mate).is_some() {
                 continue;
             }
@@ -167,6 +167,18 @@ impl Functions {
         Ok(())
     }
 
+    /// A function is the host's again: its DMA passes as it is, and, as soon as no
+    /// other of its bus is kept for guests, that of all there is or will be there.
+    fn pass_on(&self, device: &Device, rid: Rid) {
+        if !iommu::is_ours(device) {
+            return;
+        }
+        let kept = self.0.iter().any(|f| f.rid.0 >> 8 == rid.0 >> 8);
+        let ids = if kept { Ids::one } else { Ids::bus };
+        // The log has it.
+        let _ = iommu::let_pass(rid, &ids(rid.0), true);
+    }
+
     fn bind(&mut self, vm: &Vm, rid: Rid) -> Result<(), i32> {
         let at = self.position(rid)?;
         let f = self.0.get_mut(at).ok_or(errno::ENOENT)?;
@@ -185,7 +197,12 @@ impl Functions {
         let group = iommu::group(&f.device, rid)?;
         if matches!(group, Group::Own(_)) {
             // What can be told apart, before `quiesce` sees to it that it is.
-            self.alone(vm, rid)?;
+            let pci = Bridges::new(Pci);
+            self.alone(&pci, vm, rid)?;
+            let held = |other| self.0.iter().any(|f| f.rid.0 == other);
+            if let Some(strays) = acs::strays(&pci, rid.0, held) {
+                iommu::let_pass(rid, &strays, false)?;
+            }
         }
         // The group is under the VM's domain already if it has another of it.
         let attached = match self.has_group(&group, rid) {
@@ -429,9 +446,21 @@ pub fn remove(device: *mut c_void) {
     }
     let f = list.0.swap_remove(at);
     f.device.release();
-    iommu::release(&f.device, f.rid);
+    list.pass_on(&f.device, f.rid);
     drop(list);
     end();
+}
+
+/// The host has slept: what a VM has, and all above it, keeps to the IOMMU again, or
+/// does no DMA. The log has why.
+pub fn resume(device: *mut c_void) {
+    if let Ok(list) = lock()
+        && let Some(f) = list.0.iter().find(|f| f.device.is(device))
+        && !f.vm.is_null()
+        && f.enclose().is_err()
+    {
+        f.device.stop();
+    }
 }
 
 /// Whether a VM has it.

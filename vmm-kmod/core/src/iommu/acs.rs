@@ -8,6 +8,8 @@ use core::ops::RangeInclusive;
 use super::pci::{Config, HEADER, extended_capability};
 
 const ACS: u16 = 0xd;
+/// Single root I/O virtualization (§9.3.3).
+const SR_IOV: u16 = 0x10;
 
 /// ACS capability and control: source validation, request and completion
 /// redirect, upstream forwarding (§7.7.11.2). What the capability lacks of
@@ -26,6 +28,70 @@ const EVENT_COLLECTOR: u8 = 10;
 /// Offset of a function's ACS capability.
 fn services(pci: &impl Config, rid: u16) -> Option<u16> {
     extended_capability(|at| pci.read(rid, at), ACS)
+}
+
+/// Requester IDs of one bus.
+#[derive(Clone, Copy, Debug)]
+pub struct Ids {
+    bus: u16,
+    has: [bool; 256],
+}
+
+impl Ids {
+    /// All of the bus of this one.
+    pub fn bus(id: u16) -> Self {
+        Ids {
+            bus: id & 0xff00,
+            has: [true; 256],
+        }
+    }
+
+    /// This one.
+    pub fn one(id: u16) -> Self {
+        let mut ids = Ids::bus(id);
+        ids.has = [false; 256];
+        ids.put(id, true);
+        ids
+    }
+
+    fn put(&mut self, id: u16, value: bool) {
+        if let Some(has) = self.has.get_mut(usize::from(id as u8)) {
+            *has = value;
+        }
+    }
+
+    /// Calls `f` with each of them.
+    ///
+    /// # Errors
+    /// The first of `f`, which ends it.
+    pub fn each<E>(&self, mut f: impl FnMut(u16) -> Result<(), E>) -> Result<(), E> {
+        for (id, has) in (self.bus..=self.bus | 0xff).zip(&self.has) {
+            if *has {
+                f(id)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Requester IDs that a function could send under, as phantom functions do
+/// (§7.5.3.3), and that no function has: those of the bus below its port, as it is the
+/// bus alone that source validation looks at. `None`: it is behind no port (what is
+/// there belongs to the chipset, which may have more there than it shows), or the host
+/// keeps a function there whose virtual functions may be to come; `held` is whether
+/// one is kept for guests.
+pub fn strays(pci: &impl Config, rid: u16, held: impl Fn(u16) -> bool) -> Option<Ids> {
+    let port = pci.bridge_to((rid >> 8) as u8)?;
+    let (Some(ROOT_PORT | DOWNSTREAM), mut ids) = (pci.port_type(port), Ids::bus(rid)) else {
+        return None;
+    };
+    for f in device(pci, rid).filter(|f| pci.exists(*f)) {
+        ids.put(f, false);
+        if !held(f) && extended_capability(|at| pci.read(f, at), SR_IOV).is_some() {
+            return None;
+        }
+    }
+    Some(ids)
 }
 
 /// Where the functions of a function's device are. Behind a port there is one
@@ -336,6 +402,48 @@ mod tests {
         h.add(at(0, 2, 0), 9, None);
         h.add(at(0, 3, 0), 9, None);
         assert_eq!(h.members(at(0, 3, 0)), [at(0, 3, 0)]);
+    }
+
+    #[test]
+    fn strays_are_what_no_function_has_below_a_port() {
+        let list = |ids: Ids| {
+            let mut all = vec![];
+            let _ = ids.each(|id| {
+                all.push(id);
+                Ok::<(), ()>(())
+            });
+            all
+        };
+        let strays = |h: &Host, rid, held: u16| super::strays(h, rid, |f| f == held).map(list);
+        let mut h = Host::default();
+        h.add(at(0, 2, 0), 9, None);
+        h.add(at(0, 2, 3), 9, None);
+        assert_eq!(strays(&h, at(0, 2, 3), 0), None, "the chipset's");
+        h.bridge(at(0, 0x1c, 0), 4, ALL, 1, 2);
+        h.add(at(1, 0, 0), 0, None);
+        h.add(at(1, 9, 0), 0, None);
+        assert_eq!(
+            list(Ids::bus(0xffee)),
+            (0xff00..=0xffff).collect::<Vec<_>>()
+        );
+        assert_eq!(list(Ids::one(0xffff)), [0xffff]);
+        let all: Vec<u16> = (0x100..0x200).collect();
+        assert_eq!(list(Ids::bus(at(1, 9, 0))), all);
+        let free = |id: &u16| ![at(1, 0, 0), at(1, 9, 0)].contains(id);
+        let rest: Vec<u16> = all.into_iter().filter(free).collect();
+        assert_eq!(rest.len(), 254);
+        assert_eq!(strays(&h, at(1, 0, 0), 0), Some(rest.clone()));
+        // Virtual functions to come: the host's, but not those of what is kept.
+        h.0.get_mut(&at(1, 0, 0)).unwrap()[0x100 / 4] = u32::from(SR_IOV) | 1 << 16;
+        assert_eq!(strays(&h, at(1, 9, 0), 0), None);
+        assert_eq!(strays(&h, at(1, 9, 0), at(1, 0, 0)), Some(rest));
+        // One of them on the bus behind, which no bridge leads to.
+        h.add(at(2, 0, 0), 0, None);
+        assert_eq!(strays(&h, at(2, 0, 0), 0), None);
+        // Behind a bridge to conventional PCI.
+        h.bridge(at(0, 0x1d, 0), 7, None, 3, 3);
+        h.add(at(3, 0, 0), 16, None);
+        assert_eq!(strays(&h, at(3, 0, 0), 0), None);
     }
 
     #[test]

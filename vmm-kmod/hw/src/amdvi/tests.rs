@@ -116,7 +116,7 @@ fn translate(f: &Fake, rid: u16, at: u64, write: bool) -> Option<u64> {
 fn only_what_is_mapped_is_reached() {
     let before = TestHost::live();
     let f = Fake::default();
-    let unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    let mut unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
     let mut t = Ept::<TestHost, AmdviFormat>::new(Options {
         pages_2m: true,
         pages_1g: true,
@@ -149,7 +149,7 @@ fn only_what_is_mapped_is_reached() {
     assert_eq!(dma(0x20_1000, true), Some(0x4020_1000));
     unit.block(0x501).unwrap();
     assert_eq!(dma(0x1234, false), None);
-    unit.pass_on(0x501).unwrap();
+    unit.let_pass(0x501, true).unwrap();
     assert_eq!(dma(0x1234, true), Some(0x1234));
     drop(unit);
     drop(t);
@@ -200,7 +200,7 @@ fn interrupt(f: &Fake, rid: u16, data: u32) -> Sent {
 fn of_a_functions_interrupts_only_its_own_arrive() {
     let before = TestHost::live();
     let f = Fake::default();
-    let unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    let mut unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
     let table = interrupts::Interrupts::<TestHost>::new().unwrap();
     assert_eq!(interrupt(&f, 0x501, 0x41), Sent::AsItIs);
     unit.attach(0x501, 0x1000, 2, Some(table.pa())).unwrap();
@@ -239,7 +239,7 @@ fn of_a_functions_interrupts_only_its_own_arrive() {
     assert_eq!(table.set(512, (0xfee0_0000, 0x41)), None);
     unit.block(0x501).unwrap();
     assert_eq!(sent(last), Sent::Nothing);
-    unit.pass_on(0x501).unwrap();
+    unit.let_pass(0x501, true).unwrap();
     assert_eq!(sent(last), Sent::AsItIs);
     drop((unit, table));
     assert_eq!(TestHost::live(), before);
@@ -363,15 +363,51 @@ fn a_log_that_has_overflowed_starts_anew() {
 #[test]
 fn a_unit_that_gets_stuck_is_not_left_with_tables() {
     let f = Fake::default();
-    let unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    let mut unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
     f.0.borrow_mut().stuck = true;
     let blocked = |f: &Fake| translate(f, 0x28, 0x1000, false).is_none();
     assert_eq!(unit.attach(0x28, 0x1000, 2, None), Err(Refusal::Stuck));
     assert!(blocked(&f));
     f.0.borrow_mut().stuck = false;
-    unit.pass_on(0x28).unwrap();
+    unit.let_pass(0x28, true).unwrap();
     assert!(!blocked(&f));
     f.0.borrow_mut().stuck = true;
     assert_eq!(unit.block(0x28), Err(Refusal::Stuck));
     assert!(blocked(&f));
+}
+
+#[test]
+fn ids_without_a_function_are_blocked_and_let_through_again() {
+    let f = Fake::default();
+    let mut unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    unit.attach(0x528, 0x1000, 2, None).unwrap();
+    let before = f.0.borrow().commands.len();
+    let blocked = [0x529, 0x52f];
+    for id in blocked.into_iter().chain(blocked) {
+        unit.let_pass(id, false).unwrap();
+    }
+    unit.forget_passed().unwrap();
+    for id in (0x500..0x600).filter(|id| *id != 0x528) {
+        let passes = (translate(&f, id, 0x1234, true), interrupt(&f, id, 0x41));
+        if blocked.contains(&id) {
+            assert_eq!(passes, (None, Sent::Nothing), "{id:#x}");
+        } else {
+            assert_eq!(passes, (Some(0x1234), Sent::AsItIs), "{id:#x}");
+        }
+    }
+    let of = |n: u64| {
+        let commands = &f.0.borrow().commands[before..];
+        let told = |id: u64| commands.iter().filter(|c| c.0 == n << 60 | id).count();
+        blocked.map(|id| told(id.into()))
+    };
+    assert_eq!((of(2), of(5)), ([1; 2], [1; 2]), "the unit is told once");
+    for id in blocked {
+        unit.let_pass(id, true).unwrap();
+        assert_eq!(translate(&f, id, 0x1234, true), Some(0x1234));
+        assert_eq!(interrupt(&f, id, 0x41), Sent::AsItIs);
+    }
+    // No answer: an error, and blocked.
+    f.0.borrow_mut().stuck = true;
+    assert_eq!(unit.let_pass(0x529, false), Err(Refusal::Stuck));
+    assert_eq!(translate(&f, 0x529, 0x1234, true), None);
 }

@@ -166,7 +166,7 @@ fn only_what_is_mapped_is_reached_with_three_and_with_four_levels() {
         assert_eq!(translate(&f, 0x500, 0x1234, true), Some(0x1234));
         unit.block(0x501).unwrap();
         assert_eq!(translate(&f, 0x501, 0x1234, false), None);
-        unit.pass_on(0x501).unwrap();
+        unit.let_pass(0x501, true).unwrap();
         assert_eq!(translate(&f, 0x501, 0x1234, true), Some(0x1234));
         drop(unit);
         assert_eq!(f.word(GSTS) & TE, 0, "off again");
@@ -250,4 +250,20 @@ fn an_overflow_is_told_and_cleared_even_by_itself() {
     assert!(unit.faults(|fault| panic!("{fault:?}")));
     assert_eq!(f.word(FSTS) & FSTS_PFO, 0);
     assert!(!unit.faults(|fault| panic!("{fault:?}")));
+}
+
+#[test]
+fn ids_without_a_function_are_blocked_and_let_through_again() {
+    let f = Fake::new(QEMU_CAP, QEMU_ECAP);
+    let mut unit = Unit::<TestHost, _>::new(f.clone()).unwrap();
+    let dma = |id| translate(&f, id, 0x1234, true);
+    unit.let_pass(0x529, false).unwrap();
+    unit.forget_passed().unwrap();
+    assert_eq!(f.0.borrow().invalidations, 4);
+    for id in 0x500..0x600 {
+        let passed = (id != 0x529).then_some(0x1234);
+        assert_eq!(dma(id), passed, "{id:#x}");
+    }
+    unit.let_pass(0x529, true).unwrap();
+    assert_eq!(dma(0x529), Some(0x1234));
 }
