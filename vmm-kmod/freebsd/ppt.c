@@ -57,6 +57,14 @@ ppt_detach(device_t dev)
 	return (0);
 }
 
+/* The ports above have resumed. */
+static int
+ppt_resume(device_t dev)
+{
+
+	return (vmm_rust_ppt_resume(dev));
+}
+
 /* For vmm-kmod/kmod/src/ppt/freebsd.rs, what is a method or inline here. */
 uint32_t
 vmm_host_ppt_config(device_t dev, int at, const uint32_t *value)
@@ -81,7 +89,7 @@ static device_method_t ppt_methods[] = {
 	DEVMETHOD(device_probe,		ppt_probe),
 	DEVMETHOD(device_attach,	ppt_attach),
 	DEVMETHOD(device_detach,	ppt_detach),
-	DEVMETHOD(device_resume,	vmm_rust_ppt_resume),
+	DEVMETHOD(device_resume,	ppt_resume),
 	DEVMETHOD_END
 };
 

@@ -21,7 +21,7 @@ use crate::klog;
 use crate::os::Os;
 use crate::ppt::Rid;
 use crate::ppt::host::{self, Device};
-use crate::sync::{SpinLock, Timer};
+use crate::sync::{SpinGuard, SpinLock, Timer};
 
 /// How often faults are looked for, ns.
 const FAULT_POLL: u64 = 500_000_000;
@@ -231,6 +231,12 @@ static UNITS: SpinLock<Units> = SpinLock::new(Units {
     users: 0,
 });
 
+// Once, not inlined: each mention of the lock's address is one more for the loader.
+#[inline(never)]
+fn locked() -> SpinGuard<'static, Units> {
+    UNITS.lock()
+}
+
 /// Domain numbers in use, from 2.
 static DOMAINS: AtomicU64 = AtomicU64::new(3);
 
@@ -244,7 +250,7 @@ impl Units {
 /// Turns the unit at `base` on, unless it is. ENXIO. Under ppt's lock.
 fn turn_on(rid: Rid, (base, amd): (u64, bool)) -> Result<(), i32> {
     let count = {
-        let mut units = UNITS.lock();
+        let mut units = locked();
         if units.of(base).is_some() {
             return Ok(());
         }
@@ -267,7 +273,7 @@ fn turn_on(rid: Rid, (base, amd): (u64, bool)) -> Result<(), i32> {
     })?;
     let on = On { base, unit };
     {
-        let mut units = UNITS.lock();
+        let mut units = locked();
         // They are as many as before: ppt's lock is held.
         list.append(&mut units.list);
         list.push(on);
@@ -315,7 +321,7 @@ pub fn group_again(device: &Device, rid: Rid) -> Group {
 
 /// Whether a unit of ours is on that may serve a function.
 pub fn is_ours(device: &Device) -> bool {
-    device.group().is_none() && !UNITS.lock().list.is_empty()
+    device.group().is_none() && !locked().list.is_empty()
 }
 
 /// Lets the DMA of requester IDs of a function's device, none of which is under a
@@ -323,7 +329,7 @@ pub fn is_ours(device: &Device) -> bool {
 #[inline(never)]
 pub fn let_pass(rid: Rid, ids: &Ids, pass: bool) -> Result<(), i32> {
     let (base, _) = unit_of(rid)?;
-    let mut units = UNITS.lock();
+    let mut units = locked();
     let unit = units.of(base).ok_or(errno::ENXIO)?;
     let done = ids.each(|id| unit.let_pass(id, pass));
     done.and_then(|()| unit.forget_passed())
@@ -339,7 +345,7 @@ fn said(rid: Rid, why: Refusal) -> i32 {
 
 /// Looks for faults (interrupt context).
 pub fn poll() {
-    let units = UNITS.lock();
+    let units = locked();
     for on in &units.list {
         let lost = on.unit.faults(|f| {
             let Fault {
@@ -368,7 +374,7 @@ pub fn poll() {
 
 /// After the host has slept, on one CPU, interrupts off: units have lost all.
 pub fn resume() {
-    for on in &UNITS.lock().list {
+    for on in &locked().list {
         if let Err(e) = on.unit.resume() {
             klog!(Error, "the IOMMU at {:#x}: {e}", on.base);
         }
@@ -378,7 +384,7 @@ pub fn resume() {
 /// The module ends: all units off.
 pub fn exit() {
     let (list, timer) = {
-        let mut units = UNITS.lock();
+        let mut units = locked();
         (core::mem::take(&mut units.list), units.timer.take())
     };
     drop(timer);
@@ -400,7 +406,7 @@ impl Own {
     fn new(rid: Rid) -> Result<Self, i32> {
         let (base, _) = unit_of(rid)?;
         let shape = {
-            let mut units = UNITS.lock();
+            let mut units = locked();
             units.of(base).ok_or(errno::ENXIO)?.shape()
         };
         let limit = shape.domains;
@@ -431,7 +437,7 @@ impl Own {
 
     /// Lets the unit see what is mapped.
     fn publish(&self) -> Result<(), i32> {
-        let mut units = UNITS.lock();
+        let mut units = locked();
         let unit = units.of(self.base).ok_or(errno::ENXIO)?;
         self.tables
             .publish(unit, self.number)
@@ -447,13 +453,13 @@ impl Own {
             return Err(errno::ENXIO);
         }
         let levels = {
-            let mut units = UNITS.lock();
+            let mut units = locked();
             let unit = units.of(self.base).ok_or(errno::ENXIO)?;
             unit.levels()
         };
         let root = self.tables.root_of(levels)?;
         self.publish()?;
-        let mut units = UNITS.lock();
+        let mut units = locked();
         let unit = units.of(self.base).ok_or(errno::ENXIO)?;
         unit.attach(rid, root, self.number, remap.map(Remap::table))
             .map_err(|e| self.stick(rid, e))?;
@@ -468,7 +474,7 @@ impl Own {
     /// EIO: the unit may still look at what was given to `attach`.
     fn detach(&self, rid: Rid) -> Result<(), i32> {
         let done = {
-            let mut units = UNITS.lock();
+            let mut units = locked();
             units.users = units.users.saturating_sub(1);
             units.of(self.base).map_or(Ok(()), |unit| unit.block(rid))
         };

@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use vmm_hw::amdvi::interrupts::Interrupts;
 
 use super::place;
-use super::{Group, UNITS, Unit};
+use super::{Group, Unit, locked};
 use crate::errno;
 use crate::klog;
 use crate::os::Os;
@@ -73,7 +73,7 @@ impl Remap {
                 self.rid
             );
         }
-        let mut units = UNITS.lock();
+        let mut units = locked();
         if let Some(Unit::Amd(unit)) = units.of(self.base)
             && let Err(e) = unit.invalidate_interrupts(self.rid.0)
         {
