@@ -18,6 +18,8 @@ const TRIPLE_FAULT: i32 = 3;
 const RUN: Duration = Duration::from_secs(120);
 /// Where the program that times a VM's first exit is in the host.
 const FIRST_EXIT: &str = "tools/first-exit";
+/// Pages of 2 MiB to which `fetch` writes code, and that it is linked to and lies on.
+const FETCH_AREAS: u64 = 8 + 2;
 /// Where the module of the Debian package is in the host.
 const DKMS: &str = "dkms/vmm.ko";
 /// Host instructions that a CPUID exit may cost with VT-x, and with AMD-V on a CPU
@@ -91,6 +93,7 @@ pub fn group(lab: &Lab, engine: Engine) -> Result<Group> {
             kmod::dkms(&lab.dirs, &lab.kit.kernel.headers)
         })?;
         config.file(DKMS, &module);
+        cases.push(Case::new("guest-fetch", fetch));
         cases.push(Case::new("dkms-module", dkms_module));
     }
     Ok(Group {
@@ -228,6 +231,38 @@ fn vm_first_exit(lab: &Lab, host: &mut Host) -> Result<()> {
     baseline::check(&lab.dirs.root, "first-exit", &[("first_exit", count)])
 }
 
+/// Large EPT pages that are not executable (CVE-2018-12207) become small ones that are where
+/// the guest executes: each of its areas is an EPT violation more.
+fn fetch(_: &Lab, host: &mut Host) -> Result<()> {
+    let mut violations = |option: &str| {
+        host.unload_vmm()?;
+        host.load_vmm(option)?;
+        let guest = small("fetch");
+        guest.start(host)?;
+        let verdict = host
+            .guest()
+            .expect(r"(?m)^(PASS|FAIL|panic: .*)\r?$", RUN)?;
+        let passed = verdict.group(1) == "PASS";
+        ensure!(passed, "the guest says:\n{}", verdict.before);
+        guest.expect_exit(host, POWERED_OFF, SHORT)?;
+        let stats = host.stats("guest", 1)?;
+        guest.destroy(host)?;
+        let count = stats.get("vm exits due to nested page fault").copied();
+        count.context("no count of EPT violations")
+    };
+    let whole = violations("nx_huge_pages=0");
+    let split = violations("nx_huge_pages=1");
+    host.unload_vmm()?;
+    host.load_vmm("")?;
+    let (whole, split) = (whole?, split?);
+    println!("EPT violations: {whole}, with nx_huge_pages {split}");
+    ensure!(
+        whole < split && split <= whole + FETCH_AREAS,
+        "EPT violations: {whole}, with nx_huge_pages {split}, which has {FETCH_AREAS} areas to split"
+    );
+    Ok(())
+}
+
 /// The module of the Debian package, with the kernel's thunks for its returns and indirect
 /// calls, runs guests as the other does.
 fn dkms_module(lab: &Lab, host: &mut Host) -> Result<()> {
@@ -252,6 +287,7 @@ pub fn programs(dir: &std::path::Path) -> Vec<PathBuf> {
         "edu",
         "exceptions",
         "exitcost",
+        "fetch",
         "hlt",
         "msr",
         "powercut",
