@@ -166,7 +166,7 @@ int vmm_host_node_create(const char *name, void *vm, int segid,
     struct vmm_node **node);
 /* No open() that starts later finds the VM. */
 void vmm_host_node_destroy(struct vmm_node *node);
-/* level: 0 error, 1 warning, 2 info, 3 debug. Any context. */
+/* level: 0 error, 1 warning, 2 info. Any context. */
 void vmm_host_log(int level, const char *msg, size_t len);
 
 /* ---- what the Rust side offers ---------------------------------------- */

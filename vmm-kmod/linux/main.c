@@ -4,6 +4,7 @@
 #include <linux/module.h>
 #include <linux/pci.h>
 #include <linux/printk.h>
+#include <linux/ratelimit.h>
 #include <linux/slab.h>
 #include <linux/syscore_ops.h>
 #include <linux/thread_info.h>
@@ -163,22 +164,24 @@ static void __exit vmm_exit(void)
 	vmm_rust_exit();
 }
 
+#define VMM_LOG_LIMIT \
+	RATELIMIT_STATE_INIT(vmm_log_limit, DEFAULT_RATELIMIT_INTERVAL, \
+			     DEFAULT_RATELIMIT_BURST)
+
+/* Each severity has a limit of its own: what repeats hides nothing worse. */
 void vmm_host_log(int level, const char *msg, size_t len)
 {
-	switch (level) {
-	case 0:
-		pr_err_ratelimited("vmm: %.*s\n", (int)len, msg);
-		break;
-	case 1:
-		pr_warn_ratelimited("vmm: %.*s\n", (int)len, msg);
-		break;
-	case 2:
-		pr_info_ratelimited("vmm: %.*s\n", (int)len, msg);
-		break;
-	default:
-		pr_debug("vmm: %.*s\n", (int)len, msg);
-		break;
-	}
+	static struct ratelimit_state limits[] = {
+		VMM_LOG_LIMIT, VMM_LOG_LIMIT, VMM_LOG_LIMIT,
+	};
+	static const char severities[][sizeof(KERN_ERR)] = {
+		KERN_ERR, KERN_WARNING, KERN_INFO,
+	};
+
+	if (level < 0 || level >= ARRAY_SIZE(limits))
+		level = ARRAY_SIZE(limits) - 1;
+	if (__ratelimit(&limits[level]))
+		printk("%svmm: %.*s\n", severities[level], (int)len, msg);
 }
 
 module_init(vmm_init);

@@ -243,6 +243,12 @@ pub(crate) fn static_library(
     // One section of code: what nobody calls has gone with LTO, and calls within a section
     // are the assembler's.
     args.extend(["--", "-Zfunction-sections=no"]);
+    // Of what is for speed, too, no loop is unrolled or lies at a boundary: what is worth it is
+    // written so.
+    args.extend([
+        "-Cllvm-args=-unroll-threshold=0",
+        "-Cllvm-args=-align-loops=1",
+    ]);
     let mut cargo = cargo(dirs, source, MODULE, into, &args);
     if branches == Branches::Checked {
         kernel_cargo_env(&mut cargo, source, &format!("{OWN} {MARKED}"));

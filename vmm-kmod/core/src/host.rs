@@ -55,5 +55,4 @@ pub enum LogLevel {
     Error,
     Warning,
     Info,
-    Debug,
 }

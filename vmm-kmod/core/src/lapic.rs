@@ -8,6 +8,20 @@
 //! or by the CPU's virtual-interrupt delivery, which needs RVI, SVI and the
 //! EOI-exit bitmap ([`Lapic::rvi`], [`Lapic::svi`], [`Lapic::eoi_exit_bitmap`]).
 
+/// Does something for the eight words of a 256-bit register, the highest first. It is written
+/// out: the module's compiler is told to unroll no loop.
+macro_rules! each_word {
+    ($word:ident, $do:block) => {
+        each_word!(@ $word, $do, 7 6 5 4 3 2 1 0)
+    };
+    (@ $word:ident, $do:block, $($n:literal)*) => {
+        $({
+            let $word: u16 = $n;
+            $do
+        })*
+    };
+}
+
 mod mailbox;
 mod msr;
 mod page;
@@ -278,22 +292,21 @@ impl<M: Deref<Target = Mailbox>> Lapic<M> {
     #[cfg_attr(target_os = "none", optimize(speed))]
     fn sync_slow(&mut self) {
         let signals = self.mailbox.open();
-        for word in 0..8u16 {
+        each_word!(word, {
             let (pending, level) = self.mailbox.take(usize::from(word));
-            if pending == 0 {
-                continue;
+            if pending != 0 {
+                let offset = word * 16;
+                let tmr = self.page.get(reg::TMR + offset);
+                let new_tmr = (tmr & !pending) | level;
+                if tmr != new_tmr {
+                    self.page.set(reg::TMR + offset, new_tmr);
+                    self.changes |= Changes::TMR;
+                }
+                self.page.or(reg::IRR + offset, pending);
+                self.irr_hint = true;
+                self.changes |= Changes::IRR;
             }
-            let offset = word * 16;
-            let tmr = self.page.get(reg::TMR + offset);
-            let new_tmr = (tmr & !pending) | level;
-            if tmr != new_tmr {
-                self.page.set(reg::TMR + offset, new_tmr);
-                self.changes |= Changes::TMR;
-            }
-            self.page.or(reg::IRR + offset, pending);
-            self.irr_hint = true;
-            self.changes |= Changes::IRR;
-        }
+        });
         self.mailbox.publish_priority(self.page.get(reg::TPR));
         if !signals.is_empty() {
             self.take_signals(signals);

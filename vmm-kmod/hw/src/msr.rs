@@ -16,18 +16,6 @@ pub const fn canonical(addr: u64) -> bool {
     (addr as i64) << 16 >> 16 == addr as i64
 }
 
-/// Whether `pat` holds only defined memory types (SDM Vol. 3A §11.12.2).
-pub const fn valid_pat(pat: u64) -> bool {
-    let mut i = 0;
-    while i < 8 {
-        if !matches!((pat >> (8 * i)) as u8, 0 | 1 | 4..=7) {
-            return false;
-        }
-        i += 1;
-    }
-    true
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -40,13 +28,5 @@ mod tests {
         for a in [0x8000_0000_0000, 0xffff_7fff_ffff_ffff, 1 << 63] {
             assert!(!canonical(a));
         }
-    }
-
-    #[test]
-    fn pat_entries() {
-        assert!(valid_pat(0x0007_0406_0007_0406));
-        assert!(!valid_pat(0x0007_0406_0007_0402));
-        assert!(!valid_pat(0x0307_0406_0007_0406));
-        assert!(!valid_pat(0x0807_0406_0007_0406));
     }
 }

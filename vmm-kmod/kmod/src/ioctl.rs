@@ -1,12 +1,15 @@
 //! The requests of /dev/vmm/NAME and /dev/vmmctl.
 
+mod registers;
+
 use core::sync::atomic::Ordering;
 
 use vmm_abi::layout::*;
-use vmm_abi::names::VM_REG_LAST_12;
 use vmm_abi::request as req;
-use vmm_abi::{Capability, CpusetWhich, IntrTrigger, X2apicState};
+use vmm_abi::{CpusetWhich, IntrTrigger, X2apicState};
+use vmm_core::chipset::Chipset;
 use vmm_core::cpu::{Gpr, Reg};
+use vmm_core::rtc::RtcError;
 use vmm_hw::backend::ApicMode;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -17,7 +20,7 @@ use crate::ppt;
 use crate::regs;
 use crate::run;
 use crate::vcpu::{Inner, Vcpu};
-use crate::vm::Vm;
+use crate::vm::{Sink, Vm};
 
 /// The request's structure, in place.
 fn arg<T: FromBytes + IntoBytes + KnownLayout + Immutable>(data: &mut [u8]) -> Result<&mut T, i32> {
@@ -217,7 +220,7 @@ pub fn vm(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
         }
         req::VM_REINIT => vm.reinit(),
         req::VM_EXT_VERSION => ext_version(data),
-        _ => match registers(vm, cmd, data) {
+        _ => match registers::registers(vm, cmd, data) {
             Err(NOT_MINE) => match interrupts(vm, cmd, data) {
                 Err(NOT_MINE) => match guest_memory(vm, cmd, data) {
                     Err(NOT_MINE) => match settings(vm, cmd, data) {
@@ -249,114 +252,6 @@ fn stopped<R>(vm: &Vm, id: i32, f: impl FnOnce(&mut Inner) -> Result<R, i32>) ->
     let vcpu = vm.ensure_vcpu(id)?;
     let mut inner = vcpu.freeze();
     regs::with_current(&mut inner, f)
-}
-
-#[inline(never)]
-fn registers(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
-    match cmd {
-        req::VM_GET_REGISTER => {
-            let a: &mut VmRegister = arg(data)?;
-            a.regval = stopped(vm, a.cpuid, |i| regs::get(i, a.regnum))?;
-            Ok(())
-        }
-        req::VM_SET_REGISTER => {
-            let a: &mut VmRegister = arg(data)?;
-            stopped(vm, a.cpuid, |i| regs::set(i, a.regnum, a.regval))
-        }
-        req::VM_GET_SEGMENT_DESCRIPTOR => {
-            let a: &mut VmSegDesc = arg(data)?;
-            a.desc = stopped(vm, a.cpuid, |i| regs::get_desc(i, a.regnum))?;
-            Ok(())
-        }
-        req::VM_SET_SEGMENT_DESCRIPTOR => {
-            let a: &mut VmSegDesc = arg(data)?;
-            stopped(vm, a.cpuid, |i| regs::set_desc(i, a.regnum, a.desc))
-        }
-        req::VM_GET_REGISTER_SET | req::VM_SET_REGISTER_SET => {
-            let a: &mut VmRegisterSet = arg(data)?;
-            register_set(vm, *a, cmd == req::VM_SET_REGISTER_SET)
-        }
-        req::VM_INJECT_EXCEPTION => {
-            let a: &mut VmException = arg(data)?;
-            stopped(vm, a.cpuid, |i| i.inject_exception(a))
-        }
-        req::VM_RESTART_INSTRUCTION => {
-            let a: &mut i32 = arg(data)?;
-            stopped(vm, *a, |i| {
-                i.restart_instruction();
-                Ok(())
-            })
-        }
-        req::VM_SET_INTINFO => {
-            let a: &mut VmIntinfo = arg(data)?;
-            let event = vmm_core::intinfo::from_raw(a.info1).map_err(|_| errno::EINVAL)?;
-            stopped(vm, a.vcpuid, |i| {
-                i.vectoring = event;
-                i.attention = true;
-                Ok(())
-            })
-        }
-        req::VM_GET_INTINFO => {
-            let a: &mut VmIntinfo = arg(data)?;
-            (a.info1, a.info2) = stopped(vm, a.vcpuid, |i| {
-                Ok((
-                    i.vectoring.map_or(0, |e| vmm_core::intinfo::to_raw(&e)),
-                    i.exception.map_or(0, |e| vmm_core::intinfo::to_raw(&e)),
-                ))
-            })?;
-            Ok(())
-        }
-        req::VM_GET_CAPABILITY => {
-            let a: &mut VmCapability = arg(data)?;
-            let cap = Capability::from_raw(a.captype).ok_or(errno::EINVAL)?;
-            let vcpu = vm.ensure_vcpu(a.cpuid)?;
-            a.capval = vcpu.freeze().capability(cap)?;
-            Ok(())
-        }
-        req::VM_SET_CAPABILITY => {
-            let a: &mut VmCapability = arg(data)?;
-            let cap = Capability::from_raw(a.captype).ok_or(errno::EINVAL)?;
-            let on = a.capval != 0;
-            stopped(vm, a.cpuid, |i| i.set_capability(cap, on))
-        }
-        req::VM_GLA2GPA | req::VM_GLA2GPA_NOFAULT => {
-            let a: &mut VmGla2gpa = arg(data)?;
-            let vcpu = vm.ensure_vcpu(a.vcpuid)?;
-            crate::emulate::gla2gpa(vm, vcpu, a, cmd == req::VM_GLA2GPA)
-        }
-        _ => Err(NOT_MINE),
-    }
-}
-
-fn register_set(vm: &Vm, a: VmRegisterSet, write: bool) -> Result<(), i32> {
-    const MAX: usize = VM_REG_LAST_12 as usize;
-    let count = a.count as usize;
-    if count > MAX {
-        return Err(errno::EINVAL);
-    }
-    let mut names = [0i32; MAX];
-    let mut values = [0u64; MAX];
-    let names = names.get_mut(..count).ok_or(errno::EINVAL)?;
-    let values = values.get_mut(..count).ok_or(errno::EINVAL)?;
-    os::copyin(a.regnums, names.as_mut_bytes())?;
-    if write {
-        os::copyin(a.regvals, values.as_mut_bytes())?;
-    }
-    stopped(vm, a.cpuid, |i| {
-        for (name, value) in names.iter().zip(values.iter_mut()) {
-            if write {
-                regs::set(i, *name, *value)?;
-            } else {
-                *value = regs::get(i, *name)?;
-            }
-        }
-        Ok(())
-    })?;
-    if write {
-        Ok(())
-    } else {
-        os::copyout(values.as_bytes(), a.regvals)
-    }
 }
 
 #[inline(never)]
@@ -404,34 +299,35 @@ fn interrupts(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
             vm.deliver(&message);
             Ok(())
         }
-        req::VM_IOAPIC_ASSERT_IRQ | req::VM_IOAPIC_DEASSERT_IRQ | req::VM_IOAPIC_PULSE_IRQ => {
-            let a: &mut VmIoapicIrq = arg(data)?;
-            let pin = u32::try_from(a.irq).map_err(|_| errno::EINVAL)?;
-            let ok = vm.with_chipset(|c, _, sink| match cmd {
-                req::VM_IOAPIC_ASSERT_IRQ => c.ioapic_assert(pin, sink),
-                req::VM_IOAPIC_DEASSERT_IRQ => c.ioapic_deassert(pin),
-                _ => c.ioapic_pulse(pin, sink),
-            });
-            ok.map_err(|_| errno::EINVAL)
+        req::VM_IOAPIC_ASSERT_IRQ
+        | req::VM_IOAPIC_DEASSERT_IRQ
+        | req::VM_IOAPIC_PULSE_IRQ
+        | req::VM_ISA_ASSERT_IRQ
+        | req::VM_ISA_DEASSERT_IRQ
+        | req::VM_ISA_PULSE_IRQ
+        | req::VM_ISA_SET_IRQ_TRIGGER => {
+            vm.with_chipset(|chipset, _, sink| pin(chipset, sink, cmd, data))
         }
         req::VM_IOAPIC_PINCOUNT => {
             let a: &mut i32 = arg(data)?;
             *a = vm.chipset.lock().ioapic.pin_count() as i32;
             Ok(())
         }
-        req::VM_ISA_ASSERT_IRQ | req::VM_ISA_DEASSERT_IRQ | req::VM_ISA_PULSE_IRQ => {
-            let a: &mut VmIsaIrq = arg(data)?;
-            let irq = u8::try_from(a.atpic_irq).map_err(|_| errno::EINVAL)?;
-            let pin = match a.ioapic_irq {
-                -1 => None,
-                pin => Some(u8::try_from(pin).map_err(|_| errno::EINVAL)?),
-            };
-            let ok = vm.with_chipset(|c, _, sink| match cmd {
-                req::VM_ISA_ASSERT_IRQ => c.isa_assert(irq, pin, sink),
-                req::VM_ISA_DEASSERT_IRQ => c.isa_deassert(irq, pin, sink),
-                _ => c.isa_pulse(irq, pin, sink),
-            });
-            ok.map_err(|_| errno::EINVAL)
+        _ => Err(NOT_MINE),
+    }
+}
+
+/// One of the requests about an input of the interrupt controllers.
+fn pin(c: &mut Chipset, sink: &mut Sink<'_>, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
+    match cmd {
+        req::VM_IOAPIC_ASSERT_IRQ | req::VM_IOAPIC_DEASSERT_IRQ | req::VM_IOAPIC_PULSE_IRQ => {
+            let a: &mut VmIoapicIrq = arg(data)?;
+            let pin = u32::try_from(a.irq).map_err(|_| errno::EINVAL)?;
+            match cmd {
+                req::VM_IOAPIC_ASSERT_IRQ => c.ioapic_assert(pin, sink),
+                req::VM_IOAPIC_DEASSERT_IRQ => c.ioapic_deassert(pin),
+                _ => c.ioapic_pulse(pin, sink),
+            }
         }
         req::VM_ISA_SET_IRQ_TRIGGER => {
             let a: &mut VmIsaIrqTrigger = arg(data)?;
@@ -441,11 +337,23 @@ fn interrupts(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
                 None => return Err(errno::EINVAL),
             };
             let irq = u8::try_from(a.atpic_irq).map_err(|_| errno::EINVAL)?;
-            vm.with_chipset(|c, _, _| c.set_irq_trigger(irq, level))
-                .map_err(|_| errno::EINVAL)
+            c.set_irq_trigger(irq, level)
         }
-        _ => Err(NOT_MINE),
+        _ => {
+            let a: &mut VmIsaIrq = arg(data)?;
+            let irq = u8::try_from(a.atpic_irq).map_err(|_| errno::EINVAL)?;
+            let pin = match a.ioapic_irq {
+                -1 => None,
+                pin => Some(u8::try_from(pin).map_err(|_| errno::EINVAL)?),
+            };
+            match cmd {
+                req::VM_ISA_ASSERT_IRQ => c.isa_assert(irq, pin, sink),
+                req::VM_ISA_DEASSERT_IRQ => c.isa_deassert(irq, pin, sink),
+                _ => c.isa_pulse(irq, pin, sink),
+            }
+        }
     }
+    .map_err(|_| errno::EINVAL)
 }
 
 #[inline(never)]
@@ -605,33 +513,8 @@ fn settings(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
             set.bytes(bytes);
             os::copyout(bytes, a.cpus)
         }
-        req::VM_RTC_READ => {
-            let a: &mut VmRtcData = arg(data)?;
-            let offset = a.offset;
-            a.value = vm
-                .with_chipset(|c, now, _| c.rtc_read(offset, now))
-                .map_err(|_| errno::EINVAL)?;
-            Ok(())
-        }
-        req::VM_RTC_WRITE => {
-            let a: &mut VmRtcData = arg(data)?;
-            let (offset, value) = (a.offset, a.value);
-            vm.with_chipset(|c, now, _| c.rtc_write(offset, value, now))
-                .map_err(|_| errno::EINVAL)
-        }
-        req::VM_RTC_SETTIME => {
-            let a: &mut VmRtcTime = arg(data)?;
-            let secs = a.secs;
-            vm.with_chipset(|c, now, _| c.rtc_settime(secs, now))
-                .map_err(|e| match e {
-                    vmm_core::rtc::RtcError::Busy => errno::EBUSY,
-                    _ => errno::EINVAL,
-                })
-        }
-        req::VM_RTC_GETTIME => {
-            let a: &mut VmRtcTime = arg(data)?;
-            a.secs = vm.with_chipset(|c, now, _| c.rtc_gettime(now));
-            Ok(())
+        req::VM_RTC_READ | req::VM_RTC_WRITE | req::VM_RTC_SETTIME | req::VM_RTC_GETTIME => {
+            vm.with_chipset(|chipset, now, _| rtc(chipset, now, cmd, data))
         }
         req::VM_STATS => {
             let a: &mut VmStats = arg(data)?;
@@ -656,6 +539,33 @@ fn settings(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
         }
         _ => passthrough(vm, cmd, data),
     }
+}
+
+/// One of the requests about the clock.
+fn rtc(c: &mut Chipset, now: u64, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
+    match cmd {
+        req::VM_RTC_READ => {
+            let a: &mut VmRtcData = arg(data)?;
+            a.value = c.rtc_read(a.offset, now).map_err(|_| errno::EINVAL)?;
+        }
+        req::VM_RTC_WRITE => {
+            let a: &mut VmRtcData = arg(data)?;
+            c.rtc_write(a.offset, a.value, now)
+                .map_err(|_| errno::EINVAL)?;
+        }
+        req::VM_RTC_SETTIME => {
+            let a: &mut VmRtcTime = arg(data)?;
+            c.rtc_settime(a.secs, now).map_err(|e| match e {
+                RtcError::Busy => errno::EBUSY,
+                _ => errno::EINVAL,
+            })?;
+        }
+        _ => {
+            let a: &mut VmRtcTime = arg(data)?;
+            a.secs = c.rtc_gettime(now);
+        }
+    }
+    Ok(())
 }
 
 #[inline(never)]

@@ -81,7 +81,6 @@ impl Host for Os {
             LogLevel::Error => 0,
             LogLevel::Warning => 1,
             LogLevel::Info => 2,
-            LogLevel::Debug => 3,
         };
         // SAFETY: `buf` holds at least `len` bytes.
         unsafe { ffi::vmm_host_log(level, line.buf.as_ptr(), line.len) }

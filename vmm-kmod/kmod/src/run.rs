@@ -159,7 +159,7 @@ fn run_on<C: RunCpu + 'static>(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner<C>) -> Re
         inner,
         flags: ThreadFlags::current(),
         preemption_timer,
-        account: crate::global::get().account,
+        account: crate::global::at_once().account,
     }
     .outer()
 }

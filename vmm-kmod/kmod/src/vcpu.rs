@@ -342,7 +342,7 @@ impl Vcpu {
     #[inline(never)]
     #[optimize(speed)]
     fn interrupt(&self, cpu: u32) {
-        let posted = global::get().posted_vector != 0 && !self.mailbox.signalled();
+        let posted = global::at_once().posted_vector != 0 && !self.mailbox.signalled();
         // SAFETY: both work in any context.
         unsafe {
             if posted {

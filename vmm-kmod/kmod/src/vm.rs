@@ -712,7 +712,8 @@ impl List {
         let mut at = self.0;
         // SAFETY: everything on the list is alive.
         while let Some(vm) = unsafe { at.as_ref() } {
-            if vm.name() == name {
+            // Not by `==`: it would be the only use of memcmp.
+            if vm.name().iter().eq(name) {
                 return at;
             }
             at = vm.next.load(Ordering::Relaxed);

@@ -98,12 +98,12 @@ impl LapicPage {
 
     /// The highest vector whose bit is set in a 256-bit register.
     pub fn highest(&self, base: u16) -> Option<u8> {
-        for word in (0..8u16).rev() {
+        each_word!(word, {
             let bits = self.get(base + word * 16);
             if bits != 0 {
                 return Some(((word as u8) << 5) | (31 - bits.leading_zeros()) as u8);
             }
-        }
+        });
         None
     }
 

@@ -6,10 +6,11 @@ use super::vcpu::{Vcpu, work};
 use super::vmcb::{EFER_SVME, clean, msr};
 use crate::error::Error;
 use crate::instr::{self, rdmsr, wrmsr};
-use crate::msr::{MsrWrite, canonical, valid_pat};
+use crate::msr::{MsrWrite, canonical};
 use core::arch::asm;
 use vmm_core::cpu::{CpuState, Reg};
 use vmm_core::host::{Host, Hpa};
+use vmm_core::msr::pat_valid;
 
 /// TSC_RATIO for the host's own rate: an 8.32 fixed-point number
 /// (APM Vol. 2 §15.30.5).
@@ -174,7 +175,7 @@ impl<H: Host> Vcpu<H> {
             | msr::SYSENTER_ESP
             | msr::SYSENTER_EIP => canonical(value),
             msr::SFMASK | msr::TSC_AUX | msr::SYSENTER_CS => value >> 32 == 0,
-            msr::PAT => valid_pat(value),
+            msr::PAT => pat_valid(value),
             // IBRS, STIBP, SSBD.
             msr::SPEC_CTRL => value & !7 == 0,
             // No supervisor state component is offered.

@@ -166,7 +166,13 @@ impl<H: Host> Vcpu<H> {
 
     /// Vectors whose EOI exits: 256 bits, lowest first.
     pub fn set_eoi_exit_bitmap(&mut self, bitmap: [u64; 4]) {
-        if !self.apic_virt.contains(ApicVirt::INTERRUPTS) || bitmap == self.eoi_exit {
+        // Not by `==`, which is memcmp.
+        let same = bitmap
+            .iter()
+            .zip(&self.eoi_exit)
+            .fold(0, |sum, (new, old)| sum | (new ^ old))
+            == 0;
+        if !self.apic_virt.contains(ApicVirt::INTERRUPTS) || same {
             return;
         }
         self.eoi_exit = bitmap;

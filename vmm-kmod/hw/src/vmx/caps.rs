@@ -187,11 +187,15 @@ impl Missing {
 
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, one) in self.iter().enumerate() {
-            if i > 0 {
+        // Not by `iter()`, which needs a table with the names.
+        let mut left = self.bits();
+        while left != 0 {
+            let one = Missing::from_bits_retain(left & left.wrapping_neg());
+            f.write_str(one.text())?;
+            left &= left - 1;
+            if left != 0 {
                 f.write_str("; ")?;
             }
-            f.write_str(one.text())?;
         }
         Ok(())
     }

@@ -6,11 +6,12 @@ use super::fields::{msr, vmcs};
 use super::instr::{self, TableRegister, rdmsr, vmwrite, wrmsr};
 use super::vcpu::{Vcpu, work};
 use crate::error::Error;
-use crate::msr::{canonical, valid_pat};
+use crate::msr::canonical;
 use core::arch::asm;
 
 pub use crate::msr::MsrWrite;
 use vmm_core::host::Host;
+use vmm_core::msr::pat_valid;
 
 /// What the host-state area of the VMCS holds, and what `unload` puts back.
 #[derive(Default)]
@@ -457,7 +458,7 @@ impl<H: Host> Vcpu<H> {
             | msr::SYSENTER_ESP
             | msr::SYSENTER_EIP => canonical(value),
             msr::SFMASK | msr::TSC_AUX | msr::SYSENTER_CS => value >> 32 == 0,
-            msr::PAT => valid_pat(value),
+            msr::PAT => pat_valid(value),
             // IBRS, STIBP, SSBD.
             msr::SPEC_CTRL => value & !7 == 0,
             // No supervisor state component is offered.

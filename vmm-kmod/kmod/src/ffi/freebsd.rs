@@ -29,7 +29,6 @@ unsafe extern "C" {
     fn ppsratecheck(last: *mut [i64; 2], count: *mut c_int, most: c_int) -> c_int;
     fn printf(format: *const c_char, ...) -> c_int;
     static time_second: i64;
-    static bootverbose: c_int;
     static mut M_VMM: [u8; 0];
 }
 
@@ -109,7 +108,7 @@ pub unsafe fn vmm_host_set_vmxe(on: c_int) {
 pub unsafe fn vmm_host_log(level: c_int, msg: *const u8, len: usize) {
     static mut LAST: [[i64; 2]; LOG_LEVELS] = [[0; 2]; LOG_LEVELS];
     static mut COUNT: [c_int; LOG_LEVELS] = [0; LOG_LEVELS];
-    // SAFETY: the kernel's own functions and flag; where several CPUs log at once, it
+    // SAFETY: the kernel's own functions; where several CPUs log at once, it
     // may count wrong, as it does for itself. The index is inside.
     unsafe {
         let wanted = match usize::try_from(level) {
@@ -118,7 +117,7 @@ pub unsafe fn vmm_host_log(level: c_int, msg: *const u8, len: usize) {
                 let count = (&raw mut COUNT).cast::<c_int>().add(n);
                 ppsratecheck(last, count, LOG_RATE) != 0
             }
-            _ => (&raw const bootverbose).read_volatile() != 0,
+            _ => false,
         };
         if wanted {
             printf(LOG_FORMAT.as_ptr(), len as c_int, msg);
