@@ -15,6 +15,7 @@
 //! There is no thread of its own: whoever sends and receives moves it on.
 
 mod dhcp;
+mod icmp;
 mod ipv6;
 mod link;
 pub mod options;
@@ -31,12 +32,12 @@ use mio::{Events, Poll, Token};
 use smoltcp::time::Instant as SmolInstant;
 use smoltcp::wire::{
     ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol,
-    Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, Icmpv6DstUnreachable, IpAddress, IpProtocol,
-    Ipv4Packet, Ipv4Repr, Ipv6Packet, TcpPacket, UdpPacket,
+    Icmpv4DstUnreachable, IpAddress, IpProtocol, Ipv4Packet, Ipv6Packet, TcpPacket, UdpPacket,
 };
 
 use super::mac::Mac;
 use super::{HEADER, Header, NEEDS_CSUM, Offloads, Port};
+use icmp::Reason;
 use ipv6::{DNS6, GATEWAY6};
 use link::Link;
 use options::{Forward, Options, Protocol};
@@ -56,9 +57,6 @@ const GATEWAY_MAC: EthernetAddress = EthernetAddress([0x52, 0x55, 10, 0, 2, 2]);
 const EVENTS: usize = 64;
 /// The largest datagram.
 const DATAGRAM: usize = 65536;
-/// What an ICMP error quotes of the packet that it is about (RFC 1812
-/// §4.3.2.3), less headers.
-const QUOTE: usize = 548;
 
 /// Whose turn an event of the host's is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,15 +147,6 @@ impl<'a> Packet<'a> {
             whole,
         })
     }
-}
-
-/// Why a packet comes to nothing.
-#[derive(Clone, Copy)]
-enum Reason {
-    Net,
-    Host,
-    Port,
-    Prohibited,
 }
 
 /// Something that an outsider cannot guess, for TCP's first sequence number.
@@ -295,79 +284,6 @@ impl UserNet {
         let mut bytes = vec![0; reply.buffer_len()];
         reply.emit(&mut ArpPacket::new_unchecked(&mut bytes));
         self.link.arp(source_hardware_addr, &bytes);
-    }
-
-    /// Tells the guest that its packet came to nothing.
-    fn unreachable(&mut self, packet: &Packet<'_>, reason: Reason) {
-        match packet.to {
-            IpAddr::V4(_) => {
-                let reason = match reason {
-                    Reason::Net => Icmpv4DstUnreachable::NetUnreachable,
-                    Reason::Host => Icmpv4DstUnreachable::HostUnreachable,
-                    Reason::Port => Icmpv4DstUnreachable::PortUnreachable,
-                    Reason::Prohibited => Icmpv4DstUnreachable::HostProhibited,
-                };
-                self.unreachable4(packet.whole, reason);
-            }
-            IpAddr::V6(_) => {
-                let reason = match reason {
-                    Reason::Net => Icmpv6DstUnreachable::NoRoute,
-                    Reason::Host => Icmpv6DstUnreachable::AddrUnreachable,
-                    Reason::Port => Icmpv6DstUnreachable::PortUnreachable,
-                    Reason::Prohibited => Icmpv6DstUnreachable::AdminProhibit,
-                };
-                self.unreachable6(packet.whole, reason);
-            }
-        }
-    }
-
-    fn unreachable4(&mut self, packet: &[u8], reason: Icmpv4DstUnreachable) {
-        let Ok(ip) = Ipv4Packet::new_checked(packet) else {
-            return;
-        };
-        // Never about a broadcast or the like (RFC 1122 §3.2.2).
-        let to = ip.dst_addr();
-        if to.is_broadcast() || to.is_multicast() || (local(to) && to.octets().ends_with(&[255])) {
-            return;
-        }
-        let Ok(header) = Ipv4Repr::parse(&ip, &smoltcp::phy::ChecksumCapabilities::ignored())
-        else {
-            return;
-        };
-        let data = ip.payload();
-        let repr = Icmpv4Repr::DstUnreachable {
-            reason,
-            header,
-            data: data.get(..QUOTE).unwrap_or(data),
-        };
-        // A packet for the gateway is answered by it, one that passes too.
-        self.link.icmp(GATEWAY, ip.src_addr(), &repr);
-    }
-
-    fn icmp(&mut self, ip: &Ipv4Packet<&[u8]>, whole: &Packet<'_>) {
-        let Ok(packet) = Icmpv4Packet::new_checked(ip.payload()) else {
-            return;
-        };
-        let caps = smoltcp::phy::ChecksumCapabilities::default();
-        let Ok(Icmpv4Repr::EchoRequest {
-            ident,
-            seq_no,
-            data,
-        }) = Icmpv4Repr::parse(&packet, &caps)
-        else {
-            return;
-        };
-        if [GATEWAY, DNS].contains(&ip.dst_addr()) {
-            let reply = Icmpv4Repr::EchoReply {
-                ident,
-                seq_no,
-                data,
-            };
-            self.link.icmp(ip.dst_addr(), ip.src_addr(), &reply);
-        } else {
-            // A process has no right to send an echo: the guest is told so.
-            self.unreachable(whole, Reason::Prohibited);
-        }
     }
 
     fn tcp(&mut self, header: Header, ip: &Packet<'_>) {

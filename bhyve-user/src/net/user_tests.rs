@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{self, DeviceCapabilities, Medium};
 use smoltcp::socket::{dhcpv4, icmp, tcp as gtcp, udp as gudp};
-use smoltcp::wire::{HardwareAddress, IpCidr};
+use smoltcp::wire::{HardwareAddress, Icmpv4Packet, Icmpv4Repr, IpCidr, Ipv4Repr};
 
 use super::*;
 use crate::net::{ETHERNET, GSO_TCPV4, LARGEST};
