@@ -2,9 +2,11 @@
 //! either lets its DMA pass as it is, blocks it, or sends it through the
 //! second-level tables of a domain.
 //!
-//! Invalidation is by register and always global: it happens when a function
-//! changes hands, not while it works.
+//! Invalidation is always global: it happens when a function changes hands, not
+//! while it works. It is by register, or, where the host has the unit's queue,
+//! through that.
 
+mod queue;
 #[cfg(test)]
 mod tests;
 
@@ -14,6 +16,7 @@ use core::fmt;
 
 use vmm_core::host::{Host, Hpa};
 
+use self::queue::Queue;
 use crate::error::Error;
 use crate::page::Pages;
 
@@ -49,6 +52,8 @@ const WBF: u32 = 1 << 27;
 const QIE: u32 = 1 << 26;
 /// Interrupt remapping on.
 const IRE: u32 = 1 << 25;
+/// Interrupts that are not in the format for remapping pass.
+const CFI: u32 = 1 << 23;
 /// Bits of GSTS that are no one-shot commands (§11.4.4.1).
 const LASTING: u32 = 0x96ff_ffff;
 
@@ -61,6 +66,9 @@ const IOTLB_DRAIN: u64 = 3 << 48;
 
 const PMEN_EPM: u32 = 1 << 31;
 const PMEN_PRS: u32 = 1;
+
+/// High half of the reasons of faults of interrupts (§7.1.3).
+const INTERRUPTS: u8 = 2;
 
 const FSTS_PPF: u32 = 2;
 const FSTS_PFO: u32 = 1;
@@ -125,6 +133,8 @@ pub struct Capabilities {
     pass_through: bool,
     write_buffer: bool,
     protected_memory: bool,
+    /// Drains of an invalidation that it knows: its bits in a descriptor.
+    drain: u64,
     iotlb: usize,
     faults: usize,
     fault_records: usize,
@@ -149,6 +159,7 @@ impl Capabilities {
             pass_through: bit(ecap, 6),
             write_buffer: bit(cap, 4),
             protected_memory: bit(cap, 5) || bit(cap, 6),
+            drain: (cap >> 54 & 3) << 6,
             iotlb: (ecap >> 8 & 0x3ff) as usize * 16 + 8,
             faults: (cap >> 24 & 0x3ff) as usize * 16,
             fault_records: (cap >> 40 & 0xff) as usize + 1,
@@ -194,6 +205,14 @@ pub struct Unit<H: Host, R: Registers> {
     capabilities: Capabilities,
     root: Pages<H>,
     contexts: Box<[Pages<H>]>,
+    /// The queue is on, and the host's.
+    queue: Option<Queue<H>>,
+}
+
+/// Whether the host has a unit remap interrupts, and block those that are not in
+/// the format for it (§5.1.4).
+pub fn remaps(registers: &impl Registers) -> bool {
+    registers.read32(GSTS) & (IRE | CFI) == IRE
 }
 
 /// Writes a table's bytes back to memory, for walks that do not see caches.
@@ -214,10 +233,12 @@ fn write_back_some(va: *const u8, len: usize) {
 }
 
 impl<H: Host, R: Registers> Unit<H, R> {
-    /// Turns a unit on, everything passing.
-    pub fn new(registers: R) -> Result<Self, Refusal> {
+    /// A unit that is not on yet, everything passing. `share`: the host may have it
+    /// remap interrupts, and nobody else uses it during what is called afterwards.
+    pub fn new(registers: R, share: bool) -> Result<Self, Refusal> {
         let capabilities = Capabilities::new(registers.read64(CAP), registers.read64(ECAP))?;
-        if registers.read32(GSTS) & (TE | QIE | IRE) != 0 {
+        let status = registers.read32(GSTS);
+        if status & TE != 0 || !share && status & (QIE | IRE) != 0 {
             return Err(Refusal::InUse);
         }
         if !capabilities.pass_through {
@@ -233,11 +254,17 @@ impl<H: Host, R: Registers> Unit<H, R> {
             put(entry, context.pa() | PRESENT, 0);
             contexts.push(context);
         }
+        let queue = if status & QIE != 0 {
+            Some(Queue::new(&registers)?)
+        } else {
+            None
+        };
         let mut unit = Unit {
             registers,
             capabilities,
             root,
             contexts: contexts.into_boxed_slice(),
+            queue,
         };
         let pass = unit.pass();
         for context in &mut unit.contexts {
@@ -247,8 +274,12 @@ impl<H: Host, R: Registers> Unit<H, R> {
             write_back(context.as_ptr());
         }
         write_back(unit.root.as_ptr());
-        unit.start()?;
         Ok(unit)
+    }
+
+    /// Whether the host has its queue.
+    pub fn shared(&self) -> bool {
+        self.queue.is_some()
     }
 
     /// What it can do.
@@ -288,7 +319,7 @@ impl<H: Host, R: Registers> Unit<H, R> {
         self.until(|r| r.read32(GSTS) & TE != 0)
     }
 
-    /// Turns it on again where it has lost its state while the host slept.
+    /// Turns it on, where it is not or has lost its state while the host slept.
     pub fn resume(&self) -> Result<(), Refusal> {
         if self.registers.read32(GSTS) & TE == 0 {
             self.start()?;
@@ -302,6 +333,9 @@ impl<H: Host, R: Registers> Unit<H, R> {
         if self.capabilities.write_buffer {
             self.command(WBF, true);
             self.until(|r| r.read32(GSTS) & WBF == 0)?;
+        }
+        if let Some(queue) = &self.queue {
+            return queue.invalidate(r, self.capabilities.drain);
         }
         r.write64(CCMD, CCMD_ICC | CCMD_GLOBAL);
         self.until(|r| r.read64(CCMD) & CCMD_ICC == 0)?;
@@ -388,14 +422,17 @@ impl<H: Host, R: Registers> Unit<H, R> {
                 continue;
             }
             let address = r.read64(at) & !0xfff;
+            let reason = (high >> 32) as u8;
             f(Fault {
                 source: high as u16,
-                access: if high >> 62 & 1 == 0 {
+                access: if reason >> 4 == INTERRUPTS {
+                    Access::Interrupt
+                } else if high >> 62 & 1 == 0 {
                     Access::Write(address)
                 } else {
                     Access::Read(address)
                 },
-                reason: (high >> 32) as u8,
+                reason,
             });
             // Written as one, the F bit is cleared (§11.4.14.4).
             r.write32(at + 12, 1 << 31);

@@ -5,6 +5,7 @@ pub mod place;
 pub mod remap;
 
 use alloc::vec::Vec;
+use core::ffi::{c_int, c_void};
 use core::mem::ManuallyDrop;
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -151,6 +152,19 @@ impl Unit {
         each!(self, u => u.resume())
     }
 
+    /// Has it forget what it knows of a domain.
+    fn invalidate(&self, number: u16) -> Result<(), Refusal> {
+        match self {
+            Unit::Intel(u) => u.invalidate(),
+            Unit::Amd(u) => u.invalidate(number),
+        }
+    }
+
+    /// Whether the host has its queue.
+    fn shared(&self) -> bool {
+        matches!(self, Unit::Intel(u) if u.shared())
+    }
+
     /// Whether there was no room for some.
     fn faults(&self, f: impl FnMut(Fault)) -> bool {
         each!(self, u => u.faults(f))
@@ -199,15 +213,10 @@ impl Tables {
         .map_err(|_| errno::ENOMEM)
     }
 
-    /// Lets a unit see what is mapped.
-    fn publish(&self, unit: &Unit, number: u16) -> Result<(), Refusal> {
-        match (self, unit) {
-            (Tables::Intel(t), Unit::Intel(u)) => {
-                t.each_table(&mut |pa| u.publish(pa));
-                u.invalidate()
-            }
-            (Tables::Amd(_), Unit::Amd(u)) => u.invalidate(number),
-            _ => Ok(()),
+    /// Writes back to memory what a unit does not see otherwise.
+    fn publish(&self, unit: &Unit) {
+        if let (Tables::Intel(t), Unit::Intel(u)) = (self, unit) {
+            t.each_table(&mut |pa| u.publish(pa));
         }
     }
 }
@@ -247,6 +256,72 @@ impl Units {
     }
 }
 
+/// What is asked of a unit.
+enum Order {
+    Start,
+    /// A function under tables, of a number, its interrupts through a table.
+    Attach(Rid, u64, u16, Option<u64>),
+    Block(Rid),
+    ForgetPassed,
+    /// It forgets what it knows of a domain.
+    Invalidate(u16),
+}
+
+/// An order to the unit at an address, or to one that is in no list yet.
+struct Job<'a> {
+    base: u64,
+    new: Option<&'a mut Unit>,
+    order: Order,
+    done: Result<(), Refusal>,
+}
+
+extern "C" fn carry_out(job: *mut c_void) -> c_int {
+    // SAFETY: `ask` gives one, which nobody else uses before this returns.
+    let job = unsafe { &mut *job.cast::<Job>() };
+    let mut units = locked();
+    if let Some(unit) = job.new.take().or_else(|| units.of(job.base)) {
+        job.done = match job.order {
+            Order::Start => unit.resume(),
+            Order::Attach(rid, root, number, remap) => unit.attach(rid, root, number, remap),
+            Order::Block(rid) => unit.block(rid),
+            Order::ForgetPassed => unit.forget_passed(),
+            Order::Invalidate(number) => unit.invalidate(number),
+        };
+    }
+    0
+}
+
+/// Gives a unit an order. Where the host has the unit's queue it has to keep away from
+/// that, by a lock that it shows nobody: it holds it with interrupts off until the unit is
+/// done, and so does not hold it while all CPUs stand still.
+///
+/// Process context, no spin lock held.
+fn ask(base: u64, new: Option<&mut Unit>, order: Order) -> Result<(), Refusal> {
+    let shared = match &new {
+        Some(unit) => unit.shared(),
+        None => locked().of(base).is_some_and(|unit| unit.shared()),
+    };
+    let mut job = Job {
+        base,
+        new,
+        order,
+        done: Err(Refusal::Stuck),
+    };
+    let arg = (&raw mut job).cast();
+    if shared {
+        // SAFETY: process context; the job lives until this returns.
+        unsafe { host::alone(carry_out, arg, ptr::null()) };
+    } else {
+        carry_out(arg);
+    }
+    job.done
+}
+
+/// Whether the host has an Intel unit remap interrupts.
+fn remaps(base: u64) -> bool {
+    host::map_registers(base, REGISTERS).is_some_and(|r| vtd::remaps(&Mmio(r)))
+}
+
 /// Turns the unit at `base` on, unless it is. ENXIO. Under ppt's lock.
 fn turn_on(rid: Rid, (base, amd): (u64, bool)) -> Result<(), i32> {
     let count = {
@@ -262,15 +337,20 @@ fn turn_on(rid: Rid, (base, amd): (u64, bool)) -> Result<(), i32> {
         .map_err(|_| errno::ENOMEM)?;
     let mut timer = Some(Timer::new(ptr::null_mut()).map_err(|_| errno::ENOMEM)?);
     let registers = host::map_registers(base, REGISTERS).ok_or(errno::ENXIO)?;
-    let unit = if amd {
+    let mut unit = if amd {
         amdvi::Unit::new(Mmio(registers)).map(Unit::Amd)
     } else {
-        vtd::Unit::new(Mmio(registers)).map(Unit::Intel)
+        vtd::Unit::new(Mmio(registers), host::CAN_BE_ALONE).map(Unit::Intel)
     };
-    let unit = unit.map_err(|e| {
+    let started = match &mut unit {
+        Ok(unit) => ask(base, Some(unit), Order::Start),
+        Err(e) => Err(*e),
+    };
+    if let Err(e) = started {
         klog!(Error, "ppt {rid}: the IOMMU at {base:#x}: {e}");
-        errno::ENXIO
-    })?;
+        return Err(errno::ENXIO);
+    }
+    let unit = unit.map_err(|_| errno::ENXIO)?;
     let on = On { base, unit };
     {
         let mut units = locked();
@@ -300,7 +380,7 @@ pub fn group(device: &Device, rid: Rid) -> Result<Group, i32> {
             (Group::Own(rid), Some(unit))
         }
     };
-    let remapped = own.is_some_and(|(_, amd)| remap::possible(amd));
+    let remapped = own.is_some_and(|(base, amd)| remap::possible(amd) || !amd && remaps(base));
     if !remapped && !device.interrupts_safe() {
         klog!(
             Error,
@@ -329,10 +409,12 @@ pub fn is_ours(device: &Device) -> bool {
 #[inline(never)]
 pub fn let_pass(rid: Rid, ids: &Ids, pass: bool) -> Result<(), i32> {
     let (base, _) = unit_of(rid)?;
-    let mut units = locked();
-    let unit = units.of(base).ok_or(errno::ENXIO)?;
-    let done = ids.each(|id| unit.let_pass(id, pass));
-    done.and_then(|()| unit.forget_passed())
+    let done = {
+        let mut units = locked();
+        let unit = units.of(base).ok_or(errno::ENXIO)?;
+        ids.each(|id| unit.let_pass(id, pass))
+    };
+    done.and_then(|()| ask(base, None, Order::ForgetPassed))
         .map_err(|e| said(rid, e))
 }
 
@@ -372,7 +454,9 @@ pub fn poll() {
     }
 }
 
-/// After the host has slept, on one CPU, interrupts off: units have lost all.
+/// After the host has slept, on one CPU, interrupts off: units have lost all, or the
+/// host, which knew nothing of it, has turned translation off. It has set its queues up
+/// again before.
 pub fn resume() {
     for on in &locked().list {
         if let Err(e) = on.unit.resume() {
@@ -437,11 +521,10 @@ impl Own {
 
     /// Lets the unit see what is mapped.
     fn publish(&self) -> Result<(), i32> {
-        let mut units = locked();
-        let unit = units.of(self.base).ok_or(errno::ENXIO)?;
-        self.tables
-            .publish(unit, self.number)
-            .map_err(|_| errno::EIO)
+        if let Some(unit) = locked().of(self.base) {
+            self.tables.publish(unit);
+        }
+        ask(self.base, None, Order::Invalidate(self.number)).map_err(|_| errno::EIO)
     }
 
     fn attach(&mut self, rid: Rid, remap: Option<&Remap>) -> Result<(), i32> {
@@ -459,11 +542,11 @@ impl Own {
         };
         let root = self.tables.root_of(levels)?;
         self.publish()?;
-        let mut units = locked();
-        let unit = units.of(self.base).ok_or(errno::ENXIO)?;
-        unit.attach(rid, root, self.number, remap.map(Remap::table))
-            .map_err(|e| self.stick(rid, e))?;
+        let remap = remap.map(Remap::table);
+        let order = Order::Attach(rid, root, self.number, remap);
+        ask(self.base, None, order).map_err(|e| self.stick(rid, e))?;
         self.attached.fetch_add(1, Ordering::Relaxed);
+        let mut units = locked();
         units.users += 1;
         if let Some(timer) = &units.timer {
             timer.arm(FAULT_POLL);
@@ -473,11 +556,11 @@ impl Own {
 
     /// EIO: the unit may still look at what was given to `attach`.
     fn detach(&self, rid: Rid) -> Result<(), i32> {
-        let done = {
+        let done = ask(self.base, None, Order::Block(rid));
+        {
             let mut units = locked();
             units.users = units.users.saturating_sub(1);
-            units.of(self.base).map_or(Ok(()), |unit| unit.block(rid))
-        };
+        }
         self.attached.fetch_sub(1, Ordering::Relaxed);
         // What happened at the end.
         poll();

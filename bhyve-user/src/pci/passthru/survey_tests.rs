@@ -214,6 +214,14 @@ fn without_iommu_or_module_everything_says_so() {
     assert_eq!(kinds(&t.survey(), "0000:06:00.0"), open);
     fs::remove_file(&table).unwrap();
     fs::create_dir_all(t.path("firmware/acpi/tables/DMAR")).unwrap();
+    // With VT-d the kernel's own remapping, which its controllers' names tell.
+    let chip = t.path("kernel/irq/9/chip_name");
+    fs::create_dir_all(chip.parent().unwrap()).unwrap();
+    for (name, left) in [("IO-APIC\n", &open[..]), ("IR-IO-APIC\n", &open[1..])] {
+        fs::write(&chip, name).unwrap();
+        assert_eq!(kinds(&t.survey(), "0000:06:00.0"), left, "{name}");
+    }
+    fs::remove_file(&chip).unwrap();
     fs::create_dir_all(t.path("module/vmm/parameters")).unwrap();
     fs::write(t.path("module/vmm/parameters/unsafe_interrupts"), "Y\n").unwrap();
     assert_eq!(kinds(&t.survey(), "0000:06:00.0"), open[1..]);

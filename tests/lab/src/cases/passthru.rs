@@ -6,6 +6,7 @@ mod bridges;
 mod freebsd;
 mod left;
 mod linux;
+mod shared;
 
 use crate::cases::guests;
 use crate::guest::{Guest, said};
@@ -60,7 +61,7 @@ pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
             // QEMU's unit keeps one fault of a function until it is read.
             own(
                 host,
-                Some("vmm: ppt 0/5/0: DMA write to 0xa000000 is not allowed"),
+                &["vmm: ppt 0/5/0: DMA write to 0xa000000 is not allowed"],
             )?;
             // QEMU's AMD-Vi has what is behind a port come from bus 0.
             left::forgotten(host)?;
@@ -76,9 +77,15 @@ pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
         cases: vec![Case::new("passthru-own-amdvi", |_, host| {
             // It remaps the interrupts of one function, so that nothing has to be
             // allowed. QEMU's unit says nothing of an entry that is not present.
-            own(host, None)?;
+            own(host, &[])?;
             cycles(Driver::Own, host)?;
-            remapped(host)
+            // The data is the entry's number.
+            let wrong = Wrong {
+                own: Some("00 00"),
+                at: 0x4c,
+                bytes: "\\101\\0",
+            };
+            remapped(host, &wrong)
         })],
     };
     Ok(vec![
@@ -87,6 +94,7 @@ pub fn groups(lab: &Lab) -> Result<Vec<Group>> {
         linux::group(lab)?,
         freebsd::group(lab)?,
         vtd,
+        shared::group(lab)?,
         amdvi,
     ])
 }
@@ -208,6 +216,7 @@ fn words(_: &Lab, host: &mut Host) -> Result<()> {
 /// Registers, a thousand interrupts, DMA, DMA to where the guest has no memory.
 fn edu(_: &Lab, host: &mut Host) -> Result<()> {
     to_ppt(host, EDU)?;
+    host.must("dmesg -c >/dev/null", SHORT)?;
     let text = guests::passes(host, &small("-s 5,passthru,0/5/0"))?;
     let cost = text
         .lines()
@@ -243,26 +252,43 @@ fn open_interrupts(host: &mut Host) -> Result<()> {
     to_host(host, EDU)
 }
 
-/// The host's kernel does not use the IOMMU: our own driver does. `fault`: what it
-/// finds of DMA to nowhere.
-fn own(host: &mut Host, fault: Option<&str>) -> Result<()> {
+/// The host's kernel does not use the IOMMU: our own driver does. `faults`: what it, or
+/// the kernel, says of DMA to nowhere, one of them.
+fn own(host: &mut Host, faults: &[&str]) -> Result<()> {
     to_ppt(host, EDU)?;
     let list = host.must("bhyvectl passthru list", SHORT)?;
     let edu = list.lines().find(|l| l.starts_with(EDU));
     ensure!(edu.is_some_and(|l| l.ends_with("yes")), "{list}");
     let guest = small("-s 5,passthru,0/5/0");
+    // What is in the log already is not of this.
+    let lines = "dmesg | wc -l";
+    let before: usize = host.must(lines, SHORT)?.trim().parse()?;
     guests::passes(host, &guest)?;
     let log = host.must("dmesg", SHORT)?;
-    for line in ["vmm: the IOMMU at "].into_iter().chain(fault) {
-        ensure!(log.contains(line), "no {line:?} in the log:\n{log}");
-    }
+    let is_on = "vmm: the IOMMU at ";
+    ensure!(log.contains(is_on), "no {is_on:?} in the log:\n{log}");
+    let new = |text: &str| log.lines().skip(before).any(|l| l.contains(text));
+    ensure!(
+        faults.is_empty() || faults.iter().any(|f| new(f)),
+        "none of {faults:?} in the log:\n{log}"
+    );
     to_host(host, EDU)
+}
+
+/// A message that is not edu's own.
+struct Wrong {
+    /// What its own has there.
+    own: Option<&'static str>,
+    /// Where the message is (PCI Local Bus 3.0 §6.8.1), an offset of configuration space.
+    at: u32,
+    /// As for printf.
+    bytes: &'static str,
 }
 
 /// edu's interrupts go through a table in which it has its own entry alone: when it
 /// sends another message, nothing arrives, and it all comes back with its own. Here the
 /// host changes the message; the guest goes on whether interrupts come or not.
-fn remapped(host: &mut Host) -> Result<()> {
+fn remapped(host: &mut Host, wrong: &Wrong) -> Result<()> {
     to_ppt(host, EDU)?;
     let mut guest = small("-s 5,passthru,0/5/0");
     guest.environment.push("guest.poll=1".to_owned());
@@ -277,23 +303,28 @@ fn remapped(host: &mut Host) -> Result<()> {
          [ -n \"$n\" ] && [ \"$n\" != \"$m\" ]"
     );
     host.must(&more, RUN)?;
-    // Its message's data (PCI Local Bus 3.0 §6.8.1): the entry's number.
-    let data = format!("/sys/bus/pci/devices/{EDU}/config bs=1 count=2 2>/dev/null");
-    let read = host.must(&format!("dd if={data} skip=76 | od -An -tx2"), SHORT)?;
-    ensure!(read.trim() == "0000", "it sends {read}");
-    let send = |bytes: &str| format!("printf '{bytes}' | dd of={data} seek=76 conv=notrunc");
-    let wrong = format!(
+    let Wrong { own, at, bytes } = wrong;
+    let place = format!("/sys/bus/pci/devices/{EDU}/config bs=1");
+    let save = format!(
+        "printf '{bytes}' >/tmp/wrong; \
+         dd if={place} skip={at} count=$(wc -c </tmp/wrong) of=/tmp/own 2>/dev/null; \
+         od -An -tx1 /tmp/own; dmesg -c >/dev/null"
+    );
+    let read = host.must(&save, SHORT)?;
+    ensure!(own.is_none_or(|own| read.trim() == own), "it sends {read}");
+    let send = |file: &str| format!("dd if=/tmp/{file} of={place} seek={at} conv=notrunc");
+    let none = format!(
         "{}; sleep 1; {count}; m=$n; sleep 2; {count}; \
          echo \"$m\" \"$n\"; [ -n \"$n\" ] && [ \"$n\" = \"$m\" ]",
-        send("\\101\\0")
+        send("wrong")
     );
-    host.must(&wrong, SHORT)?;
+    host.must(&none, SHORT)?;
     let log = host.must("dmesg", SHORT)?;
     ensure!(
         !log.contains("No irq handler for vector"),
         "the host got an interrupt that is nobody's:\n{log}"
     );
-    host.must(&send("\\0\\0"), SHORT)?;
+    host.must(&send("own"), SHORT)?;
     host.must(&more, RUN)?;
     host.must("kill -9 $(pidof bhyve)", SHORT)?;
     guest.expect_exit(host, 128 + 9, SHORT)?;

@@ -96,6 +96,20 @@ const MSIX: u8 = 0x11;
 /// and tells nobody.
 pub const FOLLOWS_MESSAGES: bool = false;
 
+/// FreeBSD's lock of a VT-d unit's queue is one that a thread may sleep with.
+pub const CAN_BE_ALONE: bool = false;
+
+/// No unit is one that needs it.
+///
+/// # Safety
+/// None is needed.
+pub unsafe fn alone(
+    _f: extern "C" fn(*mut c_void) -> c_int,
+    _arg: *mut c_void,
+    _cpus: *const c_void,
+) {
+}
+
 /// FILTER_HANDLED: the interrupt is the device's own.
 pub const HANDLED: c_int = 2;
 

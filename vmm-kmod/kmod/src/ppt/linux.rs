@@ -88,6 +88,17 @@ unsafe extern "C" {
     fn ioremap(pa: u64, len: c_ulong) -> *mut u8;
     fn iounmap(va: *mut u8);
 
+    // linux/stop_machine.h
+    /// Calls `f(arg)`, which does not sleep, with interrupts off while all other CPUs
+    /// stand still with theirs off: between two instructions of a thread, not in an
+    /// interrupt. `cpus`: null. Process context, not where a CPU comes or goes.
+    #[link_name = "stop_machine"]
+    pub fn alone(
+        f: extern "C" fn(*mut c_void) -> c_int,
+        arg: *mut c_void,
+        cpus: *const c_void,
+    ) -> c_int;
+
     // linux/delay.h
     fn msleep(ms: c_uint);
 }
@@ -100,6 +111,9 @@ const GFP_KERNEL: c_uint = 0xcc0;
 
 /// Linux tells of the messages that it gives a function.
 pub const FOLLOWS_MESSAGES: bool = true;
+
+/// Whether there is `alone`.
+pub const CAN_BE_ALONE: bool = true;
 
 /// Capability IDs.
 const MSI: u8 = 0x5;

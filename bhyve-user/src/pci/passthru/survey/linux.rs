@@ -62,10 +62,13 @@ pub(super) fn survey(sys: &Path) -> Result<Survey, String> {
         None if ["DMAR", "IVRS"].iter().any(|t| tables.join(t).exists()) => None,
         None => Some(false),
     };
-    // vmm.ko's own driver remaps interrupts where it can do so for one function.
+    // vmm.ko's own driver remaps interrupts where it can do so for one function, and
+    // leaves them to the kernel where that does.
     let remapped = || {
-        let table = fs::read(tables.join("IVRS")).unwrap_or_default();
-        ivrs::interrupts(&table) && !tables.join("DMAR").exists()
+        if tables.join("DMAR").exists() {
+            return kernel_remaps(sys);
+        }
+        ivrs::interrupts(&fs::read(tables.join("IVRS")).unwrap_or_default())
     };
     let own_groups = iommu.is_none();
     // Only root can read them.
@@ -82,6 +85,17 @@ pub(super) fn survey(sys: &Path) -> Result<Survey, String> {
         groups_allowed: !matches!(parameter(GROUPS).trim(), "" | "0"),
         interrupts_open: iommu.is_none() && !allowed.starts_with('Y') && !remapped(),
     })
+}
+
+/// Whether the kernel remaps interrupts: the names of its interrupt controllers begin so
+/// then, whether it remaps DMA or not.
+fn kernel_remaps(sys: &Path) -> bool {
+    let interrupts = fs::read_dir(sys.join("kernel/irq"));
+    interrupts
+        .into_iter()
+        .flatten()
+        .flatten()
+        .any(|n| fs::read(n.path().join("chip_name")).is_ok_and(|name| name.starts_with(b"IR-")))
 }
 
 /// Configuration spaces, by requester ID.
@@ -106,8 +120,8 @@ pub(super) fn group_command() -> String {
 
 pub(super) fn interrupt_commands() -> Vec<String> {
     vec![format!(
-        "add intel_iommu=on to the kernel's command line (with an AMD CPU take amd_iommu=off \
-         away); or, if the guest is to be trusted: \
+        "add intel_iommu=on to the kernel's command line and take intremap=off away (with an AMD \
+         CPU, amd_iommu=off); or, if the guest is to be trusted: \
          echo 1 > /sys/{ALLOWED}"
     )]
 }
