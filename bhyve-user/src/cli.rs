@@ -37,7 +37,8 @@ Usage: bhyve [-aAbCDehHPSuvwWxY]
              [-g [address:]port] [-K layout] [-k file] [-l lpcdev[,conf]] [-m memsize[K|M|G|T]] [-o var=value]
              [-p vcpu:hostcpu] [-s [bus:]slot[:function],emulation[,conf]]
              [-U uuid] [--boot] [--config file] [--exit-stats file]
-             [--no-pv] [--print-config] [--sandbox on|log|off] vmname
+             [--no-pv] [--print-config] [--sandbox on|log|off]
+             [--tsc-khz n] vmname
        bhyve --config vm.toml [--boot] [option ...] [vmname]
        -a: local APIC is in xAPIC mode (the default)
        -A: create ACPI tables
@@ -80,6 +81,7 @@ Usage: bhyve [-aAbCDehHPSuvwWxY]
        --sandbox: on (the default) gives up what is not needed any more before
            the guest runs, and ends when something beyond that is tried; log
            only names what is refused; off gives up nothing
+       --tsc-khz: frequency of the guest's TSC, where the CPU can scale it
 Exit status: 0 reset, 1 powered off, 2 halted, 3 triple fault, 4 error;
 with --boot 0 powered off.
 ";
@@ -87,7 +89,7 @@ with --boot 0 powered off.
 /// Options that want a value.
 const WITH_VALUE: &str = "cGgkKlmnopsU";
 /// Long options.
-const LONG: [&str; 7] = [
+const LONG: [&str; 8] = [
     "--boot",
     "--config",
     "--exit-stats",
@@ -95,9 +97,10 @@ const LONG: [&str; 7] = [
     "--no-pv",
     "--print-config",
     "--sandbox",
+    "--tsc-khz",
 ];
 /// Those that want a value.
-const LONG_WITH_VALUE: [&str; 3] = ["--config", "--exit-stats", "--sandbox"];
+const LONG_WITH_VALUE: [&str; 4] = ["--config", "--exit-stats", "--sandbox", "--tsc-khz"];
 
 /// An option as it was given.
 struct Given {
@@ -311,6 +314,7 @@ fn apply(config: &mut Config, option: &str, value: Option<&str>) -> Result<(), U
         "-p" => config.pins.push(pin(text)?),
         "-s" => config.slots.push(pci_slot(text)?),
         "-U" => config.uuid = Some(uuid(text)?),
+        "--tsc-khz" => config.tsc_khz = Some(tsc_khz(text)?),
         "--exit-stats" => config.exit_stats = Some(text.into()),
         "--sandbox" => {
             config.sandbox = text
@@ -435,6 +439,16 @@ fn memory_size(value: &str) -> Result<u64, UsageError> {
         return Err(bad());
     }
     Ok(bytes.next_multiple_of(4096))
+}
+
+/// `--tsc-khz`.
+fn tsc_khz(value: &str) -> Result<u32, UsageError> {
+    match value.parse() {
+        Ok(khz @ 1_000..) => Ok(khz),
+        _ => usage(format!(
+            "--tsc-khz {value}: a number of kHz from 1000 on, as 2400000"
+        )),
+    }
 }
 
 /// `-p vcpu:hostcpu`.

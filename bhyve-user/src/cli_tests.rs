@@ -237,6 +237,7 @@ mod round_trip {
             Just("--boot".to_owned()),
             Just("--sandbox=log".to_owned()),
             "[a-z/]{1,8}".prop_map(|p| format!("--exit-stats {p}")),
+            (1_000u32..).prop_map(|khz| format!("--tsc-khz {khz}")),
             "[0-9a-f]{32}".prop_map(|u| format!("-U {u}")),
             Just("-o boot.kernel=/k -o boot.environment.a.b=c".to_owned()),
         ]

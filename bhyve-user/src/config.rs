@@ -109,6 +109,8 @@ pub struct Config {
     pub x2apic: bool,
     /// Not `--no-pv`.
     pub pv: bool,
+    /// `--tsc-khz`.
+    pub tsc_khz: Option<u32>,
     /// `-U`.
     pub uuid: Option<[u8; 16]>,
     /// `-p vcpu:hostcpu`, in order.
@@ -160,6 +162,7 @@ impl Config {
             pins: Vec::new(),
             verbose: false,
             exit_stats: None,
+            tsc_khz: None,
             destroy_on_poweroff: false,
             sandbox: Mode::default(),
             boot: false,
@@ -240,6 +243,9 @@ impl Config {
         }
         if let Some(firmware) = &self.bootrom {
             put("machine.bootrom", text(firmware.to_string()));
+        }
+        if let Some(khz) = self.tsc_khz {
+            put("machine.tsc_khz", text(khz.to_string()));
         }
         if let Some(file) = &self.exit_stats {
             put("run.exit_stats", text(file.display().to_string()));

@@ -53,6 +53,12 @@ pub enum Error {
         "{0} vCPUs need a CPU with unrestricted guests (VT-x of 2010 or later); this one can have 1"
     )]
     OneCpu(u32),
+    /// The TSC cannot be scaled.
+    #[error(
+        "--tsc-khz {0} (machine.tsc_khz): guests have the host's TSC here: its CPU has neither TSC scaling \
+         nor a TSC ratio, or not of that much, or vmm.ko is FreeBSD's own; leave it out"
+    )]
+    Tsc(u32),
     /// PCI.
     #[error(transparent)]
     Pci(#[from] PciError),
@@ -378,7 +384,11 @@ impl Vm {
             ..Topology::default()
         })?;
         prepare(&config, &bsp)?;
-        vm.set_pv(config.pv)?;
+        match config.tsc_khz {
+            None => vm.set_pv(config.pv)?,
+            Some(khz) if vm.set_tsc(config.pv, khz)? => {}
+            Some(khz) => return Err(Error::Tsc(khz)),
+        }
         let flags = MemFlags {
             wired: config.wired,
             in_core: config.core_memory,

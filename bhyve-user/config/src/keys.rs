@@ -176,6 +176,14 @@ pub const KEYS: &[Key] = &[
          which Linux uses by itself. FreeBSD's own vmm.ko has none.",
     ),
     key(
+        "machine.tsc_khz",
+        Number,
+        (Value("--tsc-khz"), No, "x86.tsc_khz"),
+        "",
+        "Frequency of the guest's TSC, kHz, so that it is the same on all hosts; without it, the host's. The host's CPU has to \
+         have TSC scaling (VT-x) or a TSC ratio (AMD-V). FreeBSD's own vmm.ko cannot set it.",
+    ),
+    key(
         "machine.strict_io",
         Bool,
         (Flag("-e", ""), No, "x86.strictio"),

@@ -287,6 +287,27 @@ impl Vm {
         self.request(VM_EXT_PV, &mut arg)
     }
 
+    /// Gives the guest's TSC a frequency from its first run on, and offers it the
+    /// paravirtual interface as [`Vm::set_pv`] does. False where the CPU cannot scale
+    /// it so, or the kernel piece is FreeBSD's own.
+    ///
+    /// # Errors
+    /// EBUSY once vCPUs are active.
+    pub fn set_tsc(&self, pv: bool, khz: u32) -> Result<bool> {
+        if !self.has(EXT_F_TSC) {
+            return Ok(false);
+        }
+        let mut arg = VmExtPv {
+            features: if pv { u32::MAX } else { 0 },
+            tsc_khz: khz,
+        };
+        match self.request(VM_EXT_PV, &mut arg) {
+            Ok(()) => Ok(true),
+            Err(e) if e.errno() == Some(libc::EOPNOTSUPP) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Makes two-byte OUTs (of `value`, or of any) to a port complete in the
     /// kernel and signal `fd` (an eventfd; on FreeBSD the event EVFILT_USER 0 of a
     /// kqueue of this process), or ends that (`None`). False where the kernel piece

@@ -718,13 +718,16 @@ abi_struct! {
 
 abi_struct! {
     /// Argument of `VM_EXT_PV`: what of the paravirtual interface that KVM's
-    /// guests know a guest sees. A VM begins with all that there is.
+    /// guests know a guest sees. A VM begins with all that there is, and with the
+    /// host's TSC.
     VmExtPv, 8 {
         /// Features as KVM's CPUID leaf has them (EAX of 4000_0001H there);
         /// those that the kernel piece does not have are ignored.
         features: u32 = 0,
-        /// Zero.
-        _pad0: u32 = 4,
+        /// With [`EXT_F_TSC`], the guest's TSC frequency, kHz; 0: the host's.
+        /// EOPNOTSUPP: the CPU cannot make that of the host's. EBUSY: vCPUs are
+        /// active, and it would change.
+        tsc_khz: u32 = 4,
     }
 }
 
@@ -809,6 +812,8 @@ pub const EXT_F_RUN_SEEK: u32 = 32;
 pub const EXT_F_RUN_GPRS: u32 = 64;
 /// `VmExtVersion::features`: `VM_EXT_RELEASE` is there.
 pub const EXT_F_RELEASE: u32 = 0x100;
+/// `VmExtVersion::features`: `VM_EXT_PV` sets the guest's TSC frequency.
+pub const EXT_F_TSC: u32 = 0x200;
 /// `VmExtVersion::features`: the paravirtual interface and `VM_EXT_PV` are there.
 pub const EXT_F_PV: u32 = 0x1000;
 /// `VmExtRun::flags`: set RAX before the guest goes on.

@@ -189,6 +189,11 @@ impl MsrState {
         }
     }
 
+    /// The guest's TSC frequency becomes this, Hz.
+    pub fn set_tsc_hz(&mut self, hz: u64) {
+        self.cfg.tsc_hz = hz;
+    }
+
     /// IA32_TSC_ADJUST follows a change of the TSC by other means: a write of
     /// MSR 0x10 adds as much to it (SDM Vol. 3B §17.17.3).
     pub fn tsc_moved(&mut self, delta: u64) {

@@ -64,9 +64,71 @@ impl Clock {
     }
 }
 
+/// A guest's TSC at another rate than the host's, as CPUs make it: they multiply by a
+/// fixed-point number of so many bits of fraction (48, SDM Vol. 3C §25.3; 32, APM
+/// Vol. 2 §15.30.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scaling {
+    /// What the CPU multiplies by.
+    pub multiplier: u64,
+    fraction: u32,
+    back: Ratio,
+}
+
+impl Scaling {
+    /// From a host's `from` Hz to a guest's `to`. `None`: the multiplier would be 0
+    /// or have more than 8 bits before its fraction.
+    pub fn new(from: u64, to: u64, fraction: u32) -> Option<Self> {
+        let multiplier = (u128::from(to) << fraction) / u128::from(from.max(1));
+        let multiplier = u64::try_from(multiplier).ok()?;
+        (multiplier != 0 && multiplier >> fraction >> 8 == 0).then(|| Scaling {
+            multiplier,
+            fraction,
+            back: Ratio::new(from, to),
+        })
+    }
+
+    /// What the CPU makes of a host's TSC.
+    pub fn apply(&self, host: u64) -> u64 {
+        ((u128::from(host) * u128::from(self.multiplier)) >> self.fraction) as u64
+    }
+
+    /// The host's ticks until at least so many of the guest's have gone by.
+    pub fn back(&self, ticks: u64) -> u64 {
+        self.back.apply_up(ticks)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_scaled_tsc_is_what_the_cpu_makes_it() {
+        for fraction in [32, 48] {
+            for (from, to) in [
+                (2_400_000_000, 3_100_000_000),
+                (3_100_000_000, 2_400_000_000),
+                (50_000_000, 5_000_000_000),
+            ] {
+                let s = Scaling::new(from, to, fraction).unwrap();
+                // A day, to the part in a billion that 32 bits of fraction allow.
+                let day = to * 86_400;
+                assert!(s.apply(from * 86_400).abs_diff(day) <= day / 1_000_000_000);
+                for ticks in [1, 1_000, to] {
+                    let host = s.back(ticks);
+                    assert!(s.apply(host) + 1 >= ticks, "{ticks} of {to}: early");
+                    assert!(host <= ticks.div_ceil(to.div_ceil(from)) * 2 + from / 1_000_000);
+                }
+            }
+        }
+        assert_eq!(Scaling::new(1_000_000_000, 0, 48), None);
+        assert_eq!(Scaling::new(1_000_000, 256_000_000, 48), None);
+        assert_eq!(Scaling::new(u64::MAX, 1, 32), None);
+        // Also after as many ticks as there can be.
+        let s = Scaling::new(1_000_000_000, 255_000_000_000, 48).unwrap();
+        assert_eq!(s.apply(u64::MAX), u64::MAX.wrapping_mul(255));
+    }
 
     #[test]
     fn one_second_of_tsc_is_one_second_of_every_clock() {

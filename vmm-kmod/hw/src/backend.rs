@@ -163,6 +163,9 @@ pub trait VirtualCpu: CpuState {
     fn set_pause_exiting(&mut self, when: PauseExiting) -> bool;
     /// What is added to the host's TSC (after scaling) to give the guest's.
     fn set_tsc_offset(&mut self, offset: i64);
+    /// What the host's TSC is multiplied by, of [`Backend::tsc_fraction`] bits of
+    /// fraction, or 0; the vCPU is not loaded.
+    fn set_tsc_multiplier(&mut self, multiplier: u64);
     /// The CPU has a timer that ends a guest's stay.
     fn has_preemption_timer(&self) -> bool;
     /// RDTSCP and TSC_AUX work in the guest.
@@ -377,6 +380,21 @@ impl<H: Host> Backend<H> {
         // SAFETY: by the caller's promise.
         let backend = unsafe { vmx::Backend::new() }.map_err(EnableError::Vmx)?;
         counted(backend).map(Backend::Vmx)
+    }
+
+    /// Bits of fraction of what a guest's TSC can be multiplied by. `None`: the CPU
+    /// cannot.
+    pub fn tsc_fraction(&self) -> Option<u32> {
+        match self {
+            Backend::Vmx(b) => {
+                let can = b.caps.features.contains(vmx::Features::TSC_SCALING);
+                can.then_some(48)
+            }
+            Backend::Svm(b) => {
+                let can = b.caps.features.contains(svm::Features::TSC_RATIO);
+                can.then_some(32)
+            }
+        }
     }
 
     /// Turns virtualization on, on this CPU. `set_vmxe` sets (true) or clears

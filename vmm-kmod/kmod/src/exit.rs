@@ -138,11 +138,7 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
                 self.inner.lapic.rdmsr(msr, os::rdtsc()).ok()
             }
             MsrRead::TscDeadline => Some(inner.lapic.tsc_deadline(os::rdtsc())),
-            MsrRead::Tsc => Some(
-                self.vm
-                    .guest_tsc(os::rdtsc())
-                    .wrapping_add(inner.tsc_adjust),
-            ),
+            MsrRead::Tsc => Some(inner.guest_tsc(self.vm, os::rdtsc())),
         };
         let Some(value) = value else {
             return self.fault_with(Event::GP0);
@@ -202,11 +198,8 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
                 return self.effect(effect);
             }
             MsrWrite::TscDeadline => {
-                // Guest's TSC to the host's; the difference is constant.
-                let host = value
-                    .wrapping_sub(inner.tsc_adjust)
-                    .wrapping_add(self.vm.tsc_base);
                 let now = os::rdtsc();
+                let host = inner.host_tsc(self.vm, value, now);
                 let effect = inner.lapic.set_tsc_deadline(value, host, now);
                 // One that has passed has fired.
                 inner.attention |= host <= now;
@@ -214,10 +207,7 @@ impl<C: RunCpu + 'static> Runner<'_, C> {
                 return self.effect(effect);
             }
             MsrWrite::Tsc => {
-                let now = self
-                    .vm
-                    .guest_tsc(os::rdtsc())
-                    .wrapping_add(inner.tsc_adjust);
+                let now = inner.guest_tsc(self.vm, os::rdtsc());
                 let delta = value.wrapping_sub(now);
                 inner.msr.tsc_moved(delta);
                 return self.move_tsc(delta);

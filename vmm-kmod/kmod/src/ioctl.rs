@@ -63,6 +63,7 @@ fn ext_version(data: &mut [u8]) -> Result<(), i32> {
             | EXT_F_RUN_GPRS
             | EXT_F_OUT_RING
             | EXT_F_PV
+            | EXT_F_TSC
             | EXT_F_RELEASE
             | bells
             | seek,
@@ -190,9 +191,7 @@ pub fn vm(vm: &Vm, cmd: u32, data: &mut [u8]) -> Result<(), i32> {
         }
         req::VM_EXT_PV => {
             let a: &mut VmExtPv = arg(data)?;
-            if a._pad0 != 0 {
-                return Err(errno::EINVAL);
-            }
+            vm.set_tsc(a.tsc_khz)?;
             vm.set_pv(a.features);
             Ok(())
         }

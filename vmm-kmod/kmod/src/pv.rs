@@ -209,7 +209,8 @@ impl Runner<'_, dyn VirtualCpu> {
         }
         // To the second, as the host tells it.
         let now = u64::try_from(os::wallclock()).unwrap_or(0);
-        let up = self.vm.clock.to_ns.apply(self.vm.guest_tsc(os::rdtsc()));
+        let up = os::rdtsc().wrapping_sub(self.vm.tsc_base);
+        let up = self.vm.clock.to_ns.apply(up);
         let then = now.saturating_mul(1_000_000_000).saturating_sub(up);
         self.publish(value, |version| pv::wall_clock(version, then))
     }
@@ -218,7 +219,7 @@ impl Runner<'_, dyn VirtualCpu> {
         match pv::address(value) {
             None => return false,
             Some(Some(gpa)) => {
-                let scale = Scale::new(self.vm.clock.tsc_hz);
+                let scale = Scale::new(self.vm.tsc_hz.load(Ordering::Relaxed));
                 let zero = self.inner.tsc_adjust;
                 if !self.publish(gpa, |version| scale.clock(version, zero)) {
                     return false;

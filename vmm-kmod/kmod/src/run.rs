@@ -146,6 +146,9 @@ fn run_on<C: RunCpu + 'static>(vm: &Vm, vcpu: &Vcpu, inner: &mut Inner<C>) -> Re
     if inner.config_gen != vm.config_gen.load(core::sync::atomic::Ordering::Acquire) {
         vm.ensure_topology()?;
         inner.refresh_config(vm, vcpu.id);
+        if inner.scaling.is_some() || vm.tsc_scaling().is_some() {
+            crate::regs::with_current(inner, |i| i.scale_tsc(vm));
+        }
     }
     // Userland may have loaded secrets into the caches since the last run.
     inner.hw.request_l1d_flush();

@@ -16,7 +16,7 @@ use vmm_core::host::Host;
 use vmm_core::lapic::{DEFAULT_BASE, Lapic, LapicConfig, LapicPage, Mailbox};
 use vmm_core::msr::{MsrConfig, MsrState};
 use vmm_core::stats::Stats;
-use vmm_core::time::Ratio;
+use vmm_core::time::{Ratio, Scaling};
 use vmm_hw::backend::{ApicMode, ApicVirt, Backend, Config, Reset, VirtualCpu};
 use vmm_hw::svm::avic::MAX_ID;
 use vmm_hw::{svm, vmx};
@@ -97,6 +97,8 @@ pub struct Inner<C: ?Sized = dyn VirtualCpu> {
     pub wait: Wait,
     /// Extra TSC offset of this vCPU (IA32_TSC and IA32_TSC_ADJUST writes).
     pub tsc_adjust: u64,
+    /// The guest's TSC has another rate than the host's.
+    pub scaling: Option<Scaling>,
     /// It is among the active vCPUs.
     pub may_run: bool,
     /// Leave the guest on HLT even to userland? (VM_CAP_HALT_EXIT as set.)
@@ -438,7 +440,7 @@ impl<C: VirtualCpu> Inner<C> {
         Inner {
             lapic,
             pv: Pv::default(),
-            msr: MsrState::new(&msr_config(), &cpuid),
+            msr: MsrState::new(&msr_config(global::get().tsc_hz), &cpuid),
             cpuid,
             config_gen: 0,
             cpuid_gen: 0,
@@ -449,6 +451,7 @@ impl<C: VirtualCpu> Inner<C> {
             attention: true,
             wait: Wait::No,
             tsc_adjust: 0,
+            scaling: None,
             may_run: false,
             halt_exit: false,
             pause_exit: false,
@@ -483,6 +486,15 @@ impl<C: VirtualCpu + ?Sized> Inner<C> {
         self.config_gen = generation;
     }
 
+    /// The guest's TSC goes as the VM's is to; the VMCS is current.
+    pub fn scale_tsc(&mut self, vm: &Vm) {
+        self.scaling = vm.tsc_scaling();
+        self.msr.set_tsc_hz(vm.tsc_hz.load(Ordering::Relaxed));
+        self.hw
+            .set_tsc_multiplier(self.scaling.map_or(0, |s| s.multiplier));
+        self.apply_tsc(vm);
+    }
+
     /// How the CPU is to virtualize the local APIC in its present mode.
     #[inline]
     pub fn lapic_mode(&self) -> ApicMode {
@@ -495,7 +507,7 @@ impl<C: VirtualCpu + ?Sized> Inner<C> {
         self.hw.set_apic_mode(ApicMode::XApic);
         self.lapic.reset();
         self.pv = Pv::default();
-        self.msr = MsrState::new(&msr_config(), &self.cpuid);
+        self.msr = MsrState::new(&msr_config(vm.tsc_hz.load(Ordering::Relaxed)), &self.cpuid);
         self.exit = VmExitRaw::default();
         self.next_rip = None;
         self.vectoring = None;
@@ -509,8 +521,38 @@ impl<C: VirtualCpu + ?Sized> Inner<C> {
 
     /// Tells the CPU the guest's TSC offset.
     pub fn apply_tsc(&mut self, vm: &Vm) {
-        let offset = self.tsc_adjust.wrapping_sub(vm.tsc_base);
+        let offset = self.guest_tsc(vm, 0);
         self.hw.set_tsc_offset(offset as i64);
+    }
+
+    /// The guest's TSC when the host's is this.
+    pub fn guest_tsc(&self, vm: &Vm, host: u64) -> u64 {
+        let since = match &self.scaling {
+            None => host.wrapping_sub(vm.tsc_base),
+            Some(s) => s.apply(host).wrapping_sub(s.apply(vm.tsc_base)),
+        };
+        since.wrapping_add(self.tsc_adjust)
+    }
+
+    /// The host's TSC at the guest's, as seen at `now`.
+    pub fn host_tsc(&self, vm: &Vm, guest: u64, now: u64) -> u64 {
+        match &self.scaling {
+            // The difference is constant.
+            None => guest
+                .wrapping_sub(self.tsc_adjust)
+                .wrapping_add(vm.tsc_base),
+            Some(s) => scaled_host_tsc(s, guest, self.guest_tsc(vm, now), now),
+        }
+    }
+}
+
+/// The host's TSC at a guest's scaled one, which is `guest_now` at `now`.
+#[cold]
+#[inline(never)]
+fn scaled_host_tsc(s: &Scaling, guest: u64, guest_now: u64, now: u64) -> u64 {
+    match guest.checked_sub(guest_now) {
+        Some(ticks) => now.saturating_add(s.back(ticks)),
+        None => now,
     }
 }
 
@@ -553,7 +595,7 @@ fn cpuid_config(vm: &Vm, id: u32, x2apic: bool) -> CpuidConfig {
         vcpu_id: id,
         apic_id: id,
         topology: vm.topology(),
-        tsc_hz: g.tsc_hz,
+        tsc_hz: vm.tsc_hz.load(Ordering::Relaxed),
         lapic_hz: lapic_timer_hz(g.tsc_hz),
         x2apic,
         hypervisor: true,
@@ -563,13 +605,13 @@ fn cpuid_config(vm: &Vm, id: u32, x2apic: bool) -> CpuidConfig {
     }
 }
 
-fn msr_config() -> MsrConfig {
+fn msr_config(tsc_hz: u64) -> MsrConfig {
     let g = global::get();
     MsrConfig {
         vendor: vendor(),
         microcode: g.microcode,
         arch_capabilities: g.arch_capabilities,
-        tsc_hz: g.tsc_hz,
+        tsc_hz,
     }
 }
 

@@ -12,7 +12,7 @@ use vmm_core::chipset::Chipset;
 use vmm_core::cpuid::Topology;
 use vmm_core::lapic::{Lvt, Mailbox};
 use vmm_core::pmtmr::PmTimer;
-use vmm_core::time::Clock;
+use vmm_core::time::{Clock, Scaling};
 use vmm_hw::backend::ApicVirt;
 use vmm_hw::ept::{Generation, Invalidation, Prot};
 use vmm_hw::page::Pages;
@@ -101,7 +101,9 @@ pub struct Vm {
     topology: AtomicU64,
     /// `vmm_core::pv::Features` that the guest may have.
     pub(crate) pv_wanted: AtomicU32,
-    /// Changes whenever `topology` or `pv_wanted` does.
+    /// The guest's TSC frequency, Hz.
+    pub(crate) tsc_hz: AtomicU64,
+    /// Changes whenever `topology`, `pv_wanted` or `tsc_hz` does.
     pub config_gen: AtomicU32,
     /// Whose turn it is among equals in lowest-priority arbitration.
     turn: AtomicU32,
@@ -265,6 +267,7 @@ impl Vm {
             making: Mutex::new(())?,
             topology: AtomicU64::new(1 | 1 << 16 | 1 << 32),
             pv_wanted: AtomicU32::new(u32::MAX),
+            tsc_hz: AtomicU64::new(g.tsc_hz),
             config_gen: AtomicU32::new(1),
             turn: AtomicU32::new(0),
             apic_access,
@@ -587,9 +590,38 @@ impl Vm {
         Ok(())
     }
 
-    /// Host TSC ticks to the guest's TSC.
-    pub fn guest_tsc(&self, host: u64) -> u64 {
-        host.wrapping_sub(self.tsc_base)
+    /// How the CPU makes the guest's TSC of the host's, where they are not the same.
+    #[cold]
+    pub fn tsc_scaling(&self) -> Option<Scaling> {
+        let (from, to) = (self.clock.tsc_hz, self.tsc_hz.load(Ordering::Relaxed));
+        if from == to {
+            return None;
+        }
+        let fraction = global::get().backend.tsc_fraction()?;
+        Scaling::new(from, to, fraction)
+    }
+
+    /// VM_EXT_PV: the guest's TSC frequency from its first run on. EOPNOTSUPP, EBUSY.
+    pub fn set_tsc(&self, khz: u32) -> Result<(), i32> {
+        let (host, hz) = (self.clock.tsc_hz, u64::from(khz) * 1000);
+        // Two calibrations of one clock differ by as much.
+        let hz = if hz.abs_diff(host) <= host / 10_000 || khz == 0 {
+            host
+        } else {
+            hz
+        };
+        let old = self.tsc_hz.swap(hz, Ordering::Relaxed);
+        let bad = if old == hz {
+            return Ok(());
+        } else if !self.active.is_empty() {
+            errno::EBUSY
+        } else if hz != host && self.tsc_scaling().is_none() {
+            errno::EOPNOTSUPP
+        } else {
+            return Ok(());
+        };
+        self.tsc_hz.store(old, Ordering::Relaxed);
+        Err(bad)
     }
 
     /// Does `f` with the chipset; interrupts that come of it are delivered

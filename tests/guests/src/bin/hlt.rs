@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use guests::apic::{self, Apic, register};
 use guests::report::Report;
 use guests::trap::{self, Frame};
-use guests::{cpu, memory, println, smp};
+use guests::{cpu, memory, preload, println, smp};
 
 const TIMER: u8 = 0x40;
 const POKE: u8 = 0x41;
@@ -74,6 +74,28 @@ fn deadline(r: &mut Report, apic: Apic) {
         r.check("a deadline ends HLT, and not too early", !early);
     }
     apic.write(register::LVT_TIMER, apic::MASKED | u32::from(TIMER));
+}
+
+/// The rate of the TSC, by the ACPI PM timer (24 bits, 3.579545 MHz), if it is asked for.
+fn rate(r: &mut Report) {
+    const PM_TIMER: u16 = 0x408;
+    const TENTH: u32 = 357_954;
+    let Some(wanted) = preload::variable("guest.tsc_khz").and_then(|v| v.parse::<u64>().ok())
+    else {
+        return;
+    };
+    let (from, began) = (cpu::inl(PM_TIMER), cpu::rdtsc());
+    while cpu::inl(PM_TIMER).wrapping_sub(from) & 0xff_ffff < TENTH {}
+    let khz = (cpu::rdtsc() - began) / 100;
+    println!("hlt: the TSC has {khz} kHz, by the PM timer");
+    r.check(
+        "the TSC's rate is the one asked for",
+        khz.abs_diff(wanted) <= wanted / 100,
+    );
+    let timing = cpu::cpuid(0x4000_0010, 0);
+    if cpu::cpuid(0x4000_0000, 0).eax >= 0x4000_0010 && timing.eax != 0 {
+        r.equal("CPUID says it", timing.eax.into(), wanted);
+    }
 }
 
 fn pending(r: &mut Report, apic: Apic) {
@@ -153,6 +175,7 @@ extern "C" fn guest_main() -> ! {
     let apic = Apic::current();
     apic.enable();
     pending(&mut r, apic);
+    rate(&mut r);
     one_shot(&mut r, apic);
     deadline(&mut r, apic);
     pit(&mut r, apic);

@@ -77,6 +77,10 @@ pub fn group(lab: &Lab, engine: Engine) -> Result<Group> {
         }));
     }
     cases.push(Case::new(
+        format!("{prefix}guest-tsc-rate"),
+        move |_, host| tsc_rate(engine, host),
+    ));
+    cases.push(Case::new(
         format!("{prefix}guest-triple-fault"),
         triple_fault,
     ));
@@ -118,6 +122,28 @@ pub fn small(guest: &str) -> Guest {
     let mut spec = Guest::new(&format!("/guests/{guest}"), load);
     spec.memory_mib = 128;
     spec
+}
+
+/// A guest whose TSC is faster than the host's, and one whose TSC is slower: the rate,
+/// and deadlines by it. QEMU's AMD-V has no TSC ratio, which is said.
+fn tsc_rate(engine: Engine, host: &mut Host) -> Result<()> {
+    for khz in [130_000, 20_000] {
+        let mut spec = small("hlt");
+        spec.vcpus = 2;
+        spec.environment.push("guest.cpus=2".to_owned());
+        spec.environment.push(format!("guest.tsc_khz={khz}"));
+        spec.options = format!("--tsc-khz {khz}");
+        if engine != Engine::Qemu {
+            passes(host, &spec)?;
+            continue;
+        }
+        spec.start(host)?;
+        spec.expect_exit(host, 4, SHORT)?;
+        let error = host.must("cat /tmp/bhyve.err", SHORT)?;
+        ensure!(error.contains("nor a TSC ratio"), "{error}");
+        spec.destroy(host)?;
+    }
+    Ok(())
 }
 
 /// Runs a guest to its verdict and power-off; returns what it said.

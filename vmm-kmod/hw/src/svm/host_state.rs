@@ -256,16 +256,13 @@ impl<H: Host> Vcpu<H> {
         self.touch(clean::INTERCEPTS).control.tsc_offset = offset as u64;
     }
 
-    /// The guest's TSC runs at `ratio / 2^32` of the host's; `None` for the
-    /// same rate. False if the CPU cannot. The vCPU is not loaded.
-    pub fn set_tsc_ratio(&mut self, ratio: Option<u64>) -> bool {
-        let ratio = ratio.unwrap_or(TSC_RATIO_ONE);
-        // Bits 63:40 are reserved.
-        let ok = ratio == TSC_RATIO_ONE
-            || self.has(Features::TSC_RATIO) && ratio != 0 && ratio >> 40 == 0;
-        if ok {
-            self.tsc_ratio = ratio;
-        }
-        ok
+    /// The guest's TSC runs at `ratio / 2^32` of the host's (APM Vol. 2 §15.30.5),
+    /// which the CPU can do, or at its rate (0). The vCPU is not loaded.
+    pub fn set_tsc_multiplier(&mut self, ratio: u64) {
+        self.tsc_ratio = match ratio {
+            0 => TSC_RATIO_ONE,
+            // Bits 63:40 are reserved.
+            _ => ratio & 0xff_ffff_ffff,
+        };
     }
 }

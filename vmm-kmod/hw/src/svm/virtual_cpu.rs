@@ -54,6 +54,9 @@ impl<H: Host> VirtualCpu for Vcpu<H> {
     fn set_tsc_offset(&mut self, offset: i64) {
         Vcpu::set_tsc_offset(self, offset);
     }
+    fn set_tsc_multiplier(&mut self, multiplier: u64) {
+        Vcpu::set_tsc_multiplier(self, multiplier);
+    }
     fn has_preemption_timer(&self) -> bool {
         false
     }

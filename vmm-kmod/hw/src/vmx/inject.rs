@@ -301,20 +301,14 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// The guest's TSC runs at `multiplier / 2^48` of the host's
-    /// (SDM Vol. 3C §25.3); `None` for the same rate. False if the CPU cannot.
-    pub fn set_tsc_scale(&mut self, multiplier: Option<u64>) -> bool {
-        match multiplier {
-            None => self.proc2_bit(proc2::TSC_SCALING, false),
-            Some(m) => {
-                if m == 0 || !self.backend.caps.features.contains(Features::TSC_SCALING) {
-                    return false;
-                }
-                // SAFETY: the VMCS is current and has the field; not 0.
-                unsafe { vmwrite(vmcs::TSC_MULTIPLIER, m) };
-                self.proc2_bit(proc2::TSC_SCALING, true);
-            }
+    /// (SDM Vol. 3C §25.3), which the CPU can do, or at its rate (0).
+    pub fn set_tsc_multiplier(&mut self, multiplier: u64) {
+        let on = multiplier != 0;
+        if on {
+            // SAFETY: the VMCS is current and has the field.
+            unsafe { vmwrite(vmcs::TSC_MULTIPLIER, multiplier) };
         }
-        true
+        self.proc2_bit(proc2::TSC_SCALING, on);
     }
 }
 
