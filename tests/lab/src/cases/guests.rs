@@ -134,7 +134,12 @@ fn tsc_rate(engine: Engine, host: &mut Host) -> Result<()> {
         spec.environment.push(format!("guest.tsc_khz={khz}"));
         spec.options = format!("--tsc-khz {khz}");
         if engine != Engine::Qemu {
-            passes(host, &spec)?;
+            let said = passes(host, &spec)?;
+            ensure!(
+                said.contains("the TSC's rate is the one asked for")
+                    && said.contains("CPUID says it"),
+                "the guest did not look at its rate:\n{said}"
+            );
             continue;
         }
         spec.start(host)?;
@@ -277,10 +282,10 @@ fn fetch(_: &Lab, host: &mut Host) -> Result<()> {
         count.context("no count of EPT violations")
     };
     let whole = violations("nx_huge_pages=0");
-    let split = violations("nx_huge_pages=1");
+    let whole = whole?;
+    let split = violations("nx_huge_pages=1")?;
     host.unload_vmm()?;
     host.load_vmm("")?;
-    let (whole, split) = (whole?, split?);
     println!("EPT violations: {whole}, with nx_huge_pages {split}");
     ensure!(
         whole < split && split <= whole + FETCH_AREAS,
@@ -298,9 +303,9 @@ fn dkms_module(lab: &Lab, host: &mut Host) -> Result<()> {
     let ran = passes(host, &small("exceptions"))
         .and_then(|_| passes(host, &small("exitcost")))
         .and_then(|text| cpuid_cost(engine, &text));
+    ran?;
     host.unload_vmm()?;
     host.load_vmm("")?;
-    ran?;
     let complaints = host.run("dmesg | grep -i \"unpatched\\|thunk in use\\|BUG:\"", SHORT)?;
     ensure!(complaints.status == 1, "the kernel: {}", complaints.text);
     Ok(())

@@ -40,8 +40,8 @@ fn shared(host: &mut Host) -> Result<()> {
     host.must(
         &format!(
             "{CONSOLE}; [ -n \"$console\" ] && touch /tmp/go && \
-             (n=0; while [ -e /tmp/go ]; do n=$((n+1)); echo $((n%2+1)) >/proc/irq/$console/smp_affinity; \
-             echo $n >/tmp/moves; done) >/dev/null 2>&1 &"
+             (n=0; cpu=1; while [ -e /tmp/go ]; do cpu=$((3-cpu)); \
+             echo $cpu >/proc/irq/$console/smp_affinity && n=$((n+1)); echo $n >/tmp/moves; done) >/dev/null 2>&1 &"
         ),
         SHORT,
     )?;
@@ -70,15 +70,14 @@ fn shared(host: &mut Host) -> Result<()> {
 /// Linux's own interrupt goes where Linux sends it.
 fn moves(host: &mut Host) -> Result<()> {
     let text = host.must("rm /tmp/go; cat /tmp/moves", SHORT)?;
-    println!(
-        "passthru-shared-vtd: the console's interrupt moved {} times",
-        text.trim()
-    );
+    let moved: u64 = text.trim().parse()?;
+    println!("passthru-shared-vtd: the console's interrupt was told {moved} times to move");
+    ensure!(moved > 100, "Linux let it be moved {moved} times only");
     for (mask, column) in [(1, 2), (2, 3), (1, 2)] {
         // What is printed makes interrupts, of which the CPU's column is to tell.
         let line = format!(
             "{CONSOLE}; sleep 1; echo {mask} >/proc/irq/$console/smp_affinity; \
-             count() {{ set -- $(grep \" *$console:\" /proc/interrupts); eval n=\\${column}; }}; \
+             count() {{ set -- $(grep \"^ *$console:\" /proc/interrupts); eval n=\\${column}; }}; \
              count; m=$n; i=0; while [ $n -le $((m+20)) ] && [ $i -lt 300 ]; do i=$((i+1)); echo $i; sleep 0.1; count; done; \
              [ $n -gt $((m+20)) ]"
         );
