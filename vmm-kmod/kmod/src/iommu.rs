@@ -295,7 +295,7 @@ extern "C" fn carry_out(job: *mut c_void) -> c_int {
 /// that, by a lock that it shows nobody: it holds it with interrupts off until the unit is
 /// done, and so does not hold it while all CPUs stand still.
 ///
-/// Process context, no spin lock held.
+/// Process context, no spin lock held, nor a VM's memory (`Domain::publish`).
 fn ask(base: u64, new: Option<&mut Unit>, order: Order) -> Result<(), Refusal> {
     let shared = match &new {
         Some(unit) => unit.shared(),
@@ -512,11 +512,7 @@ impl Own {
     }
 
     fn map(&mut self, gpa: u64, hpa: u64, len: u64, prot: Prot) -> Result<(), i32> {
-        self.tables.map(gpa, hpa, len, prot)?;
-        if self.attached.load(Ordering::Relaxed) != 0 {
-            self.publish()?;
-        }
-        Ok(())
+        self.tables.map(gpa, hpa, len, prot)
     }
 
     /// Lets the unit see what is mapped.
@@ -601,11 +597,23 @@ impl Domain {
         }
     }
 
-    /// Maps memory; all three are multiples of 4 KiB. ENOMEM.
+    /// Maps memory; all three are multiples of 4 KiB. Functions that are under it
+    /// already see it after [`Domain::publish`]. ENOMEM.
     pub fn map(&mut self, gpa: u64, hpa: u64, len: u64, prot: Prot) -> Result<(), i32> {
         match self {
             Domain::Host(d) => d.map(gpa, hpa, len, prot),
             Domain::Own(d) => d.map(gpa, hpa, len, prot),
+        }
+    }
+
+    /// Lets functions see what has been mapped. It may have to wait until all CPUs
+    /// stand still (`ask`), so a lock that is wanted where a process's memory, or a
+    /// coming or going of CPUs, is locked must not be held: a VM's memory is such a
+    /// one. The same holds for `attach` and `detach`. EIO.
+    pub fn publish(&self) -> Result<(), i32> {
+        match self {
+            Domain::Own(d) if d.attached.load(Ordering::Relaxed) != 0 => d.publish(),
+            _ => Ok(()),
         }
     }
 

@@ -20,7 +20,7 @@ use core::mem;
 use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
-use vmm_core::iommu::acs::{self, Ids};
+use vmm_core::iommu::acs;
 use vmm_core::iommu::pci::{Bridges, Config};
 use vmm_hw::ept::MemType;
 
@@ -109,6 +109,16 @@ pub struct Function {
 // lock, before it goes.
 unsafe impl Send for Function {}
 
+/// The domain that was taken out of a VM's memory is there again; it goes if the VM
+/// has no function, and gets none.
+fn give_back(vm: &Vm, domain: Domain, more: bool) {
+    let mut memory = vm.mem.lock();
+    memory.dma = more || !none(vm);
+    if memory.dma {
+        memory.iommu = Some(domain);
+    }
+}
+
 /// All of them.
 #[derive(Default)]
 pub struct Functions(Vec<Function>);
@@ -167,16 +177,20 @@ impl Functions {
         Ok(())
     }
 
-    /// A function is the host's again: its DMA passes as it is, and, as soon as no
-    /// other of its bus is kept for guests, that of all there is or will be there.
+    /// Whether one is kept for guests.
+    fn holds(&self, id: u16) -> bool {
+        self.0.iter().any(|f| f.rid.0 == id)
+    }
+
+    /// A function is the host's again: its DMA passes as it is, and that of what may
+    /// come on its bus, unless all that is there is kept for guests.
     fn pass_on(&self, device: &Device, rid: Rid) {
         if !iommu::is_ours(device) {
             return;
         }
-        let kept = self.0.iter().any(|f| f.rid.0 >> 8 == rid.0 >> 8);
-        let ids = if kept { Ids::one } else { Ids::bus };
+        let ids = acs::returned(&Bridges::new(Pci), rid.0, &|id| self.holds(id));
         // The log has it.
-        let _ = iommu::let_pass(rid, &ids(rid.0), true);
+        let _ = iommu::let_pass(rid, &ids, true);
     }
 
     fn bind(&mut self, vm: &Vm, rid: Rid) -> Result<(), i32> {
@@ -199,8 +213,7 @@ impl Functions {
             // What can be told apart, before `quiesce` sees to it that it is.
             let pci = Bridges::new(Pci);
             self.alone(&pci, vm, rid)?;
-            let held = |other| self.0.iter().any(|f| f.rid.0 == other);
-            if let Some(strays) = acs::strays(&pci, rid.0, held) {
+            if let Some(strays) = acs::strays(&pci, rid.0, &|id| self.holds(id)) {
                 iommu::let_pass(rid, &strays, false)?;
             }
         }
@@ -220,35 +233,40 @@ impl Functions {
         let f = self.0.get_mut(at).ok_or(errno::ENOENT)?;
         f.quiesce(false)?;
         let mut memory = vm.mem.lock();
-        if memory.iommu.is_none() {
-            let mut domain = Domain::new(&f.device, &group)?;
-            memory.fill(&mut domain).inspect_err(|e| {
-                if *e == errno::EINVAL {
-                    klog!(Error, "ppt {rid}: the VM's memory is not wired");
-                }
-            })?;
-            memory.iommu = Some(domain);
-        }
-        if !attached && let Some(domain) = &mut memory.iommu {
-            let done = domain
-                .attach(&group, remap.as_deref())
-                .inspect_err(|e| match *e {
-                    errno::EBUSY => klog!(
-                        Error,
-                        "ppt {rid}: a driver of the host uses a function of the same IOMMU group"
-                    ),
-                    _ => klog!(Error, "ppt {rid}: the IOMMU does not take it"),
-                });
-            if done.is_err() && vm.functions.load(Ordering::Relaxed) == 0 {
-                memory.iommu = None;
+        let mut domain = match memory.iommu.take() {
+            Some(domain) => domain,
+            None => {
+                let mut domain = Domain::new(&f.device, &group)?;
+                memory.fill(&mut domain).inspect_err(|e| {
+                    if *e == errno::EINVAL {
+                        klog!(Error, "ppt {rid}: the VM's memory is not wired");
+                    }
+                })?;
+                domain
             }
-            if let Err(e) = done {
-                if e == errno::EIO {
-                    // The unit may know where the table is.
-                    mem::forget(remap);
-                }
-                return Err(e);
+        };
+        // None of it goes, and none comes without this lock.
+        memory.dma = true;
+        drop(memory);
+        let done = if attached {
+            Ok(())
+        } else {
+            domain.attach(&group, remap.as_deref())
+        };
+        give_back(vm, domain, done.is_ok());
+        if let Err(e) = done {
+            match e {
+                errno::EBUSY => klog!(
+                    Error,
+                    "ppt {rid}: a driver of the host uses a function of the same IOMMU group"
+                ),
+                _ => klog!(Error, "ppt {rid}: the IOMMU does not take it"),
             }
+            if e == errno::EIO {
+                // The unit may know where the table is.
+                mem::forget(remap);
+            }
+            return Err(e);
         }
         f.vm = vm;
         f.remap = remap;
@@ -276,8 +294,8 @@ impl Functions {
         let remap = f.remap.take();
         let (rid, group) = (f.rid, iommu::group_again(&f.device, f.rid));
         let last = self.has_group(&group, rid).is_none();
-        let mut memory = vm.mem.lock();
-        if let (true, Some(domain)) = (last, &memory.iommu)
+        let domain = vm.mem.lock().iommu.take();
+        if let (true, Some(domain)) = (last, &domain)
             && domain.detach(&group).is_err()
         {
             // Nobody knows when it stops looking.
@@ -285,8 +303,9 @@ impl Functions {
         }
         // Some hosts let DMA pass as it is from here on.
         device.stop();
-        if vm.functions.fetch_sub(1, Ordering::Relaxed) == 1 {
-            memory.iommu = None;
+        vm.functions.fetch_sub(1, Ordering::Relaxed);
+        if let Some(domain) = domain {
+            give_back(vm, domain, false);
         }
     }
 }
@@ -368,6 +387,11 @@ fn lock() -> Result<MutexGuard<'static, Functions>, i32> {
     unsafe { list.as_ref() }
         .map(Mutex::lock)
         .ok_or(errno::ENOENT)
+}
+
+/// No function comes to a VM or goes from it while this is held.
+pub fn hold() -> Option<MutexGuard<'static, Functions>> {
+    lock().ok()
 }
 
 /// The list, made at need. ENOMEM.

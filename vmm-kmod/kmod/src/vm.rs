@@ -250,6 +250,7 @@ impl Vm {
                     map: MemMap::default(),
                     nested,
                     iommu: None,
+                    dma: false,
                 },
             ),
             functions: AtomicU32::new(0),

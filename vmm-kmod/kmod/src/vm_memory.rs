@@ -15,6 +15,7 @@ use crate::global;
 use crate::iommu::Domain;
 use crate::memory::{self, CHUNK, MemMap, SEG_NAME_MAX};
 use crate::os::Os;
+use crate::ppt;
 use crate::vm::{FILE_NAME_MAX, NAME_MAX, Vm, check_name};
 
 /// Guest memory and the tables that map it.
@@ -23,8 +24,11 @@ pub struct Memory {
     pub map: MemMap,
     /// Nested page tables.
     pub nested: NestedTables<Os>,
-    /// What the VM's PCI functions see of its memory, while it has any.
+    /// What the VM's PCI functions see of its memory, while it has any. Who holds ppt's
+    /// lock takes it out to do with it what this lock must not be held for.
     pub iommu: Option<Domain>,
+    /// There is one, here or taken out.
+    pub dma: bool,
 }
 
 impl Memory {
@@ -60,7 +64,7 @@ impl Memory {
     /// Whether PCI functions may access the guest's memory now, so that none
     /// of it can be taken away.
     pub fn dma(&self) -> bool {
-        self.iommu.is_some()
+        self.dma
     }
 
     /// Shows all of the guest's system memory to the PCI functions in `to`.
@@ -172,14 +176,24 @@ impl Vm {
 
     /// Maps part of a segment into the guest.
     pub fn mmap_memseg(&self, map: crate::memory::Map) -> Result<(), i32> {
+        // Nobody else has the domain.
+        let _ppt = if map.flags & crate::memory::MAP_WIRED != 0 {
+            ppt::hold()
+        } else {
+            None
+        };
         let mut mem = self.mem.lock();
         mem.map.map(map)?;
         let wired_system = map.flags & crate::memory::MAP_WIRED != 0
             && mem.map.segment(map.segid).is_some_and(|s| s.sysmem);
         if wired_system && let Some(mut domain) = mem.iommu.take() {
             let shown = mem.show(&mut domain, &map);
+            // What is mapped stays while `dma` says so.
+            drop(mem);
+            let seen = domain.publish();
+            mem = self.mem.lock();
             mem.iommu = Some(domain);
-            shown?;
+            shown.and(seen)?;
         }
         if map.flags & crate::memory::MAP_WIRED != 0 {
             // Wired memory is there from the start.

@@ -80,7 +80,7 @@ impl Ids {
 /// there belongs to the chipset, which may have more there than it shows), or the host
 /// keeps a function there whose virtual functions may be to come; `held` is whether
 /// one is kept for guests.
-pub fn strays(pci: &impl Config, rid: u16, held: impl Fn(u16) -> bool) -> Option<Ids> {
+pub fn strays(pci: &impl Config, rid: u16, held: &dyn Fn(u16) -> bool) -> Option<Ids> {
     let port = pci.bridge_to((rid >> 8) as u8)?;
     let (Some(ROOT_PORT | DOWNSTREAM), mut ids) = (pci.port_type(port), Ids::bus(rid)) else {
         return None;
@@ -92,6 +92,25 @@ pub fn strays(pci: &impl Config, rid: u16, held: impl Fn(u16) -> bool) -> Option
         }
     }
     Some(ids)
+}
+
+/// Requester IDs that pass when a function is the host's again: its own; that of all
+/// there is or will be on its bus if none of them is kept for guests; and where the host
+/// now has a function there whose virtual functions may be to come, those of all that
+/// are not kept.
+pub fn returned(pci: &impl Config, rid: u16, held: &dyn Fn(u16) -> bool) -> Ids {
+    let mut ids = Ids::bus(rid);
+    let mut kept = false;
+    for id in rid & 0xff00..=rid | 0xff {
+        if held(id) {
+            ids.put(id, false);
+            kept = true;
+        }
+    }
+    if kept && strays(pci, rid, held).is_some() {
+        return Ids::one(rid);
+    }
+    ids
 }
 
 /// Where the functions of a function's device are. Behind a port there is one
@@ -414,7 +433,7 @@ mod tests {
             });
             all
         };
-        let strays = |h: &Host, rid, held: u16| super::strays(h, rid, |f| f == held).map(list);
+        let strays = |h: &Host, rid, held: u16| super::strays(h, rid, &|f| f == held).map(list);
         let mut h = Host::default();
         h.add(at(0, 2, 0), 9, None);
         h.add(at(0, 2, 3), 9, None);
@@ -437,6 +456,17 @@ mod tests {
         h.0.get_mut(&at(1, 0, 0)).unwrap()[0x100 / 4] = u32::from(SR_IOV) | 1 << 16;
         assert_eq!(strays(&h, at(1, 9, 0), 0), None);
         assert_eq!(strays(&h, at(1, 9, 0), at(1, 0, 0)), Some(rest));
+        // It goes back to the host, while its sibling is kept, then that one too.
+        let returned = |h: &Host, rid, held: u16| list(super::returned(h, rid, &|f| f == held));
+        let all: Vec<u16> = (0x100..0x200).collect();
+        let others: Vec<u16> = all
+            .iter()
+            .copied()
+            .filter(|id| *id != at(1, 9, 0))
+            .collect();
+        assert_eq!(returned(&h, at(1, 0, 0), at(1, 9, 0)), others);
+        assert_eq!(returned(&h, at(1, 9, 0), at(1, 0, 0)), [at(1, 9, 0)]);
+        assert_eq!(returned(&h, at(1, 9, 0), 0), all);
         // One of them on the bus behind, which no bridge leads to.
         h.add(at(2, 0, 0), 0, None);
         assert_eq!(strays(&h, at(2, 0, 0), 0), None);
