@@ -26,8 +26,8 @@ pub trait Host: 'static {
     fn alloc_pages(order: u32) -> Option<HostPage>;
     /// Frees what `alloc_page` or `alloc_pages` gave.
     fn free_pages(page: HostPage, order: u32);
-    /// Kernel virtual address of a physical address that this host
-    /// allocated (the direct map).
+    /// Kernel virtual address of a physical address of memory that the host's
+    /// kernel has (the direct map).
     fn phys_to_virt(pa: Hpa) -> usize;
     /// Index of the CPU that this code runs on; stable only with
     /// preemption or interrupts off.

@@ -93,9 +93,13 @@ impl Scaling {
         ((u128::from(host) * u128::from(self.multiplier)) >> self.fraction) as u64
     }
 
-    /// The host's ticks until at least so many of the guest's have gone by.
+    /// The host's ticks until at least so many of the guest's have gone by; all ones for
+    /// more than there are.
     pub fn back(&self, ticks: u64) -> u64 {
-        self.back.apply_up(ticks)
+        let Ratio { int, frac } = self.back;
+        let whole = u128::from(ticks) * u128::from(int);
+        let part = (u128::from(ticks) * u128::from(frac)) >> 64;
+        u64::try_from(whole + part + 1).unwrap_or(u64::MAX)
     }
 }
 
@@ -121,6 +125,11 @@ mod tests {
                     assert!(host <= ticks.div_ceil(to.div_ceil(from)) * 2 + from / 1_000_000);
                 }
             }
+        }
+        // A deadline that never comes does not come at once.
+        let slow = Scaling::new(5_000_000_000, 1_000_000, 48).unwrap();
+        for ticks in [1 << 52, 1 << 63, u64::MAX] {
+            assert_eq!(slow.back(ticks), u64::MAX, "{ticks}");
         }
         assert_eq!(Scaling::new(1_000_000_000, 0, 48), None);
         assert_eq!(Scaling::new(1_000_000, 256_000_000, 48), None);

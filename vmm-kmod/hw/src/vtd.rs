@@ -408,7 +408,12 @@ impl<H: Host, R: Registers> Unit<H, R> {
 
     /// Calls `f` with each fault that has been recorded, and clears them. Whether there
     /// was no room for some.
+    ///
+    /// Where the host has the unit's queue it has a handler of faults too, which clears them.
     pub fn faults(&self, mut f: impl FnMut(Fault)) -> bool {
+        if self.shared() {
+            return false;
+        }
         let r = &self.registers;
         // None is recorded while an overflow is noted (§7.3.1).
         let status = r.read32(FSTS);

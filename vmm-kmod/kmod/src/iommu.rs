@@ -39,7 +39,9 @@ pub enum Group {
 /// A unit's registers, mapped.
 struct Mmio(NonNull<u8>);
 
-// SAFETY: the lock of `UNITS` lets one CPU at a time use them.
+// SAFETY: registers are the machine's, not a CPU's. Who changes something holds the lock
+// of `UNITS`, or is alone (module load and unload); where the host has the unit too, all
+// its CPUs stand still.
 unsafe impl Send for Mmio {}
 
 impl Mmio {

@@ -75,8 +75,9 @@ impl Ids {
 }
 
 /// Requester IDs that a function could send under, as phantom functions do
-/// (§7.5.3.3), and that no function has: those of the bus below its port, as it is the
-/// bus alone that source validation looks at. `None`: it is behind no port (what is
+/// (§7.5.3.3), and that no function has: those of its bus below the port, as source
+/// validation looks at the bus alone (and lets pass those of further buses that the port
+/// has reserved, too). `None`: it is behind no port (what is
 /// there belongs to the chipset, which may have more there than it shows), or the host
 /// keeps a function there whose virtual functions may be to come; `held` is whether
 /// one is kept for guests.

@@ -30,7 +30,7 @@ const TRANSLATIONS: u64 = 0x12;
 const WAIT: u64 = 0x65 | 1 << 32;
 
 /// Reads of registers until it must be done: all of the host stands still.
-const PATIENCE: u32 = 1_000_000;
+const PATIENCE: u32 = 100_000;
 
 /// What is needed for a queue.
 pub(super) struct Queue<H: Host> {
@@ -63,6 +63,7 @@ impl<H: Host> Queue<H> {
         let idle = |at| r.read64(IQH) as usize == at && r.read32(FSTS) & (IQE | ITE) == 0;
         if len * 2 != self.spare.len()
             || start >= len
+            || start & (size - 1) != 0
             || self.stuck.load(Ordering::Relaxed)
             || !(0..PATIENCE).any(|_| idle(start))
         {
@@ -106,7 +107,7 @@ impl<H: Host> Queue<H> {
                 let head = r.read64(IQH) as usize;
                 if r.read32(FSTS) & IQE != 0 {
                     // It goes on, for the host's sake (§6.5.2.11).
-                    put(head, WAIT, waits);
+                    put(head & (len - size), WAIT, waits);
                     r.write32(FSTS, IQE);
                     done = Err(Refusal::Stuck);
                     return false;
