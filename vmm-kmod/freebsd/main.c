@@ -129,6 +129,9 @@ static void
 cpu_resume(void)
 {
 
+	/* The first. No other uses an IOMMU before it is through. */
+	if (PCPU_GET(cpuid) == 0)
+		vmm_rust_resume();
 	cpu_online(NULL);
 }
 

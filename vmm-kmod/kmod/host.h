@@ -175,6 +175,10 @@ void vmm_rust_exit(void);
 /* On the CPU itself. */
 int vmm_rust_cpu_online(void);
 void vmm_rust_cpu_offline(void);
+/* Linux: the host is about to sleep; and it has slept. On one CPU, interrupts off,
+ * the others halted. */
+void vmm_rust_suspend(void);
+void vmm_rust_resume(void);
 void vmm_rust_timer(void *arg);
 /* Has the host's handler of an acknowledged interrupt run; interrupts off. */
 void vmm_rust_interrupt(unsigned int vector);
@@ -207,6 +211,8 @@ void vmm_rust_ppt_remove(void *device);
 /* Whether a tunable names the function, and whether a VM has it. */
 int vmm_rust_ppt_wanted(unsigned int rid);
 int vmm_rust_ppt_busy(void *device);
+/* Linux: the host is about to sleep; the function does no DMA from here on. 0. */
+int vmm_rust_ppt_suspend(void *device);
 /* The host has slept; the function and the ports above have their configuration
  * again, as far as the host knows it. 0. */
 int vmm_rust_ppt_resume(void *device);

@@ -86,12 +86,14 @@ static int cpu_down(unsigned int cpu)
  */
 static int vmm_suspend(void)
 {
+	vmm_rust_suspend();
 	vmm_rust_cpu_offline();
 	return 0;
 }
 
 static void vmm_resume(void)
 {
+	vmm_rust_resume();
 	/* It worked before; if it does not now, no vCPU runs here. */
 	(void)vmm_rust_cpu_online();
 }

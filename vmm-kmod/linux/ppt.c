@@ -26,11 +26,9 @@ static int ppt_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	    sizeof(*pdev->resource), pci_dev_id(pdev));
 }
 
-/* What sleeps loses its state: the guest's driver will begin anew. */
 static int ppt_suspend(struct pci_dev *pdev, pm_message_t message)
 {
-	pci_clear_master(pdev);
-	return 0;
+	return vmm_rust_ppt_suspend(pdev);
 }
 
 struct pci_driver vmm_ppt_driver = {

@@ -327,6 +327,13 @@ impl<H: Host, R: Registers> Unit<H, R> {
         Ok(())
     }
 
+    /// Turns it off, everything passing, before the host sleeps: who turns interrupt
+    /// remapping off then changes nothing else with it (§11.4.4).
+    pub fn suspend(&self) -> Result<(), Refusal> {
+        self.command(TE, false);
+        self.until(|r| r.read32(GSTS) & TE == 0)
+    }
+
     /// Has the unit forget all that it has cached (§6.5).
     pub fn invalidate(&self) -> Result<(), Refusal> {
         let r = &self.registers;
@@ -449,8 +456,7 @@ impl<H: Host, R: Registers> Unit<H, R> {
 
 impl<H: Host, R: Registers> Drop for Unit<H, R> {
     fn drop(&mut self) {
-        self.command(TE, false);
-        if self.until(|r| r.read32(GSTS) & TE == 0).is_err() {
+        if self.suspend().is_err() {
             // It still walks the tables: they must not be used for anything else.
             let contexts = core::mem::take(&mut self.contexts);
             contexts.into_iter().for_each(core::mem::forget);

@@ -154,6 +154,15 @@ impl Unit {
         each!(self, u => u.resume())
     }
 
+    /// AMD's has nothing that Linux would turn off together with it.
+    #[cfg(not(feature = "freebsd"))]
+    fn suspend(&self) -> Result<(), Refusal> {
+        match self {
+            Unit::Intel(u) => u.suspend(),
+            Unit::Amd(_) => Ok(()),
+        }
+    }
+
     /// Has it forget what it knows of a domain.
     fn invalidate(&self, number: u16) -> Result<(), Refusal> {
         match self {
@@ -227,6 +236,9 @@ impl Tables {
 struct On {
     base: u64,
     unit: Unit,
+    /// It did not come back from sleep: whatever it does now, no function is a
+    /// guest's under it any more.
+    dead: bool,
 }
 
 struct Units {
@@ -324,12 +336,28 @@ fn remaps(base: u64) -> bool {
     host::map_registers(base, REGISTERS).is_some_and(|r| vtd::remaps(&Mmio(r)))
 }
 
+/// ENXIO: the unit at `base` is dead.
+fn alive(units: &Units, base: u64) -> Result<(), i32> {
+    if units.list.iter().any(|on| on.base == base && on.dead) {
+        klog!(Error, "the IOMMU at {base:#x} did not resume");
+        return Err(errno::ENXIO);
+    }
+    Ok(())
+}
+
+/// Whether the unit of a function, which is ours, has come back from every sleep.
+/// ENXIO.
+pub fn serves(rid: Rid) -> Result<(), i32> {
+    let (base, _) = unit_of(rid)?;
+    alive(&locked(), base)
+}
+
 /// Turns the unit at `base` on, unless it is. ENXIO. Under ppt's lock.
 fn turn_on(rid: Rid, (base, amd): (u64, bool)) -> Result<(), i32> {
     let count = {
         let mut units = locked();
         if units.of(base).is_some() {
-            return Ok(());
+            return alive(&units, base);
         }
         units.list.len()
     };
@@ -353,7 +381,11 @@ fn turn_on(rid: Rid, (base, amd): (u64, bool)) -> Result<(), i32> {
         return Err(errno::ENXIO);
     }
     let unit = unit.map_err(|_| errno::ENXIO)?;
-    let on = On { base, unit };
+    let on = On {
+        base,
+        unit,
+        dead: false,
+    };
     {
         let mut units = locked();
         // They are as many as before: ppt's lock is held.
@@ -460,8 +492,21 @@ pub fn poll() {
 /// host, which knew nothing of it, has turned translation off. It has set its queues up
 /// again before.
 pub fn resume() {
-    for on in &locked().list {
+    for on in &mut locked().list {
         if let Err(e) = on.unit.resume() {
+            klog!(Error, "the IOMMU at {:#x}: {e}", on.base);
+            on.dead = true;
+        }
+    }
+}
+
+/// Before the host sleeps, on one CPU, interrupts off; bus mastering of all that guests
+/// have is off. Linux writes what it knows of a unit, which is not translation: that
+/// goes off first, by itself.
+#[cfg(not(feature = "freebsd"))]
+pub fn suspend() {
+    for on in &locked().list {
+        if let Err(e) = on.unit.suspend() {
             klog!(Error, "the IOMMU at {:#x}: {e}", on.base);
         }
     }

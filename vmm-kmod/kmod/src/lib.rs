@@ -218,10 +218,7 @@ pub unsafe extern "C" fn vmm_rust_cpu_online() -> c_int {
         on
     };
     match on {
-        Ok(()) => {
-            iommu::resume();
-            0
-        }
+        Ok(()) => 0,
         Err(e) => {
             klog!(Error, "CPU {}: {e}", os::Os::cpu());
             if e.in_use() {
@@ -231,6 +228,19 @@ pub unsafe extern "C" fn vmm_rust_cpu_online() -> c_int {
             }
         }
     }
+}
+
+/// The host has slept.
+#[unsafe(no_mangle)]
+pub extern "C" fn vmm_rust_resume() {
+    iommu::resume();
+}
+
+/// The host is about to sleep.
+#[cfg(not(feature = "freebsd"))]
+#[unsafe(no_mangle)]
+pub extern "C" fn vmm_rust_suspend() {
+    iommu::suspend();
 }
 
 /// VT-x or AMD-V off, on this CPU.
@@ -466,6 +476,14 @@ pub extern "C" fn vmm_rust_ppt_wanted(rid: u32) -> c_int {
 #[unsafe(no_mangle)]
 pub extern "C" fn vmm_rust_ppt_busy(device: *mut c_void) -> c_int {
     c_int::from(ppt::busy(device))
+}
+
+/// The host is about to sleep, and ppt's function with it.
+#[cfg(not(feature = "freebsd"))]
+#[unsafe(no_mangle)]
+pub extern "C" fn vmm_rust_ppt_suspend(device: *mut c_void) -> c_int {
+    ppt::suspend(device);
+    0
 }
 
 /// The host has slept, and ppt's function with it.

@@ -44,6 +44,8 @@ const MAX_MMIO: usize = 16;
 /// Header type (PCI Local Bus 3.0 §6.2.1), the third byte of this word.
 const HEADER: u16 = 0xc;
 const VENDOR: u16 = 0;
+const COMMAND: u16 = 4;
+const BUS_MASTER: u32 = 1 << 2;
 
 /// A requester ID, as `bus/slot/func`.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -103,6 +105,10 @@ pub struct Function {
     /// Where its interrupts go through while a VM has it, if they do: after
     /// `vectors`, which know it.
     remap: Option<Box<Remap>>,
+    /// Bus mastering was on when the host went to sleep.
+    master: bool,
+    /// Nothing keeps it to the VM's memory any more: the guest gets nothing of it.
+    lost: bool,
 }
 
 // SAFETY: `vm` is that of a VM which gives its functions back, under the list's
@@ -131,14 +137,16 @@ impl Functions {
             .ok_or(errno::ENOENT)
     }
 
-    /// The function, which is the VM's. ENOENT, EBUSY.
+    /// The function, which is the VM's. ENOENT, EBUSY. EIO: it is lost.
     fn of(&mut self, vm: &Vm, rid: Rid) -> Result<&mut Function, i32> {
         let at = self.position(rid)?;
         let f = self.0.get_mut(at).ok_or(errno::ENOENT)?;
-        if ptr::eq(f.vm, vm) {
-            Ok(f)
-        } else {
+        if !ptr::eq(f.vm, vm) {
             Err(errno::EBUSY)
+        } else if f.lost {
+            Err(errno::EIO)
+        } else {
+            Ok(f)
         }
     }
 
@@ -322,12 +330,13 @@ impl Function {
 
     /// Has what the function sends come to the IOMMU, whose group is of this one
     /// alone: a reset, and sleep, turn that off, which no host undoes by itself.
-    /// EIO.
+    /// EIO. ENXIO: the IOMMU is gone.
     fn enclose(&self) -> Result<(), i32> {
         let group = iommu::group_again(&self.device, self.rid);
         if !matches!(group, Group::Own(_)) {
             return Ok(());
         }
+        iommu::serves(self.rid)?;
         acs::enable(&Bridges::new(Pci), self.rid.0, host::config_write)
             .map_err(|which| {
                 klog!(
@@ -355,6 +364,7 @@ impl Function {
         // The reset brought configuration space back as it was, without.
         self.device.stop();
         let enclosed = if removing { Ok(()) } else { self.enclose() };
+        self.lost = removing || enclosed.is_err();
         match reset {
             Ok(()) => enclosed,
             Err(errno::ENODEV) => {
@@ -448,6 +458,8 @@ pub fn add(device: Device, rid: u16) -> Result<(), i32> {
         mmio: [None; MAX_MMIO],
         vectors: Vectors::default(),
         remap: None,
+        master: false,
+        lost: false,
     };
     let mut list = made()?;
     list.0.try_reserve(1).map_err(|_| errno::ENOMEM)?;
@@ -475,15 +487,39 @@ pub fn remove(device: *mut c_void) {
     end();
 }
 
-/// The host has slept: what a VM has, and all above it, keeps to the IOMMU again, or
-/// does no DMA. The log has why.
-pub fn resume(device: *mut c_void) {
-    if let Ok(list) = lock()
-        && let Some(f) = list.0.iter().find(|f| f.device.is(device))
-        && !f.vm.is_null()
-        && f.enclose().is_err()
+/// The host is about to sleep: no DMA until `resume`.
+#[cfg(not(feature = "freebsd"))]
+pub fn suspend(device: *mut c_void) {
+    if let Ok(mut list) = lock()
+        && let Some(f) = list.0.iter_mut().find(|f| f.device.is(device))
     {
+        f.master = f.device.config(COMMAND) & BUS_MASTER != 0;
         f.device.stop();
+    }
+}
+
+/// The host has slept, or has not after all: what a VM has, and all above it, keeps to
+/// the IOMMU again, and goes on as it was, of which the guest has not heard; or it is
+/// reset, and lost for the VM. The log has why.
+pub fn resume(device: *mut c_void) {
+    let Ok(mut list) = lock() else {
+        return;
+    };
+    let Some(f) = list.0.iter_mut().find(|f| f.device.is(device)) else {
+        return;
+    };
+    // SAFETY: see the type; no VM is NULL.
+    let Some(vm) = (unsafe { f.vm.as_ref() }) else {
+        return;
+    };
+    if f.lost || f.enclose().is_err() {
+        f.hide(vm);
+        // As in remove(), the host has the device's lock.
+        let _ = f.quiesce(true);
+    } else if mem::take(&mut f.master) {
+        // Zeroes do nothing to the status in the upper half.
+        let command = f.device.config(COMMAND) & 0xffff | BUS_MASTER;
+        host::config_write(f.rid.0, COMMAND, command);
     }
 }
 
@@ -504,7 +540,10 @@ pub fn bind(vm: &Vm, rid: Rid) -> Result<(), i32> {
 /// VM_UNBIND_PPTDEV.
 pub fn unbind(vm: &Vm, rid: Rid) -> Result<(), i32> {
     let mut list = lock()?;
-    list.of(vm, rid)?;
+    match list.of(vm, rid) {
+        Err(e) if e != errno::EIO => return Err(e),
+        _ => {}
+    }
     let at = list.position(rid)?;
     list.unbind(at, false);
     Ok(())

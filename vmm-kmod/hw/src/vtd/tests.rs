@@ -538,6 +538,13 @@ fn after_the_hosts_sleep_a_queue_that_is_new_is_used() {
     host.unchanged(0);
     unit.resume().unwrap();
     assert_eq!(host.done(), [], "once is enough");
+    // Before it sleeps again, only translation goes off.
+    unit.suspend().unwrap();
+    assert_eq!(host.unit.word(GSTS), HOSTS | SRTP);
+    unit.resume().unwrap();
+    assert_eq!(host.unit.word(GSTS), HOSTS | TE | SRTP);
+    host.unit.0.borrow_mut().stuck = true;
+    assert_eq!(unit.suspend(), Err(Refusal::Stuck));
 }
 
 #[test]
