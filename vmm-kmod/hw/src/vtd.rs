@@ -67,9 +67,6 @@ const IOTLB_DRAIN: u64 = 3 << 48;
 const PMEN_EPM: u32 = 1 << 31;
 const PMEN_PRS: u32 = 1;
 
-/// High half of the reasons of faults of interrupts (§7.1.3).
-const INTERRUPTS: u8 = 2;
-
 const FSTS_PPF: u32 = 2;
 const FSTS_PFO: u32 = 1;
 
@@ -434,17 +431,14 @@ impl<H: Host, R: Registers> Unit<H, R> {
                 continue;
             }
             let address = r.read64(at) & !0xfff;
-            let reason = (high >> 32) as u8;
             f(Fault {
                 source: high as u16,
-                access: if reason >> 4 == INTERRUPTS {
-                    Access::Interrupt
-                } else if high >> 62 & 1 == 0 {
+                access: if high >> 62 & 1 == 0 {
                     Access::Write(address)
                 } else {
                     Access::Read(address)
                 },
-                reason,
+                reason: (high >> 32) as u8,
             });
             // Written as one, the F bit is cleared (§11.4.14.4).
             r.write32(at + 12, 1 << 31);

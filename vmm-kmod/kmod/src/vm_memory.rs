@@ -177,16 +177,15 @@ impl Vm {
     /// Maps part of a segment into the guest.
     pub fn mmap_memseg(&self, map: crate::memory::Map) -> Result<(), i32> {
         // Nobody else has the domain.
-        let _ppt = if map.flags & crate::memory::MAP_WIRED != 0 {
-            ppt::hold()
-        } else {
-            None
-        };
+        let wired = map.flags & memory::MAP_WIRED != 0;
+        let _ppt = if wired { ppt::hold() } else { None };
         let mut mem = self.mem.lock();
         mem.map.map(map)?;
-        let wired_system = map.flags & crate::memory::MAP_WIRED != 0
-            && mem.map.segment(map.segid).is_some_and(|s| s.sysmem);
-        if wired_system && let Some(mut domain) = mem.iommu.take() {
+        let system = mem.map.segment(map.segid).is_some_and(|s| s.sysmem);
+        if wired
+            && system
+            && let Some(mut domain) = mem.iommu.take()
+        {
             let shown = mem.show(&mut domain, &map);
             // What is mapped stays while `dma` says so.
             drop(mem);
@@ -195,7 +194,7 @@ impl Vm {
             mem.iommu = Some(domain);
             shown.and(seen)?;
         }
-        if map.flags & crate::memory::MAP_WIRED != 0 {
+        if wired {
             // Wired memory is there from the start.
             let mut at = 0;
             while at < map.len {
